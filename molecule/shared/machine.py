@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""What must be on this machine: packages of the distribution, and `.venv` with locked libraries.
+
+Only the standard library is used, so that this runs on a fresh Debian or Ubuntu.
+
+    machine.py control    what `site.yml` needs: ansible-core
+    machine.py test       that, and what all the tests need
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+VENV = ROOT / ".venv"
+LOCKS = {"control": ("control.txt",), "test": ("test.txt",)}
+# Commands that the tests start themselves, and the Debian packages that bring them.
+TEST_COMMANDS = {"redis-server": "redis-server", "nginx": "nginx", "wrk": "wrk", "git": "git"}
+
+_started = time.monotonic()
+
+
+class Problem(Exception):
+    """Something the user can mend; the text says how."""
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"{time.monotonic() - _started:6.1f} s  {text}", flush=True)
+
+
+def run(
+    *command: str, check: bool = True, stdin: str | None = None, timeout: float = 900
+) -> subprocess.CompletedProcess[str]:
+    """Run a command; its output is only shown when it fails."""
+    done = subprocess.run(command, input=stdin, text=True, capture_output=True, timeout=timeout)
+    if check and done.returncode != 0:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise Problem(f"`{' '.join(command[:6])}` failed:\n{tail}")
+    return done
+
+
+def as_root(*command: str) -> tuple[str, ...]:
+    """The command, through sudo where we aren't root."""
+    if os.geteuid() == 0:
+        return command
+    if not shutil.which("sudo"):
+        raise Problem(f"`{command[0]}` needs root: run as root, or install sudo.")
+    return ("sudo", *command)
+
+
+def install_packages(*packages: str) -> None:
+    """Install Debian packages."""
+    if not shutil.which("apt-get"):
+        raise Problem(f"install {', '.join(packages)} by hand: this system has no apt-get.")
+    say(f"installing {', '.join(packages)}")
+    apt = as_root("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet")
+    run(*apt, "update")
+    run(*apt, "install", "--yes", "--no-install-recommends", *packages)
+
+
+def find(command: str) -> str | None:
+    """Where a command is; Debian keeps daemons where a plain user's PATH doesn't look."""
+    return shutil.which(command, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def ensure_packages(profile: str) -> None:
+    wanted = {"ssh": "openssh-client", **(TEST_COMMANDS if profile == "test" else {})}
+    missing = sorted({package for command, package in wanted.items() if not find(command)})
+    # Debian splits off what `python3 -m venv` needs.
+    if run(sys.executable, "-c", "import ensurepip, venv", check=False).returncode != 0:
+        missing.append("python3-venv")
+    if missing:
+        install_packages(*missing)
+
+
+def ensure_venv(profile: str) -> None:
+    """Make `.venv` hold exactly what the locks name; a half-made one is made anew."""
+    python = VENV / "bin" / "python"
+    if not python.exists() or run(str(python), "-m", "pip", "--version", check=False).returncode != 0:
+        say("making .venv")
+        run(sys.executable, "-m", "venv", "--clear", str(VENV))
+    locks = [ROOT / "requirements" / name for name in LOCKS[profile]]
+    wanted = hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest()
+    stamp = VENV / f"{profile}.sha256"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    say(f"installing the locked libraries ({profile})")
+    files = [part for lock in locks for part in ("--requirement", str(lock))]
+    run(str(python), "-m", "pip", "install", "--quiet", "--require-hashes", *files)
+    stamp.write_text(wanted)
+
+
+def main() -> None:
+    profile = sys.argv[1] if len(sys.argv) == 2 else ""
+    if profile not in LOCKS:
+        raise SystemExit(f"usage: machine.py {'|'.join(LOCKS)}")
+    if sys.version_info < (3, 11):
+        raise SystemExit(
+            f"this is Python {sys.version.split()[0]}; 3.11 or newer is needed. Name one:"
+            " make PYTHON=/path/to/python3.11 …"
+        )
+    try:
+        ensure_packages(profile)
+        ensure_venv(profile)
+    except Problem as problem:
+        raise SystemExit(f"machine: {problem}") from None
+
+
+if __name__ == "__main__":
+    main()
