@@ -1,0 +1,149 @@
+"""The ledger of a load run: which write went where, and what the service said of it.
+
+Every write has a cell and channel of its own, so that the canvas afterwards shows the fate of each
+one: nothing can be hidden by a later write. A write's value always differs from what the canvas
+held before, so that a write that never happened cannot pass for one that did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+CHANNELS = "RGB"
+SCATTER = 1_000_003  # neighbours in time are far apart on the canvas
+EXAMPLES = 20
+
+
+class Fate(IntEnum):
+    """What is known of a write."""
+
+    UNSENT = 0  # nothing of it left this machine
+    ACKNOWLEDGED = 1  # the service said that it is stored
+    REFUSED = 2  # the service said that it is not (4xx)
+    UNKNOWN = 3  # sent, and no answer, or one (5xx) that promises nothing
+
+
+class Write(NamedTuple):
+    x: int
+    y: int
+    channel: str
+    value: int
+
+
+class Fault(NamedTuple):
+    """A write whose cell does not hold what it must."""
+
+    write: Write
+    fate: Fate
+    before: int
+    found: int
+
+    def __str__(self) -> str:
+        x, y, channel, value = self.write
+        return (
+            f"({x}, {y}) {channel}: wrote {value}, {self.fate.name.lower()};"
+            f" held {self.before}, holds {self.found}"
+        )
+
+
+@dataclass
+class Verdict:
+    """What the canvas says of the ledger."""
+
+    fates: Counter[Fate] = field(default_factory=Counter)
+    lost: list[Fault] = field(default_factory=list)
+    wrong: list[Fault] = field(default_factory=list)
+    unknown_written: int = 0
+
+    @property
+    def clean(self) -> bool:
+        return not self.lost and not self.wrong
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **{fate.name.lower(): self.fates[fate] for fate in Fate},
+            "unknown_written": self.unknown_written,
+            "lost": len(self.lost),
+            "wrong": len(self.wrong),
+            "examples": [str(fault) for fault in (self.lost + self.wrong)[:EXAMPLES]],
+        }
+
+
+class Ledger:
+    """Hands out unique writes and remembers what became of them."""
+
+    def __init__(
+        self, width: int = 1024, height: int = 1024, before: bytes | None = None, first: int = 0
+    ) -> None:
+        """`before` is the canvas as raw RGB bytes; without it, it is taken to be black."""
+        self.width = width
+        self.height = height
+        self.capacity = width * height * len(CHANNELS)
+        if before is not None and len(before) != self.capacity:
+            raise ValueError(
+                f"a canvas of {width}x{height} has {self.capacity} bytes, not {len(before)}"
+            )
+        self._before = before if before is not None else bytes(self.capacity)
+        self._first = first
+        self._step = SCATTER
+        while math.gcd(self._step, self.capacity) != 1:
+            self._step += 1
+        self._fates = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._fates)
+
+    def open(self) -> int:
+        """A new write: its number. It counts as unsent until something is said of it."""
+        number = len(self._fates)
+        if number >= self.capacity:
+            raise ValueError(f"the canvas has only {self.capacity} cells and channels to write")
+        self._fates.append(Fate.UNSENT)
+        return number
+
+    def close(self, number: int, fate: Fate) -> None:
+        self._fates[number] = fate
+
+    def fate(self, number: int) -> Fate:
+        return Fate(self._fates[number])
+
+    def _position(self, number: int) -> int:
+        """Where the write is in the canvas' raw RGB bytes."""
+        return (self._first + number * self._step) % self.capacity
+
+    def write(self, number: int) -> Write:
+        position = self._position(number)
+        cell, channel = divmod(position, len(CHANNELS))
+        y, x = divmod(cell, self.width)
+        value = (self._before[position] + 1 + number % 255) % 256
+        return Write(x, y, CHANNELS[channel], value)
+
+    def cells(self, numbers: range) -> set[tuple[int, int]]:
+        """The cells that these writes go to, for a service that is read cell by cell."""
+        return {self.write(number)[:2] for number in numbers}
+
+    def check(self, after: bytes) -> Verdict:
+        """Compares the canvas, as raw RGB bytes, with what was written and acknowledged."""
+        if len(after) != self.capacity:
+            raise ValueError(f"the canvas has {len(after)} bytes, and had {self.capacity}")
+        verdict = Verdict()
+        for number, state in enumerate(self._fates):
+            fate = Fate(state)
+            write = self.write(number)
+            position = self._position(number)
+            before, found = self._before[position], after[position]
+            verdict.fates[fate] += 1
+            written, untouched = found == write.value, found == before
+            if fate is Fate.UNKNOWN and written:
+                verdict.unknown_written += 1
+            if (written and fate in (Fate.ACKNOWLEDGED, Fate.UNKNOWN)) or (
+                untouched and fate is not Fate.ACKNOWLEDGED
+            ):
+                continue
+            fault = Fault(write, fate, before, found)
+            (verdict.lost if untouched else verdict.wrong).append(fault)
+        return verdict

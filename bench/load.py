@@ -1,0 +1,232 @@
+"""An open-loop load on POST /pixel that afterwards holds the canvas against what was acknowledged.
+
+    python bench/load.py --url http://127.0.0.1:8080 --rate 1000 --seconds 60
+
+As a library: `from load import Ledger, Plan, Target, run, read_canvas`.
+Exit status: 0 all is well, 1 writes were lost or wrong (or, as asked, failed), 2 it could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from figures import Spread
+from http1 import BadAnswer, Target
+from ledger import Fate, Ledger, Verdict, Write
+from openloop import Plan, Report, run
+from readback import Unreadable, read_canvas
+
+__all__ = [
+    "Fate",
+    "Ledger",
+    "Plan",
+    "Report",
+    "Target",
+    "Unreadable",
+    "Verdict",
+    "Write",
+    "read_canvas",
+    "run",
+]
+
+LATE_GENERATOR_MS = 2.0
+BUSY_GENERATOR = 0.8
+SPARE_FILES = 64
+UNREACHABLE = (OSError, TimeoutError, BadAnswer)
+
+
+class Impossible(Exception):
+    """The run cannot be done as it was asked for; the message says why."""
+
+
+class Outcome(NamedTuple):
+    """A finished run, and what the canvas said; or a note of why it said nothing."""
+
+    report: Report
+    verdict: Verdict | None
+    note: str = ""
+    failed: bool = False
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def size(text: str) -> tuple[int, int]:
+    width, by, height = text.partition("x")
+    if not (by and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT")
+    return int(width), int(height)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Writes pixels at a constant rate, then reads the canvas and reports every"
+        " acknowledged write that is not there.",
+        epilog="Exit status: 0 all is well; 1 lost or wrong writes, or nothing acknowledged,"
+        " or with --strict any failed request; 2 it could not run.",
+    )
+    add = parser.add_argument
+    add("--url", required=True, help="the service's root, e.g. http://127.0.0.1:8080")
+    add("--rate", type=positive, default=1000.0, help="requests per second (default 1000)")
+    add("--seconds", type=positive, default=60.0, help="for how long (default 60)")
+    add("--connections", type=count, default=64, help="kept open all the time (default 64)")
+    add("--timeout", type=positive, default=10.0, help="seconds until a request is given up")
+    add("--canvas", type=size, default=(1024, 1024), metavar="WxH", help="default 1024x1024")
+    add("--header", action="append", default=[], metavar="'NAME: VALUE'", help="may be repeated")
+    add("--insecure", action="store_true", help="accept any TLS certificate")
+    add("--no-verify", action="store_true", help="do not read the canvas before and after")
+    add("--strict", action="store_true", help="exit 1 if any request failed")
+    add("--json", type=Path, metavar="FILE", help="write everything that was seen to FILE")
+    options = parser.parse_args(arguments)
+    try:
+        options.target = Target.parse(options.url, options.header, options.insecure)
+    except ValueError as error:
+        parser.error(str(error))
+    options.plan = Plan(options.rate, options.seconds, options.connections, options.timeout)
+    width, height = options.canvas
+    cells = width * height * 3
+    if options.plan.total < 1:
+        parser.error("at this rate not one request is due in the time given")
+    if options.plan.total > cells:
+        parser.error(
+            f"{options.plan.total} writes need as many cells and channels of their own, and the"
+            f" canvas has {cells}: at this rate at most {int(cells / options.rate)} seconds"
+        )
+    return options
+
+
+def allow_files(wanted: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise Impossible(f"{wanted} connections need `ulimit -n {needed}`; the limit is {hard}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def show_progress(report: Report) -> None:
+    if not report.timeline:
+        return
+    last = report.timeline[-2 if len(report.timeline) > 1 else -1]
+    print(
+        f"\r{len(report.timeline):5d} s  sent {report.sent}  acknowledged {report.acknowledged}"
+        f"  failed {report.failed}  p99 {Spread.of_seconds(last.latencies).p99:.1f} ms ",
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+async def load(options: argparse.Namespace) -> Outcome:
+    target: Target = options.target
+    plan: Plan = options.plan
+    width, height = options.canvas
+    allow_files(plan.connections)
+    ledger = Ledger(width, height)
+    cells = ledger.cells(range(plan.total)) if not options.no_verify else set()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        if not options.no_verify:
+            ledger = Ledger(width, height, await read_canvas(target, width, height, cells))
+        report = await run(
+            target, plan, ledger, show_progress if sys.stderr.isatty() else None, stop
+        )
+    except UNREACHABLE as error:
+        raise Impossible(f"cannot reach {target.url}: {error or 'no answer in time'}") from error
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    if options.no_verify:
+        return Outcome(report, None, "not read (--no-verify)")
+    try:
+        after = await read_canvas(target, width, height, cells)
+    except (Unreadable, *UNREACHABLE) as error:
+        return Outcome(report, None, f"could not be read after the run: {error!r}", failed=True)
+    return Outcome(report, ledger.check(after))
+
+
+def describe(outcome: Outcome) -> str:
+    report, verdict = outcome.report, outcome.verdict
+    latency, lag = report.latency, report.lag
+    lines = [
+        f"{report.plan.rate:g} requests/s for {len(report.timeline)} s on"
+        f" {report.plan.connections} connections{', interrupted' if report.interrupted else ''}",
+        f"  sent          {report.sent}",
+        f"  acknowledged  {report.acknowledged}",
+        f"  failed        {report.failed}",
+    ]
+    lines += [f"    {error}: {number}" for error, number in report.errors.most_common()]
+    lines += [
+        "  latency from the intended send time, ms:"
+        f" p50 {latency.p50:.2f}  p90 {latency.p90:.2f}  p99 {latency.p99:.2f}"
+        f"  p99.9 {latency.p999:.2f}  max {latency.max:.2f}",
+        f"  connections   {report.connections_opened} opened,"
+        f" {report.connections_closed_by_service} closed by the service",
+        f"  generator     {report.cpu_share:.0%} of a core, late by p50 {lag.p50:.2f}"
+        f" p99 {lag.p99:.2f} max {lag.max:.2f} ms",
+    ]
+    if lag.p99 > LATE_GENERATOR_MS or report.cpu_share > BUSY_GENERATOR:
+        lines.append(
+            "  NOTE: this program could not keep its pace; the latencies are partly its own."
+        )
+    if verdict is None:
+        lines.append(f"  canvas        {outcome.note}")
+    else:
+        lines.append(
+            f"  canvas        {len(verdict.lost)} lost, {len(verdict.wrong)} wrong;"
+            f" of {verdict.fates[Fate.UNKNOWN]} without a clear answer"
+            f" {verdict.unknown_written} are written"
+        )
+        lines += [f"    lost: {fault}" for fault in verdict.lost[:10]]
+        lines += [f"    wrong: {fault}" for fault in verdict.wrong[:10]]
+    return "\n".join(lines)
+
+
+def as_json(options: argparse.Namespace, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "url": options.target.url,
+        **outcome.report.as_json(),
+        "canvas": outcome.verdict.as_json() if outcome.verdict is not None else None,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        outcome = asyncio.run(load(options))
+    except (Impossible, Unreadable) as error:
+        print(f"load.py: {error}", file=sys.stderr)
+        return 2
+    print(describe(outcome))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(as_json(options, outcome), indent=1) + "\n")
+    if outcome.failed:
+        return 2
+    report, verdict = outcome.report, outcome.verdict
+    faulty = verdict is not None and not verdict.clean
+    return int(faulty or not report.acknowledged or (options.strict and report.failed > 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""The task taken literally: FastAPI validates the pixel and says it back. Nothing is stored."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from model import Pixel, Stored
+
+app = FastAPI()
+
+
+@app.post("/pixel")
+async def write_pixel(pixel: Pixel) -> Stored:
+    return Stored(received=pixel)
