@@ -377,7 +377,7 @@ def _ensure_key(fleet: Fleet) -> str:
 
 def _ensure_container(docker: Docker, fleet: Fleet, host: Host, image: str) -> None:
     name = fleet.container(host)
-    spec = hashlib.sha256(f"{host} {image} {fleet.subnet}".encode()).hexdigest()[:16]
+    spec = hashlib.sha256(f"{host} {image} {fleet.subnet} {Path(__file__).read_text()}".encode()).hexdigest()[:16]
     found = docker(
         "container", "inspect", name, "--format", '{{index .Config.Labels "pixel.spec"}} {{.State.Status}}',
         check=False,
@@ -401,8 +401,9 @@ def _ensure_container(docker: Docker, fleet: Fleet, host: Host, image: str) -> N
         *("--label", fleet.label, "--label", f"pixel.spec={spec}"),
         *("--network", fleet.name, "--ip", host.address, "--cpu-shares", str(host.cpu_shares)),
         *publish,
-        # What systemd and its sandboxes need; the same on cgroup v1 and v2, and no --privileged.
-        *("--cap-add", "SYS_ADMIN", "--cap-add", "NET_ADMIN"),
+        # What systemd and its sandboxes need (SYS_PTRACE: ProtectProc= together with PrivateUsers=);
+        # the same on cgroup v1 and v2, and no --privileged.
+        *("--cap-add", "SYS_ADMIN", "--cap-add", "NET_ADMIN", "--cap-add", "SYS_PTRACE"),
         *("--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"),
         *("--cgroupns", "host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw"),
         *("--tmpfs", "/run", "--tmpfs", "/run/lock", "--stop-signal", "SIGRTMIN+3"),
