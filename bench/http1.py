@@ -10,11 +10,11 @@ import asyncio
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
 
-class BadAnswer(Exception):
+class BadAnswerError(Exception):
     """What came back is not HTTP/1.1."""
 
 
@@ -112,7 +112,7 @@ class AnswerReader:
 
     def _complete(self) -> Answer:
         if self._data:
-            raise BadAnswer("more bytes than one answer")
+            raise BadAnswerError("more bytes than one answer")
         answer = Answer(self._status, bytes(self._body), self._reusable)
         self._body.clear()
         self._in_head = True
@@ -122,13 +122,13 @@ class AnswerReader:
         end = self._data.find(b"\r\n\r\n")
         if end < 0:
             if len(self._data) > 65536:
-                raise BadAnswer("a header without an end")
+                raise BadAnswerError("a header without an end")
             return False
         first, *fields = bytes(self._data[:end]).split(b"\r\n")
         del self._data[: end + 4]
         version, _, rest = first.partition(b" ")
         if version not in (b"HTTP/1.1", b"HTTP/1.0") or not rest[:3].isdigit():
-            raise BadAnswer(f"not an HTTP/1.1 answer: {first[:60]!r}")
+            raise BadAnswerError(f"not an HTTP/1.1 answer: {first[:60]!r}")
         self._status = int(rest[:3])
         self._reusable = version == b"HTTP/1.1"
         self._chunked = False
@@ -153,7 +153,7 @@ class AnswerReader:
             try:
                 size = int(self._data[:end].partition(b";")[0], 16)
             except ValueError:
-                raise BadAnswer("a chunk without a size") from None
+                raise BadAnswerError("a chunk without a size") from None
             if len(self._data) < end + 2 + size + 2:
                 return False
             self._body += self._data[end + 2 : end + 2 + size]
@@ -177,21 +177,20 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     @property
     def closed(self) -> bool:
         return self._transport is None
 
     def send(self, request: bytes) -> None:
-        assert self._transport is not None
-        self._transport.write(request)
+        if self._transport is not None:  # else its owner has been told already
+            self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         try:
             answer = self._reader.feed(data)
-        except (BadAnswer, ValueError) as error:
+        except (BadAnswerError, ValueError) as error:
             self._end(error)
             return
         if answer is not None:

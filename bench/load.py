@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from figures import Spread
-from http1 import BadAnswer, Target
+from http1 import BadAnswerError, Target
 from ledger import Fate, Ledger, Verdict, Write
 from openloop import Plan, Report, run
-from readback import Unreadable, read_canvas
+from readback import UnreadableError, read_canvas
 
 __all__ = [
     "Fate",
@@ -30,7 +30,7 @@ __all__ = [
     "Plan",
     "Report",
     "Target",
-    "Unreadable",
+    "UnreadableError",
     "Verdict",
     "Write",
     "read_canvas",
@@ -40,10 +40,10 @@ __all__ = [
 LATE_GENERATOR_MS = 2.0
 BUSY_GENERATOR = 0.8
 SPARE_FILES = 64
-UNREACHABLE = (OSError, TimeoutError, BadAnswer)
+UNREACHABLE = (OSError, TimeoutError, BadAnswerError)
 
 
-class Impossible(Exception):
+class ImpossibleError(Exception):
     """The run cannot be done as it was asked for; the message says why."""
 
 
@@ -119,7 +119,9 @@ def allow_files(wanted: int) -> None:
     needed = wanted + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
-            raise Impossible(f"{wanted} connections need `ulimit -n {needed}`; the limit is {hard}")
+            raise ImpossibleError(
+                f"{wanted} connections need `ulimit -n {needed}`; the limit is {hard}"
+            )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
@@ -153,14 +155,16 @@ async def load(options: argparse.Namespace) -> Outcome:
             target, plan, ledger, show_progress if sys.stderr.isatty() else None, stop
         )
     except UNREACHABLE as error:
-        raise Impossible(f"cannot reach {target.url}: {error or 'no answer in time'}") from error
+        raise ImpossibleError(
+            f"cannot reach {target.url}: {error or 'no answer in time'}"
+        ) from error
     if sys.stderr.isatty():
         print(file=sys.stderr)
     if options.no_verify:
         return Outcome(report, None, "not read (--no-verify)")
     try:
         after = await read_canvas(target, width, height, cells)
-    except (Unreadable, *UNREACHABLE) as error:
+    except (UnreadableError, *UNREACHABLE) as error:
         return Outcome(report, None, f"could not be read after the run: {error!r}", failed=True)
     return Outcome(report, ledger.check(after))
 
@@ -214,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         outcome = asyncio.run(load(options))
-    except (Impossible, Unreadable) as error:
+    except (ImpossibleError, UnreadableError) as error:
         print(f"load.py: {error}", file=sys.stderr)
         return 2
     print(describe(outcome))

@@ -197,7 +197,7 @@ class _Run:
             ) from several.exceptions[0]
         self._free.extend(self._lanes)
 
-    async def _connect(self, lane: _Lane) -> None:
+    async def _connect(self, lane: _Lane) -> Connection:
         def answered(connection: Connection, answer: Answer) -> None:
             if lane.connection is connection:
                 self._answered(lane, answer)
@@ -206,8 +206,9 @@ class _Run:
             if lane.connection is connection:
                 self._lost(lane, error)
 
-        lane.connection = await self._target.connect(answered, lost)
+        lane.connection = connection = await self._target.connect(answered, lost)
         self.report.connections_opened += 1
+        return connection
 
     def close_connections(self) -> None:
         for lane in self._lanes:
@@ -288,15 +289,14 @@ class _Run:
 
     async def _connect_and_send(self, lane: _Lane, request: _Request) -> None:
         try:
-            await self._connect(lane)
+            connection = await self._connect(lane)
         except OSError:
             lane.connecting = None
             self._finish(request, "cannot connect")
             self._release(lane)
             return
         lane.connecting = None
-        assert lane.connection is not None
-        self._send(lane.connection, request)
+        self._send(connection, request)
 
     def _answered(self, lane: _Lane, answer: Answer) -> None:
         request = lane.request

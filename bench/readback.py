@@ -13,7 +13,7 @@ from ledger import CHANNELS
 READERS = 16
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """The canvas cannot be read."""
 
 
@@ -26,10 +26,10 @@ async def read_canvas(
     if answer.status == 404:
         return await _read_cells(target, width, height, cells)
     if answer.status != 200:
-        raise Unreadable(f"/canvas.rgb answered {answer.status}: {answer.body[:200]!r}")
+        raise UnreadableError(f"/canvas.rgb answered {answer.status}: {answer.body[:200]!r}")
     wanted = width * height * len(CHANNELS)
     if len(answer.body) != wanted:
-        raise Unreadable(
+        raise UnreadableError(
             f"/canvas.rgb has {len(answer.body)} bytes; {width}x{height} pixels are {wanted}:"
             " name the canvas with --canvas WIDTHxHEIGHT"
         )
@@ -65,7 +65,7 @@ async def _read_pixel(client: Client, x: int, y: int) -> bytes:
         pixel = json.loads(answer.body)
         return bytes(pixel[channel] for channel in CHANNELS)
     except (ValueError, KeyError, TypeError):
-        raise Unreadable(
+        raise UnreadableError(
             f"{path} answered {answer.status}: {answer.body[:200]!r};"
             " a service without reads needs --no-verify"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+
 from model import Pixel, Stored
 
 app = FastAPI()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import Body, FastAPI, Path
-from model import Pixel, Stored
 from redis.asyncio import Redis
+
+from model import Pixel, Stored
 
 CANVAS = "canvas"
 WIDTH = 1024
@@ -24,7 +25,7 @@ def offset(x: int, y: int, channel: str = "R") -> int:
 
 @app.post("/pixel")
 async def write_pixel(pixel: Pixel) -> Stored:
-    await redis.setrange(CANVAS, offset(pixel.x, pixel.y, pixel.channel), chr_of(pixel.value))
+    await redis.setrange(CANVAS, offset(pixel.x, pixel.y, pixel.channel), bytes([pixel.value]))
     return Stored(received=pixel)
 
 
@@ -34,9 +35,7 @@ async def write_pixels(
 ) -> dict[str, str | int]:
     async with redis.pipeline(transaction=False) as pipeline:
         for pixel in pixels:
-            pipeline.setrange(
-                CANVAS, offset(pixel.x, pixel.y, pixel.channel), chr_of(pixel.value)
-            )
+            pipeline.setrange(CANVAS, offset(pixel.x, pixel.y, pixel.channel), bytes([pixel.value]))
         await pipeline.execute()
     return {"status": "ok", "written": len(pixels)}
 
@@ -44,6 +43,6 @@ async def write_pixels(
 @app.get("/pixel/{x}/{y}")
 async def read_pixel(x: Coordinate, y: Coordinate) -> dict[str, int]:
     at = offset(x, y)
-    stored = await redis.getrange(CANVAS, at, at + 2)
+    stored = cast(bytes, await redis.getrange(CANVAS, at, at + 2))
     red, green, blue = stored.ljust(3, b"\0")
     return {"x": x, "y": y, "R": red, "G": green, "B": blue}

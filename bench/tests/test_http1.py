@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from http1 import Answer, AnswerReader, BadAnswer, Target
+from http1 import Answer, AnswerReader, BadAnswerError, Target
 
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKED = (
@@ -53,7 +53,7 @@ def test_half_an_answer_is_none() -> None:
     ],
 )
 def test_what_is_not_http_is_refused(message: bytes) -> None:
-    with pytest.raises(BadAnswer):
+    with pytest.raises(BadAnswerError):
         AnswerReader().feed(message)
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from standin import HEIGHT, WIDTH, Deed, StandIn
 
 import load
 from load import Fate, Ledger, Plan, Report, Target, Verdict, read_canvas, run
+from standin import HEIGHT, WIDTH, Deed, StandIn
 
 WRITES = 100
 
