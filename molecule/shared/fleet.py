@@ -123,6 +123,13 @@ def plan(name: str, host_specs: list[str], environ: dict[str, str]) -> Fleet:
     return Fleet(name=name, subnet=subnet, hosts=tuple(hosts))
 
 
+def known_hosts(name: str) -> list[str]:
+    """The hosts that the fleet was made with, or the reference fleet's."""
+    state = ROOT / ".fleet" / name / "fleet.json"
+    specs: list[str] = json.loads(state.read_text())["specs"] if state.exists() else ["c5", "t2"]
+    return specs
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or not 1024 <= int(text) <= 65535:
         raise Problem(f"PIXEL_FLEET_PORT={text!r} is no port: write a number from 1024 to 65535.")
@@ -377,7 +384,20 @@ def _ensure_key(fleet: Fleet) -> str:
 
 def _ensure_container(docker: Docker, fleet: Fleet, host: Host, image: str) -> None:
     name = fleet.container(host)
-    spec = hashlib.sha256(f"{host} {image} {fleet.subnet} {Path(__file__).read_text()}".encode()).hexdigest()[:16]
+    publish = ["--publish", f"127.0.0.1:{host.ssh_port}:22"]
+    if host.http_port:
+        publish += ["--publish", f"127.0.0.1:{host.http_port}:80"]
+    arguments = [
+        *("--hostname", host.name, "--network", fleet.name, "--ip", host.address),
+        *("--cpu-shares", str(host.cpu_shares), *publish),
+        # What systemd and its sandboxes need (SYS_PTRACE: ProtectProc= together with PrivateUsers=);
+        # the same on cgroup v1 and v2, and no --privileged.
+        *("--cap-add", "SYS_ADMIN", "--cap-add", "NET_ADMIN", "--cap-add", "SYS_PTRACE"),
+        *("--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"),
+        *("--cgroupns", "host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw"),
+        *("--tmpfs", "/run", "--tmpfs", "/run/lock", image, "/sbin/init"),
+    ]
+    spec = hashlib.sha256("\n".join([*arguments, str(fleet.subnet)]).encode()).hexdigest()[:16]
     found = docker(
         "container", "inspect", name, "--format", '{{index .Config.Labels "pixel.spec"}} {{.State.Status}}',
         check=False,
@@ -393,22 +413,8 @@ def _ensure_container(docker: Docker, fleet: Fleet, host: Host, image: str) -> N
         docker("rm", "--force", "--volumes", name)
     enough_disk(docker)
     _ports_free(host)
-    publish = ["--publish", f"127.0.0.1:{host.ssh_port}:22"]
-    if host.http_port:
-        publish += ["--publish", f"127.0.0.1:{host.http_port}:80"]
-    docker(
-        "run", "--detach", "--name", name, "--hostname", host.name,
-        *("--label", fleet.label, "--label", f"pixel.spec={spec}"),
-        *("--network", fleet.name, "--ip", host.address, "--cpu-shares", str(host.cpu_shares)),
-        *publish,
-        # What systemd and its sandboxes need (SYS_PTRACE: ProtectProc= together with PrivateUsers=);
-        # the same on cgroup v1 and v2, and no --privileged.
-        *("--cap-add", "SYS_ADMIN", "--cap-add", "NET_ADMIN", "--cap-add", "SYS_PTRACE"),
-        *("--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"),
-        *("--cgroupns", "host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw"),
-        *("--tmpfs", "/run", "--tmpfs", "/run/lock", "--stop-signal", "SIGRTMIN+3"),
-        image, "/sbin/init",
-    )  # fmt: skip
+    labels = ("--label", fleet.label, "--label", f"pixel.spec={spec}")
+    docker("run", "--detach", "--name", name, *labels, *arguments)
 
 
 def _ports_free(host: Host) -> None:
@@ -471,7 +477,7 @@ def _write_state(docker: Docker, fleet: Fleet) -> None:
         "name": fleet.name,
         "url": fleet.url,
         "subnet": str(fleet.subnet),
-        "docker": docker.command,
+        "specs": [f"{host.name}:{host.suite}" for host in fleet.hosts],
         "hosts": {
             host.name: {"address": host.address, "ssh_port": host.ssh_port, "container": fleet.container(host)}
             for host in fleet.hosts
@@ -634,7 +640,7 @@ def main() -> None:
     docker = Docker()
     name = os.environ.get("PIXEL_FLEET") or "pixel"
     try:
-        fleet = plan(name, getattr(args, "hosts", None) or ["c5", "t2"], dict(os.environ))
+        fleet = plan(name, getattr(args, "hosts", None) or known_hosts(name), dict(os.environ))
         with alone(fleet):
             if args.command == "up":
                 up(docker, fleet)

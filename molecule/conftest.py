@@ -1,0 +1,61 @@
+"""What all scenarios' tests share: the fleet's own facts, and the journal of a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def state() -> Path:
+    """The folder of the fleet that this scenario made."""
+    return ROOT / ".fleet" / os.environ["PIXEL_FLEET"]
+
+
+@pytest.fixture(scope="session")
+def fleet(state: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((state / "fleet.json").read_text())
+    return facts
+
+
+@pytest.fixture
+def address(host: Any, fleet: dict[str, Any]) -> str:
+    """The private address of the host under test."""
+    found: str = fleet["hosts"][host.backend.hostname]["address"]
+    return found
+
+
+@pytest.fixture
+def shell(host: Any, state: Path) -> Any:
+    """Run a script as root; unlike `host.run`, it leaves no trace of its words on the host."""
+
+    def run(script: str) -> str:
+        command = ["ssh", "-F", str(state / "ssh_config"), host.backend.hostname, "sudo sh -s"]
+        return subprocess.run(command, input=script, text=True, capture_output=True, check=False).stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def password(state: Path) -> Any:
+    """The password of a Redis user, as the inventory keeps it."""
+    return lambda user: (state / "credentials" / f"redis_{user}").read_text().split()[0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report: Any = yield
+    host = getattr(item, "funcargs", {}).get("host")
+    if report.failed and host is not None:
+        units = "--unit=redis-server --unit=pixel --unit=nginx"
+        journal = host.run(f"journalctl {units} --lines=40 --no-pager --output=short-iso")
+        report.sections.append((f"journal of {host.backend.hostname}", journal.stdout))
+    return report

@@ -1,0 +1,115 @@
+"""Role redis, as the app, an operator and an attacker see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+testinfra_hosts = ["debian12", "debian13"]
+
+
+@pytest.fixture
+def redis(shell: Any, address: str, password: Any) -> Any:
+    """Run a command as one of the users; `None` is nobody."""
+
+    def run(user: str | None, *command: str) -> str:
+        login = ""
+        if user:
+            name = {"app": "pixel", "admin": "admin"}[user]
+            login = f"REDISCLI_AUTH={password(user)} "
+            command = ("--user", name, *command)
+        words = " ".join(f"'{word}'" for word in command)
+        output: str = shell(f"{login}redis-cli -h {address} {words}").strip()
+        return output
+
+    return run
+
+
+def test_it_runs_and_will_after_a_boot(host: Any) -> None:
+    service = host.service("redis-server")
+    assert service.is_running
+    assert service.is_enabled
+
+
+def test_it_listens_on_loopback_and_the_private_address_only(host: Any, address: str) -> None:
+    listening = [socket for socket in host.socket.get_listening_sockets() if socket.endswith(":6379")]
+    assert sorted(listening) == sorted([f"tcp://{address}:6379", "tcp://127.0.0.1:6379"])
+
+
+@pytest.mark.parametrize("command", [("ping",), ("get", "pixel:0:0"), ("info",), ("auth", "default", "")])
+def test_nobody_may_do_nothing(redis: Any, command: tuple[str, ...]) -> None:
+    assert redis(None, *command).startswith(("NOAUTH", "WRONGPASS"))
+
+
+def test_the_app_may_use_its_keys(redis: Any) -> None:
+    assert redis("app", "setrange", "pixel:test", "0", "abc") == "3"
+    assert redis("app", "getrange", "pixel:test", "0", "-1") == "abc"
+    assert redis("app", "xadd", "pixel:test:events", "MAXLEN", "~", "10", "*", "c", "x")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("set", "other", "1"),
+        ("keys", "*"),
+        ("flushall",),
+        ("config", "get", "*"),
+        ("acl", "list"),
+        ("shutdown",),
+        ("eval", "return 1", "0"),
+        ("publish", "channel", "x"),
+    ],
+)
+def test_the_app_may_do_nothing_else(redis: Any, command: tuple[str, ...]) -> None:
+    assert redis("app", *command).startswith("NOPERM")
+
+
+def test_an_acknowledged_write_is_on_disk(redis: Any) -> None:
+    for name, value in [("appendonly", "yes"), ("appendfsync", "always"), ("maxmemory-policy", "noeviction")]:
+        assert redis("admin", "config", "get", name).split() == [name, value]
+
+
+def test_memory_is_bounded_by_the_hosts(host: Any, redis: Any) -> None:
+    limit = int(redis("admin", "config", "get", "maxmemory").split()[1])
+    total = int(host.run("awk '/MemTotal/ {print $2}' /proc/meminfo").stdout) * 1024
+    assert 0.3 * total < limit < 0.5 * total
+
+
+@pytest.mark.parametrize("way", ["systemctl restart redis-server", "systemctl kill --signal=KILL redis-server"])
+def test_a_restart_or_a_crash_loses_nothing(host: Any, redis: Any, way: str) -> None:
+    assert redis("app", "set", "pixel:test:kept", way) == "OK"
+    before = host.service("redis-server").systemd_properties["MainPID"]
+    host.run_expect([0], way)
+    for _ in range(50):
+        if redis("app", "ping") == "PONG":
+            break
+        host.run("sleep 0.2")
+    assert host.service("redis-server").systemd_properties["MainPID"] not in (before, "0")
+    assert redis("app", "get", "pixel:test:kept") == way
+
+
+def test_files_are_redis_own(host: Any) -> None:
+    for path in ("/etc/redis/redis.conf", "/etc/redis/users.acl"):
+        file = host.file(path)
+        assert (file.user, file.group, oct(file.mode)) == ("redis", "redis", "0o640")
+
+
+@pytest.mark.parametrize("user", ["app", "admin"])
+def test_passwords_are_nowhere_in_clear(host: Any, password: Any, user: str) -> None:
+    secret = password(user)
+    places = (
+        "cat /etc/redis/*",
+        "systemctl show redis-server",
+        "ps -eo args",
+        "journalctl --no-pager",
+        "cat /proc/$(systemctl show -P MainPID redis-server)/environ",
+    )
+    for place in places:
+        assert secret not in host.run(f"sh -c '{place}'").stdout, place
+
+
+def test_the_unit_is_sandboxed(host: Any) -> None:
+    said = host.run("systemd-analyze security redis-server.service").stdout
+    exposure = float(said.strip().splitlines()[-1].split(":")[1].split()[0])
+    assert exposure <= 2.0
