@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import shutil
@@ -93,6 +94,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def need_tools(only: set[str]) -> None:
     """Says in one go what is missing, and what to install for it."""
+    packages = {"gunicorn", "uvicorn_worker", "uvloop", "httptools", "fastapi", "redis"}
+    packages |= {"pixel"} if any(name.startswith("ours") for name in only) else set()
+    if absent := {name for name in packages if importlib.util.find_spec(name) is None}:
+        raise ImpossibleError(
+            f"{sys.executable} has no {', '.join(sorted(absent))}:"
+            " run this with the Python of an environment that the app is installed in"
+        )
     missing = {package for tool, package in TOOLS.items() if shutil.which(tool) is None}
     if only & {"nginx_lua", "nginx_lua_bare"}:
         missing |= {package for file, package in LUA_FILES.items() if not file.exists()}

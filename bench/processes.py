@@ -55,7 +55,8 @@ class Program:
         return self._process.poll() is None
 
     def last_words(self) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+        lines = self._log.read_text(errors="replace").splitlines()[-15:]
+        return "\n".join(line[-500:] for line in lines)
 
     def pids(self) -> list[int]:
         """The program's own process first, then the others of its session."""
