@@ -37,8 +37,8 @@ def address(host: Any, fleet: dict[str, Any]) -> str:
 def shell(host: Any, state: Path) -> Any:
     """Run a script as root; unlike `host.run`, it leaves no trace of its words on the host."""
 
-    def run(script: str) -> str:
-        command = ["ssh", "-F", str(state / "ssh_config"), host.backend.hostname, "sudo sh -s"]
+    def run(script: str, on: str = host.backend.hostname) -> str:
+        command = ["ssh", "-F", str(state / "ssh_config"), on, "sudo sh -s"]
         return subprocess.run(command, input=script, text=True, capture_output=True, check=False).stdout
 
     return run

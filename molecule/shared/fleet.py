@@ -89,9 +89,9 @@ class Fleet:
 
 def plan(name: str, host_specs: list[str], environ: dict[str, str]) -> Fleet:
     """Derive a fleet from its name; equal names give equal ports, so that a second run finds it."""
-    if not re.fullmatch(r"[a-z][a-z0-9-]{0,30}", name):
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", name):
         raise Problem(
-            f"PIXEL_FLEET={name!r} can't name a fleet: use lower-case letters, digits and hyphens,"
+            f"PIXEL_FLEET={name!r} can't name a fleet: use lower-case letters, digits, - and _,"
             " at most 31, beginning with a letter."
         )
     # The default fleet has the ports that the README names; others are spread by their name.
@@ -399,7 +399,11 @@ def _ensure_container(docker: Docker, fleet: Fleet, host: Host, image: str) -> N
     ]
     spec = hashlib.sha256("\n".join([*arguments, str(fleet.subnet)]).encode()).hexdigest()[:16]
     found = docker(
-        "container", "inspect", name, "--format", '{{index .Config.Labels "pixel.spec"}} {{.State.Status}}',
+        "container",
+        "inspect",
+        name,
+        "--format",
+        '{{index .Config.Labels "pixel.spec"}} {{.State.Status}}',
         check=False,
     )
     if found.returncode == 0:
@@ -479,7 +483,11 @@ def _write_state(docker: Docker, fleet: Fleet) -> None:
         "subnet": str(fleet.subnet),
         "specs": [f"{host.name}:{host.suite}" for host in fleet.hosts],
         "hosts": {
-            host.name: {"address": host.address, "ssh_port": host.ssh_port, "container": fleet.container(host)}
+            host.name: {
+                "address": host.address,
+                "ssh_port": host.ssh_port,
+                "container": fleet.container(host),
+            }
             for host in fleet.hosts
         },
     }
@@ -593,9 +601,10 @@ def alone(fleet: Fleet) -> Iterator[None]:
 
 
 def up(docker: Docker, fleet: Fleet) -> None:
+    names = ", ".join(host.name for host in fleet.hosts)
     steps: list[tuple[str, Callable[[], object]]] = [
         ("Docker engine", docker.ensure),
-        ("host image and hosts " + ", ".join(host.name for host in fleet.hosts), lambda: create(docker, fleet)),
+        (f"host image and hosts {names}", lambda: create(docker, fleet)),
         ("ansible-playbook site.yml", lambda: deploy(fleet)),
         ("first pixel", lambda: first_pixel(fleet)),
     ]

@@ -101,7 +101,7 @@ def main() -> None:
     profile = sys.argv[1] if len(sys.argv) == 2 else ""
     if profile not in LOCKS:
         raise SystemExit(f"usage: machine.py {'|'.join(LOCKS)}")
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (this is where an older one is told so)
         raise SystemExit(
             f"this is Python {sys.version.split()[0]}; 3.11 or newer is needed. Name one:"
             " make PYTHON=/path/to/python3.11 …"

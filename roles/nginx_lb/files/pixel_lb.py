@@ -70,8 +70,7 @@ class Balancer:
         parts = ["# Written by pixel-lb from backends.json; what is drained is marked down.\n"]
         for name, upstream in backends["upstreams"].items():
             parts.append(f"upstream {name} {{\n")
-            for line in upstream["lines"]["first"]:
-                parts.append(f"    {line};\n")
+            parts += [f"    {line};\n" for line in upstream["lines"]["first"]]
             for server in upstream["servers"]:
                 down = " down" if server["name"] in drained else ""
                 parts.append(
@@ -79,8 +78,7 @@ class Balancer:
                     f" max_fails={server['max_fails']} fail_timeout={server['fail_timeout']}{down};"
                     f" # {server['name']}\n"
                 )
-            for line in upstream["lines"]["last"]:
-                parts.append(f"    {line};\n")
+            parts += [f"    {line};\n" for line in upstream["lines"]["last"]]
             parts.append("}\n")
         return "".join(parts)
 
@@ -92,7 +90,7 @@ class Balancer:
         files = sorted(path.relative_to(self.staged) for path in self.staged.rglob("*") if path.is_file())
         checked = nginx("-t", "-q", "-c", str(self.staged / "nginx.conf"))
         if checked.returncode != 0:
-            raise Refused(f"the staged configuration is wrong, the running one stays:\n{checked.stderr.strip()}")
+            raise Refused(f"the staged files are wrong, the running ones stay:\n{checked.stderr.strip()}")
         former = {file: _read(self.nginx / file) for file in files}
         wanted = {file: (self.staged / file).read_bytes() for file in files}
         differs = former != wanted
@@ -136,7 +134,9 @@ class Balancer:
         deadline = time.monotonic() + RELOAD_SECONDS
         while not worker_pids(master) - before:
             if time.monotonic() > deadline:
-                raise Refused(f"Nginx started no workers within {RELOAD_SECONDS:.0f} s of its reload; see its error log")
+                raise Refused(
+                    f"no new workers within {RELOAD_SECONDS:.0f} s of the reload; see the error log"
+                )
             time.sleep(0.02)
         self.stamp.write_text(wanted)
         return True

@@ -1,0 +1,177 @@
+"""Role nginx_lb, before two backends that say what they were sent."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+testinfra_hosts = ["debian12", "debian13"]
+
+
+@pytest.fixture
+def curl(host: Any) -> Any:
+    """Ask the balancer on its own host; gives status, headers (lower case) and body."""
+
+    def run(path: str, *options: str) -> tuple[int, dict[str, str], str]:
+        words = " ".join(f"'{word}'" for word in options)
+        done = host.run(f"client one '{path}' {words}")
+        assert done.rc == 0, done.stderr
+        status, headers, body = json.loads(done.stdout)
+        return status, headers, body
+
+    return run
+
+
+@pytest.fixture
+def many(host: Any) -> Any:
+    """The instances (or the statuses of failures) that answer so many requests in a row."""
+    return lambda count: json.loads(host.check_output(f"client many {count}"))
+
+
+def master(host: Any) -> str:
+    pid: str = host.service("nginx").systemd_properties["MainPID"]
+    return pid
+
+
+def test_it_runs_and_will_after_a_boot(host: Any) -> None:
+    assert host.service("nginx").is_running
+    assert host.service("nginx").is_enabled
+
+
+def test_workers_are_unprivileged(host: Any) -> None:
+    workers = host.process.filter(ppid=int(master(host)))
+    assert workers
+    assert {worker.user for worker in workers} == {"www-data"}
+
+
+def test_the_upstream_is_the_inventorys(host: Any, fleet: dict[str, Any]) -> None:
+    own = host.backend.hostname
+    (other,) = set(fleet["hosts"]) - {own}
+    weights = {"debian12": 3, "debian13": 2}
+    config = host.check_output("nginx -T 2>/dev/null")
+    assert f"server unix:/run/pixel.sock weight={weights[own]} max_fails=3 fail_timeout=5s; # {own}" in config
+    address = fleet["hosts"][other]["address"]
+    assert f"server {address}:8000 weight={weights[other]} max_fails=3 fail_timeout=5s; # {other}" in config
+
+
+def test_requests_in_a_row_follow_the_weights_exactly(many: Any) -> None:
+    many(20)  # Nginx forgets an earlier failure of a backend by and by.
+    seen = many(100)
+    assert Counter(seen) == {"debian12": 60, "debian13": 40}
+    assert seen[:50] == seen[50:]
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "POST", "DELETE", "OPTIONS"])
+def test_every_method_arrives_whole(curl: Any, method: str) -> None:
+    status, _, body = curl("/a/b?x=1&y=%20z", method, "some body", "X-Own: kept")
+    seen = json.loads(body)
+    assert status == 200
+    assert (seen["method"], seen["path"], seen["body"]) == (method, "/a/b?x=1&y=%20z", "some body")
+    assert seen["headers"]["X-Own"] == "kept"
+
+
+def test_the_backend_learns_of_the_client(curl: Any) -> None:
+    _, answer, body = curl("/", "GET", "", "X-Forwarded-For: 6.6.6.6", "Host: canvas.example")
+    sent = json.loads(body)["headers"]
+    assert sent["Host"] == "canvas.example"
+    assert sent["X-Real-IP"] == "127.0.0.1"
+    assert sent["X-Forwarded-For"] == "127.0.0.1"
+    assert sent["X-Forwarded-Proto"] == "http"
+    assert sent["X-Request-ID"] == answer["x-request-id"]
+    assert "Connection" not in sent
+
+
+def test_the_log_tells_the_requests_way(host: Any, curl: Any) -> None:
+    _, headers, _ = curl("/logged?q=%22")
+    for _ in range(20):
+        found = host.run(f"grep {headers['x-request-id']} /var/log/nginx/access.log")
+        if found.rc == 0:
+            break
+        host.run("sleep 0.2")
+    line = json.loads(found.stdout)
+    assert (line["uri"], line["status"]) == ("/logged?q=%22", 200)
+    assert line["upstream"].startswith(("unix:", "172."))
+    assert float(line["upstream_seconds"]) >= 0
+
+
+def test_it_says_no_version(curl: Any) -> None:
+    assert curl("/")[1]["server"] == "nginx"
+
+
+def test_its_own_refusals_are_problem_details(curl: Any) -> None:
+    status, headers, body = curl("/", "POST", "x", f"Content-Length: {3 * 1024 * 1024}")
+    assert status == 413
+    assert headers["content-type"] == "application/problem+json"
+    assert json.loads(body) == {"type": "about:blank", "title": "Content Too Large", "status": 413}
+    assert curl("/metrics")[0] == 404
+
+
+def test_a_drained_backend_gets_nothing_and_nginx_is_not_restarted(host: Any, many: Any) -> None:
+    before = master(host)
+    assert host.check_output("pixel-lb drain debian13") == "changed"
+    assert host.check_output("pixel-lb drain debian13") == "unchanged"
+    assert set(many(20)) == {"debian12"}
+    refused = host.run("pixel-lb drain debian12")
+    assert refused.rc == 1
+    assert "debian12 is the last backend" in refused.stderr
+    assert json.loads(host.check_output("pixel-lb status"))["backends"]["debian13"]["state"] == "drained"
+    assert host.check_output("pixel-lb undrain debian13") == "changed"
+    assert Counter(many(50)) == {"debian12": 30, "debian13": 20}
+    assert master(host) == before
+
+
+def test_a_wrong_name_is_told(host: Any) -> None:
+    refused = host.run("pixel-lb drain nobody")
+    assert refused.rc == 1
+    assert "there is no backend 'nobody'; there are debian12, debian13" in refused.stderr
+
+
+def test_a_broken_configuration_never_replaces_a_good_one(host: Any, shell: Any, many: Any) -> None:
+    good = host.file("/etc/nginx/nginx.conf").content_string
+    shell("sed -i 's/worker_connections/worker_konnections/' /etc/nginx/staged/nginx.conf")
+    refused = host.run("pixel-lb install")
+    shell("sed -i 's/worker_konnections/worker_connections/' /etc/nginx/staged/nginx.conf")
+    assert refused.rc == 1
+    assert "unknown directive" in refused.stderr
+    assert host.file("/etc/nginx/nginx.conf").content_string == good
+    assert len(many(5)) == 5
+    assert host.check_output("pixel-lb install") == "unchanged"
+
+
+def test_a_change_that_was_never_loaded_is_loaded(host: Any, shell: Any) -> None:
+    """An interrupted run: the files are new, Nginx doesn't know."""
+    shell("echo '# left over' >>/etc/nginx/pixel/proxy.conf")
+    before = master(host)
+    assert host.check_output("pixel-lb install") == "changed"
+    assert "left over" not in host.check_output("nginx -T 2>/dev/null")
+    assert json.loads(host.check_output("pixel-lb status"))["loaded"] is True
+    assert master(host) == before
+
+
+def test_a_dead_backend_fails_no_request(host: Any, many: Any) -> None:
+    host.run_expect([0], "systemctl stop backend")
+    try:
+        assert len(set(many(40))) == 1
+    finally:
+        host.run_expect([0], "systemctl start backend")
+
+
+def test_no_backend_at_all_is_a_problem_with_a_hint(shell: Any, curl: Any, fleet: dict[str, Any]) -> None:
+    try:
+        for name in fleet["hosts"]:
+            shell("systemctl stop backend", on=name)
+        status, headers, body = curl("/pixel", "POST", "{}")
+    finally:
+        for name in fleet["hosts"]:
+            shell("systemctl start backend", on=name)
+    assert (status, json.loads(body)["title"]) == (502, "Bad Gateway")
+    assert headers["retry-after"] == "1"
+
+
+def test_the_unit_gives_requests_time_to_end(host: Any) -> None:
+    properties = host.service("nginx").systemd_properties
+    assert "nginx -s quit" in properties["ExecStop"]
+    assert int(properties["LimitNOFILE"]) == 16384
