@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from figures import Figure
 from plan import MAIN_CONNECTIONS
-from results import GROUPS, RATIO_FIGURES, Results
+from results import GROUPS, RATIO_FIGURES, Key, Results
 
 COLUMNS = (
-    f"{'workload':<11}{'conns':>5}  {'variant':<15}{'fsync':<9}{'req/s':>17}"
-    f"{'p50 ms':>15}{'p99 ms':>17}  {'app':>6}{'nginx':>7}{'redis':>7}{'total':>7}"
-    f"{'(spread)':>14}{'RSS MB':>8}"
+    f"{'workload':<11}{'conns':>5}  {'variant':<15}{'fsync':<9}{'req/s':>22}{'p50 ms':>8}"
+    f"{'p99 ms':>19}  |{'app':>7}{'nginx':>7}{'redis':>7}{'total':>19}  |{'RSS MB':>7}"
 )
 
 
@@ -22,21 +21,22 @@ def table(results: Results) -> str:
         if previous is not None and previous != (key.workload, key.connections):
             lines.append("")
         previous = (key.workload, key.connections)
-        cpu = {group: results.figure(key, f"cpu_{group}") for group in GROUPS}
-        total = cpu["total"]
-        costs = "".join(
-            f"{cpu[group].median:7.2f}" if cpu[group].max else f"{'-':>7}" for group in GROUPS
-        )
-        errors = f"  {results.errors(key)} ERRORS" if results.errors(key) else ""
-        lines.append(
-            f"{key.workload:<11}{key.connections:>5}  {key.variant:<15}{key.fsync:<9}"
-            f"{_spread(results.figure(key, 'rps'), 0):>17}"
-            f"{_spread(results.figure(key, 'p50_ms'), 1):>15}"
-            f"{_spread(results.figure(key, 'p99_ms'), 1):>17} {costs}"
-            f"{f'({total.min:.2f}-{total.max:.2f})':>14}"
-            f"{results.figure(key, 'rss_mb').median:8.0f}{errors}"
-        )
+        lines.append(_row(results, key))
     return "\n".join(lines)
+
+
+def _row(results: Results, key: Key) -> str:
+    groups = [results.figure(key, f"cpu_{group}") for group in GROUPS if group != "total"]
+    costs = "".join(f"{of.median:7.2f}" if of.max else f"{'-':>7}" for of in groups)
+    errors = f"  {results.errors(key)} ERRORS" if results.errors(key) else ""
+    return (
+        f"{key.workload:<11}{key.connections:>5}  {key.variant:<15}{key.fsync:<9}"
+        f"{_spread(results.figure(key, 'rps'), 0):>22}"
+        f"{results.figure(key, 'p50_ms').median:8.1f}"
+        f"{_spread(results.figure(key, 'p99_ms'), 1):>19}  |{costs}"
+        f"{_spread(results.figure(key, 'cpu_total'), 2):>19}  |"
+        f"{results.figure(key, 'rss_mb').median:7.0f}{errors}"
+    )
 
 
 def ratios(results: Results) -> str:
