@@ -8,7 +8,7 @@ from results import GROUPS, RATIO_FIGURES, Key, Results
 
 COLUMNS = (
     f"{'workload':<11}{'conns':>5}  {'variant':<15}{'fsync':<9}{'req/s':>22}{'p50 ms':>8}"
-    f"{'p99 ms':>19}  |{'app':>7}{'nginx':>7}{'redis':>7}{'total':>19}  |{'RSS MB':>7}"
+    f"{'p99 ms':>22}  |{'app':>7}{'nginx':>7}{'redis':>7}{'total':>19}  |{'RSS MB':>7}"
 )
 
 
@@ -33,7 +33,7 @@ def _row(results: Results, key: Key) -> str:
         f"{key.workload:<11}{key.connections:>5}  {key.variant:<15}{key.fsync:<9}"
         f"{_spread(results.figure(key, 'rps'), 0):>22}"
         f"{results.figure(key, 'p50_ms').median:8.1f}"
-        f"{_spread(results.figure(key, 'p99_ms'), 1):>19}  |{costs}"
+        f"{_spread(results.figure(key, 'p99_ms'), 1):>22}  |{costs}"
         f"{_spread(results.figure(key, 'cpu_total'), 2):>19}  |"
         f"{results.figure(key, 'rss_mb').median:7.0f}{errors}"
     )
