@@ -395,7 +395,9 @@ def _ensure_container(docker: Docker, fleet: Fleet, host: Host, image: str) -> N
         *("--cap-add", "SYS_ADMIN", "--cap-add", "NET_ADMIN", "--cap-add", "SYS_PTRACE"),
         *("--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"),
         *("--cgroupns", "host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw"),
-        *("--tmpfs", "/run", "--tmpfs", "/run/lock", image, "/sbin/init"),
+        *("--tmpfs", "/run", "--tmpfs", "/run/lock", image),
+        # Mounts that systemd makes for a unit (its credentials) must be seen by the unit.
+        *("sh", "-c", "mount --make-rshared / && exec /sbin/init"),
     ]
     spec = hashlib.sha256("\n".join([*arguments, str(fleet.subnet)]).encode()).hexdigest()[:16]
     found = docker(
