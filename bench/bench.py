@@ -101,6 +101,7 @@ def need_tools(only: set[str]) -> None:
             f"{sys.executable} has no {', '.join(sorted(absent))}:"
             " run this with the Python of an environment that the app is installed in"
         )
+    os.environ["PATH"] += ":/usr/sbin"  # Debian has nginx there, and not on a user's path
     missing = {package for tool, package in TOOLS.items() if shutil.which(tool) is None}
     if only & {"nginx_lua", "nginx_lua_bare"}:
         missing |= {package for file, package in LUA_FILES.items() if not file.exists()}

@@ -65,5 +65,6 @@ def test_missing_tools_are_named_with_their_packages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("shutil.which", lambda _: None)
     assert bench.main(["--only", "usual"]) == 2
     assert "apt-get install --no-install-recommends nginx redis-server" in capsys.readouterr().err
