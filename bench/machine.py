@@ -28,7 +28,7 @@ PACKAGES = [
 ]
 TOOLS = {
     "nginx": ["nginx", "-v"],
-    "redis": ["redis-server", "--version"],
+    "redis-server": ["redis-server", "--version"],
     "wrk": ["wrk", "-v"],
 }
 FLUSHES = 100
