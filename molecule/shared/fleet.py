@@ -469,7 +469,7 @@ def _write_state(docker: Docker, fleet: Fleet) -> None:
         public = docker("exec", fleet.container(host), "cat", "/etc/ssh/ssh_host_ed25519_key.pub")
         known.append(f"[127.0.0.1]:{host.ssh_port} {' '.join(public.stdout.split()[:2])}")
         config += [
-            f"Host {host.name}",
+            f"Host {host.name} {fleet.container(host)}",
             "  HostName 127.0.0.1",
             f"  Port {host.ssh_port}",
             f"  User {LOGIN}",

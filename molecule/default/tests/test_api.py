@@ -1,0 +1,65 @@
+"""The API through the balancer, as its users see it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+testinfra_hosts = ["c5"]
+
+PIXEL = {"x": 10, "y": 20, "channel": "R", "value": 255}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "field"),
+    [
+        ({"value": 256}, 422, "value"),
+        ({"value": -1}, 422, "value"),
+        ({"value": "255"}, 422, "value"),
+        ({"channel": "A"}, 422, "channel"),
+        ({"channel": "r"}, 422, "channel"),
+        ({"x": 1024}, 422, "x"),
+        ({"y": None}, 422, "y"),
+    ],
+)
+def test_a_bad_pixel_is_refused_and_nothing_is_written(
+    client: Any, change: dict[str, Any], status: int, field: str
+) -> None:
+    before = client.ask("/pixel/10/20")[2]
+    wrong = {name: value for name, value in (PIXEL | change).items() if value is not None}
+    got, headers, body = client.ask("/pixel", json.dumps(wrong).encode())
+    assert got == status
+    assert headers["Content-Type"] == "application/problem+json"
+    assert field in [error["field"] for error in json.loads(body)["errors"]]
+    assert client.ask("/pixel/10/20")[2] == before
+
+
+def test_what_is_not_json_is_refused(client: Any) -> None:
+    status, headers, body = client.ask("/pixel", b"x=1&y=2")
+    assert (status, json.loads(body)["title"]) == (400, "Bad Request")
+    assert headers["Content-Type"] == "application/problem+json"
+
+
+def test_requests_are_shared_by_weight(client: Any) -> None:
+    seen = Counter(client.ask("/ping")[1]["X-Pixel-Instance"] for _ in range(100))
+    assert 57 <= seen["c5"] <= 63
+    assert seen["c5"] + seen["t2"] == 100
+
+
+def test_the_upstream_is_the_inventorys(host: Any, fleet: dict[str, Any]) -> None:
+    config = host.check_output("nginx -T 2>/dev/null")
+    assert "server unix:/run/pixel.sock weight=3 max_fails=3 fail_timeout=5s; # c5" in config
+    address = fleet["hosts"]["t2"]["address"]
+    assert f"server {address}:8000 weight=2 max_fails=3 fail_timeout=5s; # t2" in config
+
+
+def test_the_metrics_are_not_the_publics(client: Any) -> None:
+    assert client.ask("/metrics")[0] == 404
+
+
+def test_the_documentation_is_there(client: Any) -> None:
+    assert client.ask("/docs")[0] == 200
+    assert "/pixel" in json.loads(client.ask("/openapi.json")[2])["paths"]

@@ -1,0 +1,66 @@
+"""Every host of the fleet, as an operator and an attacker see it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+testinfra_hosts = ["c5", "t2"]
+
+PIXEL = {"x": 10, "y": 20, "channel": "R", "value": 255}
+
+
+def test_a_pixel_is_posted_and_read_from_this_host(host: Any, client: Any) -> None:
+    status, _, body = client.ask("/pixel", json.dumps(PIXEL).encode())
+    assert (status, body) == (
+        200,
+        '{"status":"ok","received":{"x":10,"y":20,"channel":"R","value":255}}',
+    )
+    pixel = client.read_from(host.backend.hostname, "/pixel/10/20")
+    assert (pixel["x"], pixel["y"], pixel["R"]) == (10, 20, 255)
+
+
+def test_workers_are_as_many_as_vcpus(host: Any) -> None:
+    master = int(host.service("pixel").systemd_properties["MainPID"])
+    workers = host.process.filter(ppid=master)
+    assert len(workers) == int(host.check_output("nproc"))
+    assert {process.user for process in workers} == {"pixel"}
+
+
+def test_both_hosts_run_the_same_release(host: Any, client: Any) -> None:
+    current = host.check_output("readlink /opt/pixel/current")
+    said = client.read_from(host.backend.hostname, "/ping")
+    assert current.endswith("/" + said["release"])
+
+
+@pytest.mark.parametrize("user", ["app", "admin"])
+def test_passwords_leak_nowhere(host: Any, shell: Any, password: Any, user: str) -> None:
+    secret = password(user)
+    for place in (
+        "systemctl show pixel redis-server nginx",
+        "ps -eo args",
+        "journalctl --no-pager",
+        "cat /etc/systemd/system/pixel.* /etc/pixel/*.env",
+        "cat /proc/$(systemctl show -P MainPID pixel)/environ",
+        "cat /var/log/nginx/*",
+    ):
+        assert secret not in shell(place), place
+
+
+def test_an_unprivileged_user_cannot_read_the_password(host: Any) -> None:
+    done = host.run("sudo -u nobody cat /etc/pixel/credentials/redis_password")
+    assert done.rc != 0
+    assert "Permission denied" in done.stderr
+
+
+def test_redis_refuses_a_stranger_on_the_network(host: Any, fleet: dict[str, Any]) -> None:
+    program = (
+        "import socket, sys\n"
+        "connection = socket.create_connection((sys.argv[1], 6379), 3)\n"
+        "connection.sendall(b'PING\\r\\n')\n"
+        "print(connection.recv(100).decode())\n"
+    )
+    address = fleet["hosts"]["c5"]["address"]
+    assert "NOAUTH" in host.check_output(f'python3 -c "{program}" {address}')

@@ -1,0 +1,51 @@
+"""A reboot and a power cut of every host; after them all comes back by itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def power(host: str, state: str) -> None:
+    subprocess.run([sys.executable, str(ROOT / "molecule/shared/fleet.py"), "power", host, state], check=True)
+
+
+def ask(url: str, body: dict[str, Any] | None = None) -> tuple[str, Any]:
+    request = urllib.request.Request(
+        url,
+        data=json.dumps(body).encode() if body else None,
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        return answer.headers["X-Pixel-Instance"], json.loads(answer.read())
+
+
+@pytest.mark.parametrize("host", ["c5", "t2"])
+@pytest.mark.parametrize("states", [("reboot",), ("off", "on")], ids=["reboot", "power cut"])
+def test_all_comes_back_by_itself(fleet: dict[str, Any], host: str, states: tuple[str, ...]) -> None:
+    url = fleet["url"]
+    value = 100 + len(states) + len(host)
+    ask(f"{url}/pixel", {"x": 1, "y": 2, "channel": "G", "value": value})
+    for state in states:
+        power(host, state)
+    deadline = time.monotonic() + 60
+    answered: set[str] = set()
+    while answered != {"c5", "t2"} and time.monotonic() < deadline:
+        try:
+            instance, pixel = ask(f"{url}/pixel/1/2")
+        except OSError:
+            time.sleep(0.5)
+            continue
+        assert pixel["G"] == value
+        answered.add(instance)
+    assert answered == {"c5", "t2"}
+    ask(f"{url}/pixel", {"x": 1, "y": 3, "channel": "G", "value": value})

@@ -1,0 +1,199 @@
+"""Role pixel_app alone, before a Redis of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+testinfra_hosts = ["debian12", "debian13"]
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def converge(host: Any, **variables: Any) -> subprocess.CompletedProcess[str]:
+    """Run the role again on this host, with variables of the test's choice."""
+    return subprocess.run(
+        [
+            *("ansible-playbook", "--inventory", str(ROOT / "molecule/shared/inventory")),
+            *("--limit", host.backend.hostname, "--extra-vars", json.dumps(variables)),
+            str(ROOT / "molecule/pixel_app/converge.yml"),
+        ],
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def ask(host: Any, address: str) -> Any:
+    """GET from the app on its own host; gives the decoded body."""
+    program = (
+        "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=3).read().decode())"
+    )
+
+    def run(path: str) -> Any:
+        return json.loads(host.check_output(f"python3 -c '{program}' http://{address}:8000{path}"))
+
+    return run
+
+
+def main_pid(host: Any) -> int:
+    return int(host.service("pixel").systemd_properties["MainPID"])
+
+
+def wait_until_ready(host: Any, ask: Any) -> None:
+    for _ in range(50):
+        try:
+            if ask("/readyz")["redis"] == "ok":
+                return
+        except AssertionError:
+            time.sleep(0.2)
+    raise AssertionError("not ready within 10 s")
+
+
+@pytest.mark.parametrize("unit", ["pixel.socket", "pixel.service"])
+def test_it_runs_and_will_after_a_boot(host: Any, unit: str) -> None:
+    assert host.service(unit).is_running
+    assert host.service(unit).is_enabled
+
+
+def test_it_is_ready(ask: Any, host: Any) -> None:
+    ready = ask("/readyz")
+    assert ready["redis"] == "ok"
+    assert ready["instance"] == host.backend.hostname
+
+
+def test_workers_are_as_many_as_told_and_unprivileged(host: Any) -> None:
+    master = main_pid(host)
+    workers = host.process.filter(ppid=master)
+    assert len(workers) == 2
+    assert {process.user for process in workers} == {"pixel"}
+    assert host.process.get(pid=master).user == "pixel"
+
+
+def test_it_listens_where_it_should_only(host: Any, address: str) -> None:
+    listening = [socket for socket in host.socket.get_listening_sockets() if ":8000" in socket]
+    assert listening == [f"tcp://{address}:8000"]
+    file = host.file("/run/pixel.sock")
+    assert file.is_socket
+    assert (file.user, file.group, oct(file.mode)) == ("root", "www-data", "0o660")
+
+
+def test_the_release_is_the_current_one_and_says_so(host: Any, ask: Any) -> None:
+    release = Path(host.check_output("readlink /opt/pixel/current"))
+    assert release.parent == Path("/opt/pixel/releases")
+    assert ask("/ping")["release"] == release.name
+    assert host.file("/opt/pixel/current/bin/python").user == "root"
+    assert not host.file(f"{release}/wheels").exists
+
+
+def test_the_service_cannot_write_its_own_program(host: Any) -> None:
+    done = host.run("sudo -u pixel touch /opt/pixel/current/x /etc/pixel/x")
+    assert done.rc != 0
+    assert "Permission denied" in done.stderr
+
+
+def test_the_password_is_where_only_root_reads_it(host: Any) -> None:
+    for path, mode in (
+        ("/etc/pixel/credentials", "0o700"),
+        ("/etc/pixel/credentials/redis_password", "0o600"),
+    ):
+        file = host.file(path)
+        assert (file.user, oct(file.mode)) == ("root", mode)
+
+
+def test_the_unit_is_sandboxed(host: Any) -> None:
+    said = host.run("systemd-analyze security pixel.service").stdout
+    assert float(said.strip().splitlines()[-1].split(":")[1].split()[0]) <= 2.0
+
+
+def test_a_hup_replaces_the_workers_and_not_the_master(host: Any, ask: Any) -> None:
+    master = main_pid(host)
+    before = {process.pid for process in host.process.filter(ppid=master)}
+    host.run_expect([0], "systemctl reload pixel")
+    for _ in range(50):
+        after = {process.pid for process in host.process.filter(ppid=master)}
+        if len(after) == 2 and not after & before:
+            break
+        time.sleep(0.2)
+    assert not after & before
+    assert main_pid(host) == master
+    wait_until_ready(host, ask)
+
+
+RESTART_UNDER_REQUESTS = """
+import http.client, subprocess, threading, time
+restart = subprocess.Popen(["systemctl", "restart", "pixel"])
+answers, end = [], None
+while end is None or time.monotonic() < end:
+    if end is None and restart.poll() is not None:
+        end = time.monotonic() + 1
+    connection = http.client.HTTPConnection("{address}", 8000, timeout=20)
+    connection.request("GET", "/ping", headers={{"Connection": "close"}})
+    answers.append(connection.getresponse().status)
+print(len(answers), set(answers))
+"""
+
+
+def test_a_restart_refuses_nobody(host: Any, shell: Any, address: str, ask: Any) -> None:
+    before = main_pid(host)
+    output = shell(f"python3 - <<'END'\n{RESTART_UNDER_REQUESTS.format(address=address)}\nEND\n")
+    count, statuses = output.split(maxsplit=1)
+    assert int(count) > 5
+    assert statuses.strip() == "{200}"
+    assert main_pid(host) != before
+
+
+def test_a_killed_master_comes_back(host: Any, ask: Any) -> None:
+    before = main_pid(host)
+    host.run_expect([0], f"kill -9 {before}")
+    wait_until_ready(host, ask)
+    assert main_pid(host) not in (0, before)
+
+
+def test_redis_away_is_said_and_healed(host: Any, ask: Any) -> None:
+    host.run_expect([0], "systemctl stop redis-server")
+    try:
+        program = (
+            "import sys, time, urllib.request, urllib.error\n"
+            "start = time.monotonic()\n"
+            "try: urllib.request.urlopen(sys.argv[1], timeout=5)\n"
+            "except urllib.error.HTTPError as error:\n"
+            "    print(error.code, error.headers['Retry-After'], time.monotonic() - start < 1)\n"
+        )
+        said = host.check_output(f'python3 -c "{program}" http://$(hostname -I | cut -d" " -f1):8000/readyz')
+        assert said == "503 1 True"
+    finally:
+        host.run_expect([0], "systemctl start redis-server")
+    wait_until_ready(host, ask)
+
+
+def test_settings_that_the_app_refuses_stop_the_play_and_the_service_stays(host: Any, ask: Any) -> None:
+    before = main_pid(host)
+    done = converge(host, pixel_app_settings={"PIXEL_EVENTS_MAXLEN": "few"})
+    assert done.returncode != 0
+    assert "PIXEL_EVENTS_MAXLEN" in done.stdout
+    assert main_pid(host) == before
+    wait_until_ready(host, ask)
+
+
+def test_old_releases_are_removed_and_a_new_one_takes_over(host: Any, ask: Any) -> None:
+    """Three stay: the current one and the two newest of the others."""
+    former = ask("/ping")["release"]
+    for number in range(1, 5):
+        folder = f"/opt/pixel/releases/old-{number}"
+        host.run_expect([0], f"sh -c 'mkdir -p {folder} && touch -d 2020-01-0{number} {folder}'")
+    done = converge(host, pixel_app_release="named-by-hand")
+    assert done.returncode == 0, done.stdout
+    assert ask("/ping")["release"] == "named-by-hand"
+    releases = host.check_output("ls /opt/pixel/releases").split()
+    assert sorted(releases) == sorted(["named-by-hand", former, "old-4"])
+    assert converge(host).returncode == 0
+    assert ask("/ping")["release"] == former
