@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import fleet
 import machine
@@ -60,8 +60,8 @@ def test_a_taken_port_is_told_with_a_way_out() -> None:
 
 
 def test_a_full_disk_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    usage = namedtuple("usage", "total used free")(100, 99, 1024**3)
-    monkeypatch.setattr(fleet.shutil, "disk_usage", lambda path: usage)
+    usage = SimpleNamespace(free=1024**3)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     docker = fleet.Docker()
     docker.command = ("echo", str(tmp_path))
     with pytest.raises(machine.Problem, match=r"only 1\.0 GiB are free"):
@@ -76,8 +76,8 @@ def test_no_permission_for_docker_is_told_with_a_way_out(
     refusing.chmod(0o755)
     docker = fleet.Docker()
     docker.command = (str(refusing),)
-    monkeypatch.setattr(fleet.os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(fleet.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     with pytest.raises(machine.Problem, match="usermod -aG docker"):
         docker.ensure()
 

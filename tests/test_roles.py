@@ -45,6 +45,7 @@ def test_names_tell_whose_a_variable_is(role: str) -> None:
 def test_the_readme_is_generated_from_the_arguments(role: str, tmp_path: Path) -> None:
     """`make docs` writes it."""
     fresh = tmp_path / "README.md"
-    command = [Path(sys.prefix, "bin", "aar-doc"), "--output-file", fresh, ROOT / "roles" / role, "markdown"]
-    subprocess.run(command, check=True, capture_output=True)
+    program = Path(sys.prefix, "bin", "aar-doc")
+    arguments: list[str | Path] = ["--output-file", fresh, ROOT / "roles" / role, "markdown"]
+    subprocess.run([program, *arguments], check=True, capture_output=True)
     assert (ROOT / "roles" / role / "README.md").read_text() == fresh.read_text()

@@ -1,0 +1,51 @@
+# Each target is what a person could type.
+PYTHON ?= python3
+URL ?= http://127.0.0.1:8080
+RATE ?= 1000
+BIN = .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+up: control  ## make the local fleet, deploy to it, post a pixel and read it back
+	$(PYTHON) molecule/shared/fleet.py up
+
+down:  ## remove the local fleet
+	$(PYTHON) molecule/shared/fleet.py down
+
+test: lint check scenarios  ## all tests
+
+lint: tools  ## style, types, and what Ansible's users expect
+	ruff check .
+	ruff format --check .
+	mypy
+	cd app && mypy
+	cd bench && mypy .
+	yamllint --strict .
+	ansible-lint --profile production --offline
+
+check: tools  ## the tests that need no host
+	pytest -q tests
+	cd app && env -u PIXEL_FLEET pytest -q
+	cd bench && pytest -q
+
+scenarios: tools  ## the roles and the fleet, on hosts that boot
+	molecule test --all
+
+bench: tools  ## compare ways to serve a durable pixel, on this machine
+	$(BIN)/python bench/bench.py
+
+load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the balancer
+	$(BIN)/python bench/load.py --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --strict
+
+docs: tools  ## write the roles' READMEs from their argument specs
+	for role in roles/*; do aar-doc --output-file README.md $$role markdown; done
+
+control:
+	@$(PYTHON) molecule/shared/machine.py control
+
+tools:
+	@$(PYTHON) molecule/shared/machine.py test
+
+.PHONY: help up down test lint check scenarios bench load docs control tools
