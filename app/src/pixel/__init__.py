@@ -1,0 +1,1 @@
+"""Pixel Endpoint: a durable shared canvas over HTTP."""

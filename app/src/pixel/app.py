@@ -1,0 +1,167 @@
+"""The application: its doors, in the order in which a request meets them.
+
+``Observed`` counts and times every answer. ``Front`` takes ``POST /pixel``, the hot path, past
+FastAPI, whose routing and request handling would cost four times what the write does. FastAPI
+has everything else, and the same route again, for the documentation's sake.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from time import perf_counter
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pixel import metrics
+from pixel.canvas import Canvas
+from pixel.pixel import Reader
+from pixel.problems import Problem
+from pixel.requests import State
+from pixel.routes import docs, health, live, pixels
+from pixel.settings import Settings, load
+from pixel.store import Store
+
+ROUTERS: tuple[APIRouter, ...] = (pixels.router, health.router, docs.router, live.router)
+
+log = logging.getLogger(__name__)
+
+
+class Observed:
+    """Counts and times every answer, and answers for what nobody else has caught."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = perf_counter()
+        status = 0
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except ClientDisconnect:
+            status = status or 499
+        except Exception:
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            if status:
+                raise
+            problem = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This is our fault; it is logged.")
+            await problem.response()(scope, receive, watch)
+        finally:
+            route = getattr(scope.get("route"), "path", "")
+            metrics.observe(scope["method"], route, status, perf_counter() - started)
+
+
+class Front:
+    """Answers ``POST /pixel`` and hands everything else on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != "/pixel" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = pixels.POST_PIXEL
+        try:
+            body = await pixels.write_pixel(scope, receive)
+        except Problem as problem:
+            await problem.response()(scope, receive, send)
+            return
+        length = b"%d" % len(body)
+        headers = [(b"content-length", length), (b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+async def problem_answer(request: Request, error: Exception) -> Response:
+    """A problem that a route has raised."""
+    assert isinstance(error, Problem)
+    return error.response()
+
+
+async def http_answer(request: Request, error: Exception) -> Response:
+    """404 and 405 from the router; OPTIONS is what no route answers by itself."""
+    assert isinstance(error, HTTPException)
+    if error.status_code != HTTPStatus.METHOD_NOT_ALLOWED:
+        return Problem(HTTPStatus(error.status_code), "There is nothing at this path.").response()
+    allow = {"Allow": ", ".join(sorted(allowed(request.url.path)))}
+    if request.method == "OPTIONS":
+        return Response(status_code=HTTPStatus.NO_CONTENT, headers=allow)
+    detail = f"{request.method} can't be done here."
+    return Problem(HTTPStatus.METHOD_NOT_ALLOWED, detail, headers=allow).response()
+
+
+def allowed(path: str) -> set[str]:
+    """The methods that some route answers at a path."""
+    methods = {"OPTIONS"}
+    for router in ROUTERS:
+        for route in router.routes:
+            if isinstance(route, APIRoute) and route.path_regex.match(path):
+                methods |= route.methods or set()
+    return methods | {"HEAD"} if "GET" in methods else methods
+
+
+async def validation_answer(request: Request, error: Exception) -> Response:
+    """422 for a query parameter; a path that names no pixel names nothing, and is a 404."""
+    assert isinstance(error, RequestValidationError)
+    faults = error.errors()
+    if any(fault["loc"][0] == "path" for fault in faults):
+        return Problem(HTTPStatus.NOT_FOUND, "There is no such pixel.").response()
+    errors = [{"field": str(fault["loc"][-1]), "reason": str(fault["msg"])} for fault in faults]
+    detail = "; ".join(f"{fault['field']}: {fault['reason']}" for fault in errors)
+    return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, detail, errors=errors).response()
+
+
+def create_api(settings: Settings) -> FastAPI:
+    """FastAPI's part of the application; it connects to Redis when it is started."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        metrics.WORKERS.set(1)
+        metrics.STARTED.set_to_current_time()
+        store = Store(settings)
+        reader = Reader(Canvas(settings.canvas_width, settings.canvas_height))
+        yield {"settings": settings, "store": store, "reader": reader, "closing": asyncio.Event()}
+        store.close()
+
+    api = FastAPI(
+        title="Pixel Endpoint",
+        version=settings.release,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+        exception_handlers={
+            Problem: problem_answer,
+            HTTPException: http_answer,
+            RequestValidationError: validation_answer,
+        },
+    )
+    for router in ROUTERS:
+        api.include_router(router)
+    return api
+
+
+def create_app(settings: Settings) -> ASGIApp:
+    """The whole application."""
+    return Observed(Front(create_api(settings)))
+
+
+app = create_app(load())

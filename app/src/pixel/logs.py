@@ -1,0 +1,29 @@
+"""Logs: a JSON object a line, to standard error, which systemd keeps.
+
+Answers aren't logged one by one (Nginx does that), but for those that are our fault.
+"""
+
+from typing import Any
+
+from pixel.settings import Settings
+
+
+def config(settings: Settings) -> dict[str, Any]:
+    """Logging for the master and its workers, as ``logging.config.dictConfig`` takes it."""
+    level = settings.log_level.upper()
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {
+            "json": {
+                "()": "pythonjsonlogger.json.JsonFormatter",
+                "fmt": "%(asctime)s %(levelname)s %(name)s %(process)d %(message)s",
+                "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
+                "static_fields": {"instance": settings.instance, "release": settings.release},
+            }
+        },
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
+        "root": {"level": level, "handlers": ["stderr"]},
+        # Uvicorn logs through the handlers that Gunicorn's logger has, so it needs its own.
+        "loggers": {"gunicorn.error": {"level": level, "handlers": ["stderr"], "propagate": False}},
+    }

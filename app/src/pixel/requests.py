@@ -1,0 +1,64 @@
+"""What requests have in common: the state that they are served with, and their bodies."""
+
+import asyncio
+from http import HTTPStatus
+from typing import TypedDict
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope
+
+from pixel.pixel import Reader
+from pixel.problems import Problem
+from pixel.settings import Settings
+from pixel.store import Store
+
+BODY_SECONDS = 10.0
+"""How long the rest of a body may take that didn't come with its request."""
+
+
+class State(TypedDict):
+    """The lifespan's state, which every request sees."""
+
+    settings: Settings
+    store: Store
+    reader: Reader
+    closing: asyncio.Event
+
+
+def state_of(request: Request) -> State:
+    """The state that a request is served with."""
+    state: State = request.scope["state"]
+    return state
+
+
+async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The body of a JSON request, of ``limit`` bytes at most.
+
+    Raises a ``Problem`` (408, 413, 415), or ClientDisconnect.
+    """
+    content_type: bytes = dict(scope["headers"]).get(b"content-type", b"")
+    if content_type.partition(b";")[0].strip().lower() != b"application/json":
+        raise Problem(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be sent as application/json."
+        )
+    body, more = await _read(receive)
+    if more:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while more and len(body) <= limit:
+                    part, more = await _read(receive)
+                    body += part
+        except TimeoutError:
+            raise Problem(HTTPStatus.REQUEST_TIMEOUT, "The body took too long to arrive.") from None
+    if len(body) > limit:
+        raise Problem(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body is larger than {limit} bytes."
+        )
+    return body
+
+
+async def _read(receive: Receive) -> tuple[bytes, bool]:
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)

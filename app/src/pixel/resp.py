@@ -1,0 +1,140 @@
+"""A connection to Redis: pipelines out, replies in, and nothing ever sent a second time.
+
+It is this small because it has to be sure of two things: what became of a command when the
+connection is lost, and that many writers' commands cost one system call. hiredis packs and
+parses.
+"""
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, cast
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import hiredis
+
+from pixel.settings import Settings
+
+Command = tuple[str | bytes | int, ...]
+
+# As it really is; its annotation knows tuples of one only.
+_pack: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[assignment]
+
+_INCOMPLETE = object()
+
+
+class ReplyError(Exception):
+    """Redis' own error, in its words; inside a transaction's reply it stands in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where Redis is, and as whom to speak to it."""
+
+    host: str
+    port: int
+    path: str
+    tls: bool
+    database: int
+    username: str | None
+    password: str | None = field(repr=False)
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The server of ``PIXEL_REDIS_URL``: redis://, rediss:// (TLS) or unix://."""
+        url = urlsplit(settings.redis_url)
+        local = url.scheme == "unix"
+        password = settings.redis_password
+        database = parse_qs(url.query).get("db", ["0"])[0] if local else url.path.strip("/")
+        return cls(
+            host=url.hostname or "",
+            port=url.port or 6379,
+            path=unquote(url.path) if local else "",
+            tls=url.scheme == "rediss",
+            database=int(database or 0),
+            username=settings.redis_username or (url.username and unquote(url.username)),
+            password=password.get_secret_value() if password else None,
+        )
+
+
+class Connection(asyncio.Protocol):
+    """One connection. Pipelines may be in flight together; they are answered in their order."""
+
+    def __init__(self) -> None:
+        self._reader = hiredis.Reader(replyError=ReplyError, notEnoughData=_INCOMPLETE)
+        self._waiting: deque[tuple[int, list[Any], asyncio.Future[list[Any]]]] = deque()
+        self._transport: asyncio.Transport
+        self.closed = True
+
+    @classmethod
+    async def open(cls, server: Server) -> Self:
+        """Connect and log in.
+
+        Raises OSError if the server can't be reached, ReplyError if it won't have us, or isn't
+        ready yet (it reads its data after a start).
+        """
+        loop = asyncio.get_running_loop()
+        if server.path:
+            _, connection = await loop.create_unix_connection(cls, server.path)
+        else:
+            tls = ssl.create_default_context() if server.tls else None
+            _, connection = await loop.create_connection(cls, server.host, server.port, ssl=tls)
+        greeting: list[Command] = [("SELECT", server.database), ("PING",)]
+        if server.password is not None:
+            greeting.insert(0, ("AUTH", server.username or "default", server.password))
+        try:
+            for reply in await connection.execute(greeting):
+                if isinstance(reply, ReplyError):
+                    raise reply
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def execute(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
+        """Send the commands at once; the future holds a reply for each.
+
+        Errors of single commands are among the replies. The future raises ConnectionError when
+        the connection is lost: what became of the commands is then unknown.
+        """
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        if self.closed:
+            future.set_exception(ConnectionError("the connection is closed"))
+        else:
+            self._waiting.append((len(commands), [], future))
+            self._transport.write(b"".join(map(_pack, commands)))
+        return future
+
+    def close(self) -> None:
+        """Close at once; whoever waits gets ConnectionError."""
+        self._transport.abort()
+        self._lose(ConnectionAbortedError("the connection was closed"))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.closed = False
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        try:
+            while (reply := self._reader.gets()) is not _INCOMPLETE:
+                count, replies, future = self._waiting[0]
+                replies.append(reply)
+                if len(replies) == count:
+                    self._waiting.popleft()
+                    if not future.done():
+                        future.set_result(replies)
+        except (hiredis.ProtocolError, IndexError):
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lose(ConnectionResetError("the connection was lost"))
+
+    def _lose(self, error: ConnectionError) -> None:
+        self.closed = True
+        while self._waiting:
+            _, _, future = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(error)

@@ -1,0 +1,165 @@
+"""Settings, read from the environment (prefix ``PIXEL_``) and from systemd's credentials.
+
+``python -m pixel.settings`` checks them: one line and status 0, or one line a fault and
+status 78 (``EX_CONFIG``).
+"""
+
+import difflib
+import os
+import socket
+import sys
+from functools import cache
+from typing import Annotated, Literal, NoReturn
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    AnyHttpUrl,
+    Field,
+    Json,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "PIXEL_"
+EX_CONFIG = 78
+
+MAX_SIDE = 65_536
+"""Largest width or height: an event holds a coordinate in 16 bits."""
+
+MAX_BATCH = 10_000
+"""Most pixels in one ``POST /pixels``."""
+
+_HTTP_URL: TypeAdapter[AnyHttpUrl] = TypeAdapter(AnyHttpUrl)
+
+
+def _base_url(value: str) -> str:
+    """One way to write a base URL: an HTTP one, without the slash at its end."""
+    return str(_HTTP_URL.validate_python(value)).rstrip("/")
+
+
+BaseUrl = Annotated[str, AfterValidator(_base_url)]
+
+
+class Settings(BaseSettings):
+    """What an operator can set. Times are in seconds, sizes in bytes unless said otherwise."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        # systemd's LoadCredential; an absent directory is none at all.
+        secrets_dir=os.environ.get("CREDENTIALS_DIRECTORY"),
+        frozen=True,
+        validate_default=False,
+        hide_input_in_errors=True,
+    )
+
+    instance: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = Field(
+        default_factory=socket.gethostname
+    )
+    port: Annotated[int, Field(ge=1, le=65_535)] = 8000
+    release: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")] = "dev"
+    bind: Annotated[str, Field(pattern=r"^(unix:/.+|[^:]+:\d{1,5}|\[.+\]:\d{1,5})$")] = (
+        "127.0.0.1:8000"
+    )
+    workers: Annotated[int, Field(ge=1, le=256)] = Field(
+        default_factory=lambda: len(os.sched_getaffinity(0))
+    )
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_username: str | None = None
+    redis_password: SecretStr | None = None
+    redis_timeout: Annotated[float, Field(gt=0, le=0.9)] = 0.8
+
+    canvas_width: Annotated[int, Field(ge=1, le=MAX_SIDE)] = 1024
+    canvas_height: Annotated[int, Field(ge=1, le=MAX_SIDE)] = 1024
+    events_maxlen: Annotated[int, Field(ge=100)] = 20_000
+    # Counted in channel writes; a full batch has to fit, or it could never be accepted.
+    write_queue: Annotated[int, Field(ge=MAX_BATCH)] = 5 * MAX_BATCH
+    body_limit: Annotated[int, Field(ge=128, le=65_536)] = 1024
+
+    # NoDecode: pydantic reads the JSON, so that a fault in it is told like any other.
+    peers: Annotated[Json[tuple[BaseUrl, ...]], NoDecode] = ()
+
+    graceful_timeout: Annotated[int, Field(ge=2, le=3600)] = 30
+    keepalive: Annotated[int, Field(ge=1, le=3600)] = 75
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        if parts.password or "password=" in parts.query:
+            raise ValueError(
+                "must hold no password: give it as PIXEL_REDIS_PASSWORD"
+                " or in the credential pixel_redis_password"
+            )
+        if not (parts.path if parts.scheme == "unix" else parts.hostname):
+            raise ValueError("names no server, as in redis://127.0.0.1:6379/0")
+        return value
+
+    @field_validator("redis_password")
+    @classmethod
+    def _strip_newline(cls, value: SecretStr | None) -> SecretStr | None:
+        """An editor ends a file with a newline, which is no part of the password."""
+        return value and SecretStr(value.get_secret_value().rstrip("\r\n"))
+
+
+@cache
+def load() -> Settings:
+    """The settings of this process; ends it with status 78 and a line a fault if they are bad."""
+    faults = _unknown_variables()
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        faults += _bad_values(error)
+    if faults:
+        refuse(*faults)
+    return settings
+
+
+def refuse(*faults: str) -> NoReturn:
+    """End the process as systemd expects it of a bad configuration, with a line a fault."""
+    for fault in faults:
+        print(f"pixel: {fault}", file=sys.stderr)
+    sys.exit(EX_CONFIG)
+
+
+def _unknown_variables() -> list[str]:
+    """A misspelt setting would otherwise leave its default in force, unnoticed."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    lines = []
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            lines.append(f"{name}: there is no such setting; {hint}")
+    return lines
+
+
+def _bad_values(error: ValidationError) -> list[str]:
+    """A line for each bad setting: its variable, what is wrong, how to mend it."""
+    lines = []
+    for item in error.errors(include_input=False, include_url=False):
+        message = item["msg"].removeprefix("Value error, ")
+        if item["loc"]:
+            variable = PREFIX + str(item["loc"][0]).upper()
+            field = Settings.model_fields[str(item["loc"][0])]
+            default = "" if field.is_required() or field.default_factory else field.default
+            hint = f" (the default is {default!r})" if default not in ("", None, ()) else ""
+            message = f"{variable}: {message}{hint}"
+        lines.append(message)
+    return lines
+
+
+if __name__ == "__main__":
+    settings = load()
+    print(
+        f"settings are valid: instance {settings.instance}, release {settings.release},"
+        f" {settings.workers} workers,"
+        f" a canvas of {settings.canvas_width}x{settings.canvas_height}"
+    )

@@ -1,0 +1,200 @@
+"""What the tests run against: Redis servers of their own, with durability and users as in a
+fleet, and the service under Gunicorn as systemd starts it."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+import redis
+from starlette.testclient import TestClient
+
+from pixel.app import create_app
+from pixel.settings import Settings
+
+APP_USER = "~pixel:* resetchannels +@read +@write +@connection +@transaction -@dangerous"
+PASSWORD = "correct-horse"
+GUNICORN = ("gunicorn", "--config", "python:pixel.gunicorn_conf", "pixel.app:app")
+
+
+def wait_until(true: Callable[[], object], seconds: float = 10) -> None:
+    """Return when something has become true; fail if it doesn't in time."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it didn't come true in time"
+        time.sleep(0.02)
+
+
+class RedisServer:
+    """A Redis in a directory of its own, durable, that can be hurt."""
+
+    def __init__(self) -> None:
+        # Not pytest's directory: a socket's path has to be short.
+        self.directory = Path(tempfile.mkdtemp(prefix="px-"))
+        self.socket = self.directory / "redis.sock"
+        self.url = f"unix://{self.socket}"
+        self.start()
+
+    def start(self) -> None:
+        # The default user can't log in, but must keep its permissions: Redis replays the
+        # transactions of its append-only file as that user, and drops what it may not do.
+        options = f"""
+            --port 0 --unixsocket {self.socket} --dir {self.directory}
+            --save "" --appendonly yes --appendfsync always
+            --user default off resetpass ~* &* +@all
+            --user admin on nopass ~* &* +@all
+            --user pixel on >{PASSWORD} {APP_USER}
+        """
+        self.process = subprocess.Popen(
+            ["redis-server", *shlex.split(options)], stdout=subprocess.DEVNULL
+        )
+        try:
+            wait_until(self._answers)
+        except AssertionError:
+            self.kill()
+            raise
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(redis.RedisError), self.admin() as admin:
+            return bool(admin.ping())
+        return False
+
+    def admin(self) -> redis.Redis:
+        """A client that may do anything. To be closed."""
+        return redis.Redis(
+            unix_socket_path=str(self.socket), username="admin", password="", protocol=2
+        )
+
+    def settings(self, **others: object) -> Settings:
+        """Settings for a service with this Redis."""
+        return Settings(
+            redis_url=self.url, redis_username="pixel", redis_password=PASSWORD, **others
+        )
+
+    def pause(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.socket.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        self.kill()
+        shutil.rmtree(self.directory)
+
+
+@pytest.fixture(scope="session")
+def shared_redis() -> Iterator[RedisServer]:
+    server = RedisServer()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def redis_server(shared_redis: RedisServer) -> RedisServer:
+    """A Redis that is empty, and stays unhurt."""
+    with shared_redis.admin() as admin:
+        admin.flushall()
+    return shared_redis
+
+
+@pytest.fixture
+def fragile_redis() -> Iterator[RedisServer]:
+    """A Redis to be paused, killed and broken."""
+    server = RedisServer()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> Iterator[TestClient]:
+    """The application in this process, with an empty canvas of 1024x1024."""
+    with TestClient(create_app(redis_server.settings(instance="c5", release="r1"))) as client:
+        yield client
+
+
+class Service:
+    """The service under Gunicorn, with a TCP and a unix socket passed as systemd passes them."""
+
+    def __init__(self, redis_url: str, **environment: str) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="px-"))
+        (self.directory / "metrics").mkdir()
+        self.socket = self.directory / "app.sock"
+        self.tcp = socket.create_server(("127.0.0.1", 0))
+        self.unix = socket.socket(socket.AF_UNIX)
+        self.unix.bind(str(self.socket))
+        self.unix.listen()
+        self.url = f"http://127.0.0.1:{self.tcp.getsockname()[1]}"
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(Path(__file__).parent.parent / "src"),
+            "PROMETHEUS_MULTIPROC_DIR": str(self.directory / "metrics"),
+            "PIXEL_INSTANCE": "c5",
+            "PIXEL_WORKERS": "2",
+            "PIXEL_REDIS_URL": redis_url,
+            "PIXEL_REDIS_USERNAME": "pixel",
+            "PIXEL_REDIS_PASSWORD": PASSWORD,
+            **environment,
+        }
+        self.start()
+
+    def start(self) -> None:
+        sockets = (self.tcp.fileno(), self.unix.fileno())
+        self.log = (self.directory / "log").open("a+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _AS_SYSTEMD, *map(str, sockets), "-m", *GUNICORN],
+            env=self.environment,
+            pass_fds=sockets,
+            stderr=self.log,
+        )
+
+    def output(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(20)
+
+    def remove(self) -> None:
+        if self.process.poll() is None:
+            self.stop()
+        self.log.close()
+        self.tcp.close()
+        self.unix.close()
+        shutil.rmtree(self.directory)
+
+
+# Puts the two sockets where systemd does, 3 and 4, and becomes what it is told to.
+_AS_SYSTEMD = """
+import os, sys
+for source, aside in zip(sys.argv[1:3], (100, 101)):
+    os.dup2(int(source), aside)
+os.dup2(100, 3)
+os.dup2(101, 4)
+os.environ.update(LISTEN_FDS="2", LISTEN_PID=str(os.getpid()))
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
+"""
+
+
+@pytest.fixture(scope="module")
+def service(shared_redis: RedisServer) -> Iterator[Service]:
+    """Two workers, that have answered."""
+    service = Service(shared_redis.url)
+    assert httpx.get(f"{service.url}/readyz", timeout=20).status_code == 200
+    yield service
+    service.remove()

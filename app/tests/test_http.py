@@ -1,0 +1,170 @@
+"""The HTTP surface, as a client sees it."""
+
+import json
+
+import pytest
+from conftest import RedisServer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from pixel.app import create_api
+
+GOOD = {"x": 10, "y": 20, "channel": "R", "value": 255}
+
+
+def test_a_pixel_is_written_and_read(client: TestClient) -> None:
+    answer = client.post("/pixel", json=GOOD)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.text == ('{"status":"ok","received":{"x":10,"y":20,"channel":"R","value":255}}')
+    assert client.get("/pixel/10/20").json() == {"x": 10, "y": 20, "R": 255, "G": 0, "B": 0}
+
+
+def test_a_pixel_is_set_whole(client: TestClient) -> None:
+    answer = client.put("/pixel/1023/1023", json={"R": 1, "G": 2, "B": 3})
+    assert answer.json() == {"x": 1023, "y": 1023, "R": 1, "G": 2, "B": 3}
+    assert client.get("/pixel/1023/1023").json() == answer.json()
+
+
+def test_a_batch_is_written_in_its_order(client: TestClient) -> None:
+    batch = [GOOD | {"value": 1}, GOOD | {"channel": "G"}, GOOD | {"value": 2}]
+    answer = client.post("/pixels", json=batch)
+    assert answer.text == '{"status":"ok","written":3}'
+    assert client.get("/pixel/10/20").json() == {"x": 10, "y": 20, "R": 2, "G": 255, "B": 0}
+
+
+def test_a_batch_with_one_bad_pixel_writes_nothing(client: TestClient) -> None:
+    answer = client.post("/pixels", json=[GOOD, GOOD | {"x": 5000}])
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == "[1].x"
+    assert client.get("/pixel/10/20").json()["R"] == 0
+
+
+def test_a_full_batch_with_spaces_fits(client: TestClient) -> None:
+    body = json.dumps([GOOD | {"x": 1000 + n % 24, "y": 1000} for n in range(10_000)], indent=1)
+    answer = client.post("/pixels", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/pixel/1024/0", "/pixel/0/1024", "/pixel/-1/0", "/pixel/a/0", "/pixel/1.0/0", "/pixel/0/+1",
+     "/pixel/" + "9" * 5000 + "/0", "/pixel/٣/0", "/nothing", "/pixel/", "/pixel/1/1/"],
+)  # fmt: skip
+def test_what_is_not_there_is_a_404(client: TestClient, path: str) -> None:
+    for answer in (client.get(path), client.put(path, json={"R": 1, "G": 2, "B": 3})):
+        assert answer.status_code == 404
+        problem = answer.json()
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert (problem["type"], problem["title"]) == ("about:blank", "Not Found")
+        assert problem["status"] == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/pixel", "OPTIONS, POST"),
+        ("/pixels", "OPTIONS, POST"),
+        ("/pixel/1/1", "GET, HEAD, OPTIONS, PUT"),
+        ("/ping", "GET, HEAD, OPTIONS"),
+    ],
+)
+def test_methods_are_told(client: TestClient, path: str, methods: str) -> None:
+    answer = client.request("DELETE", path)
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == methods
+    assert answer.json()["title"] == "Method Not Allowed"
+    answer = client.options(path)
+    assert (answer.status_code, answer.headers["allow"]) == (204, methods)
+
+
+def test_a_type_other_than_json_is_a_415(client: TestClient) -> None:
+    for headers in ({}, {"content-type": "text/plain"}, {"content-type": "application/jsonx"}):
+        for method, path in (("POST", "/pixel"), ("POST", "/pixels"), ("PUT", "/pixel/1/1")):
+            answer = client.request(method, path, content="{}", headers=headers)
+            assert answer.status_code == 415
+    answer = client.post(
+        "/pixel",
+        content=json.dumps(GOOD),
+        headers={"content-type": "Application/JSON ; charset=utf-8"},
+    )
+    assert answer.status_code == 200
+
+
+def test_a_body_beyond_its_bound_is_a_413(client: TestClient) -> None:
+    padded = json.dumps(GOOD) + " " * 1024
+    headers = {"content-type": "application/json"}
+    assert client.post("/pixel", content=padded, headers=headers).status_code == 413
+    assert client.put("/pixel/1/1", content=padded, headers=headers).status_code == 413
+    parts = (b" " * 65_536 for _ in range(100))
+    assert client.post("/pixels", content=parts, headers=headers).status_code == 413
+
+
+def test_the_instance_says_who_it_is(client: TestClient) -> None:
+    assert client.get("/ping").json() == {"instance": "c5", "port": 8000, "release": "r1"}
+    assert client.get("/healthz").json() == {"status": "ok"}
+    ready = client.get("/readyz").json()
+    assert ready.pop("redis_ms") < 800
+    assert ready == {"instance": "c5", "port": 8000, "release": "r1", "redis": "ok"}
+
+
+def test_readiness_is_being_able_to_write(client: TestClient, redis_server: RedisServer) -> None:
+    with redis_server.admin() as admin:
+        admin.acl_setuser("pixel", enabled=True, commands=["-@write"])
+        try:
+            answer = client.get("/readyz")
+        finally:
+            admin.acl_setuser("pixel", enabled=True, categories=["+@write", "-@dangerous"])
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json()["redis"] == "unavailable"
+    assert answer.json()["instance"] == "c5"
+    assert client.get("/healthz").status_code == 200
+
+
+def test_the_documentation_asks_nobody_outside(client: TestClient) -> None:
+    page = client.get("/docs").text
+    assert "http" not in page.replace("http-equiv", "")
+    for path in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png"):
+        assert f'"/docs/static/{path}"' in page
+        assert client.get(f"/docs/static/{path}").status_code == 200
+
+
+HEADERS = st.sampled_from(
+    [{"content-type": "application/json"}] * 4 + [{"content-type": "text/plain"}, {}]
+)
+VALUES = st.sampled_from(
+    ["0", "10", "1023", "1024", "-1", "-0", "255", "256", "1.0", "1e2", "NaN", "true", "null",
+     '"R"', '"G"', '"B"', '"r"', '"10"', "[]", "{}", "9" * 30, '"\\ud800"']
+)  # fmt: skip
+NAMES = st.sampled_from(["x", "y", "channel", "value", "value", "z", r"\u0078"])
+NEARLY = st.lists(st.tuples(NAMES, VALUES), max_size=6).map(
+    lambda fields: "{" + ",".join(f'"{name}":{value}' for name, value in fields) + "}"
+)
+PIXELS = st.fixed_dictionaries({
+    "x": st.integers(-1, 1025),
+    "y": st.integers(-1, 1025),
+    "channel": st.sampled_from(["R", "G", "B", "A"]),
+    "value": st.integers(-1, 256),
+}).map(json.dumps)  # fmt: skip
+BODIES = (NEARLY | PIXELS).map(str.encode) | st.binary(max_size=50) | st.just(b" " * 2000)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=BODIES, headers=HEADERS)
+def test_the_hot_path_and_fastapi_answer_alike(
+    both: tuple[TestClient, TestClient], body: bytes, headers: dict[str, str]
+) -> None:
+    hot, documented = (client.post("/pixel", content=body, headers=headers) for client in both)
+    assert hot.status_code == documented.status_code
+    assert hot.status_code in (200, 400, 413, 415, 422)
+    assert hot.content == documented.content
+    assert sorted(hot.headers.items()) == sorted(documented.headers.items())
+
+
+@pytest.fixture
+def both(client: TestClient, redis_server: RedisServer) -> object:
+    """Clients of the whole application, and of FastAPI's part alone."""
+    with TestClient(create_api(redis_server.settings())) as documented:
+        yield client, documented

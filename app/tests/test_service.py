@@ -1,0 +1,138 @@
+"""The service as a whole: Gunicorn, its workers, systemd's sockets, and the signals."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2 as httpx
+from conftest import GUNICORN, PASSWORD, RedisServer, Service, wait_until
+
+PIXEL = {"x": 1, "y": 2, "channel": "G", "value": 3}
+
+
+def worker_pids(service: Service) -> set[int]:
+    pid = service.process.pid
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def test_it_answers_on_both_sockets_and_signs_everything(service: Service) -> None:
+    with (
+        httpx.Client(base_url=service.url) as tcp,
+        httpx.Client(
+            base_url="http://local", transport=httpx.HTTPTransport(uds=str(service.socket))
+        ) as unix,
+    ):
+        for client in (tcp, unix):
+            answers = [
+                client.post("/pixel", json=PIXEL),
+                client.post("/pixel", json={}),
+                client.get("/pixel/1/2"),
+                client.get("/nothing"),
+                client.request("DELETE", "/pixel"),
+            ]
+            assert [answer.status_code for answer in answers] == [200, 422, 200, 404, 405]
+            assert all(answer.headers["x-pixel-instance"] == "c5" for answer in answers)
+            assert all("server" not in answer.headers for answer in answers)
+
+
+def test_metrics_are_of_all_workers(service: Service) -> None:
+    for _ in range(20):  # new connections, so that both workers get some
+        httpx.post(f"{service.url}/pixel", json=PIXEL)
+    httpx.get(f"{service.url}/pixel/5/5")
+    text = httpx.get(f"{service.url}/metrics").text
+    assert "\npixel_workers 2.0" in text
+    counts = dict(
+        re.findall(r"^pixel_request_seconds_count\{(.*)\} ([0-9.]+)$", text, re.MULTILINE)
+    )
+    assert float(counts['method="POST",route="/pixel",status="200"']) >= 20
+    assert float(counts['method="GET",route="/pixel/{x}/{y}",status="200"']) >= 1
+    assert len(list((service.directory / "metrics").glob("counter_*.db"))) == 2
+
+
+def test_the_password_is_nowhere_to_be_seen(service: Service) -> None:
+    for pid in worker_pids(service) | {service.process.pid}:
+        assert PASSWORD not in Path(f"/proc/{pid}/cmdline").read_text()
+    assert PASSWORD not in service.output()
+
+
+def test_every_line_of_the_log_is_json(service: Service) -> None:
+    lines = [json.loads(line) for line in service.output().splitlines()]
+    assert {"time", "level", "logger", "process", "message", "instance", "release"} <= set(lines[0])
+    assert any(line["message"] == "connected to Redis" for line in lines)
+
+
+def test_a_reload_replaces_the_workers_and_fails_nobody(shared_redis: RedisServer) -> None:
+    service = Service(shared_redis.url)
+    httpx.get(f"{service.url}/readyz", timeout=20)
+    stop = threading.Event()
+    statuses: list[int] = []
+
+    def write_on() -> None:
+        while not stop.is_set():
+            statuses.append(httpx.post(f"{service.url}/pixel", json=PIXEL).status_code)
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    try:
+        wait_until(lambda: len(worker_pids(service)) == 2)
+        before = worker_pids(service)
+        service.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: len(worker_pids(service)) == 2 and not worker_pids(service) & before)
+    finally:
+        stop.set()
+        writer.join()
+    assert set(statuses) == {200}
+    assert "\npixel_workers 2.0" in httpx.get(f"{service.url}/metrics").text
+    service.remove()
+
+
+def test_a_stop_answers_what_is_in_flight(fragile_redis: RedisServer) -> None:
+    service = Service(fragile_redis.url, PIXEL_WORKERS="1")
+    httpx.get(f"{service.url}/readyz", timeout=20)
+    fragile_redis.pause()
+    statuses: list[int] = []
+    writer = threading.Thread(
+        target=lambda: statuses.append(httpx.post(f"{service.url}/pixel", json=PIXEL).status_code)
+    )
+    writer.start()
+    time.sleep(0.2)
+    service.process.terminate()
+    time.sleep(0.2)
+    fragile_redis.resume()
+    writer.join()
+    assert statuses == [200]
+    assert service.process.wait(10) == 0
+    service.remove()
+
+
+def test_it_starts_without_redis_and_says_that_it_is_not_ready(fragile_redis: RedisServer) -> None:
+    fragile_redis.kill()
+    service = Service(fragile_redis.url, PIXEL_WORKERS="1")
+    assert httpx.get(f"{service.url}/healthz", timeout=20).status_code == 200
+    started = time.monotonic()
+    assert httpx.get(f"{service.url}/readyz").status_code == 503
+    assert httpx.post(f"{service.url}/pixel", json=PIXEL).status_code == 503
+    assert time.monotonic() - started < 2
+    fragile_redis.start()
+    wait_until(lambda: httpx.get(f"{service.url}/readyz").status_code == 200)
+    service.remove()
+
+
+def test_without_sockets_it_binds_where_the_settings_say(shared_redis: RedisServer) -> None:
+    path = shared_redis.directory / "bound.sock"
+    service = Service(shared_redis.url, PIXEL_WORKERS="1", PIXEL_BIND=f"unix:{path}")
+    service.stop()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *GUNICORN], env=service.environment, stderr=subprocess.DEVNULL
+    )
+    wait_until(path.exists)
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+        assert client.get("http://local/ping", timeout=20).json()["instance"] == "c5"
+    process.terminate()
+    assert process.wait(10) == 0
+    service.remove()

@@ -1,0 +1,97 @@
+"""Settings as an operator meets them: a line and an exit status."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parent.parent / "src"
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(SRC), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_defaults_are_valid() -> None:
+    done = run("-m", "pixel.settings")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("settings are valid: instance ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("PIXEL_PORT", "http", "valid integer"),
+        ("PIXEL_PORT", "0", "greater than or equal to 1"),
+        ("PIXEL_WORKERS", "0", "greater than or equal to 1"),
+        ("PIXEL_BIND", "8000", "pattern"),
+        ("PIXEL_INSTANCE", "a\nb", "pattern"),
+        ("PIXEL_REDIS_URL", "http://127.0.0.1", "redis://, rediss:// or unix://"),
+        ("PIXEL_REDIS_URL", "redis://", "names no server"),
+        ("PIXEL_REDIS_TIMEOUT", "5", "less than or equal to 0.9"),
+        ("PIXEL_CANVAS_WIDTH", "65537", "less than or equal to 65536"),
+        ("PIXEL_WRITE_QUEUE", "9", "greater than or equal to 10000"),
+        ("PIXEL_LOG_LEVEL", "loud", "'info'"),
+        ("PIXEL_PEERS", "http://a", "Invalid JSON"),
+        ("PIXEL_PEERS", '["a:8000"]', "URL"),
+        ("PIXEL_CANVAS_WIDHT", "10", "did you mean PIXEL_CANVAS_WIDTH?"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_names_it(name: str, value: str, hint: str) -> None:
+    for module in (
+        ("pixel.settings",),
+        ("gunicorn", "--config", "python:pixel.gunicorn_conf", "x"),
+    ):
+        done = run("-m", *module, **{name: value})
+        assert done.returncode == 78
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"pixel: {name}: ")
+        assert hint in done.stderr
+
+
+def test_every_bad_setting_has_its_line() -> None:
+    done = run("-m", "pixel.settings", PIXEL_PORT="x", PIXEL_WORKERS="x", PIXEL_OTHER="x")
+    assert done.returncode == 78
+    assert len(done.stderr.splitlines()) == 3
+
+
+@pytest.mark.parametrize("url", ["redis://pixel:hush@127.0.0.1", "unix:///run/r?password=hush"])
+def test_a_password_has_no_place_in_the_address(url: str) -> None:
+    done = run("-m", "pixel.settings", PIXEL_REDIS_URL=url)
+    assert done.returncode == 78
+    assert "hush" not in done.stderr
+    assert "PIXEL_REDIS_PASSWORD" in done.stderr
+
+
+def test_the_password_may_be_a_credential_and_is_never_shown(tmp_path: Path) -> None:
+    (tmp_path / "pixel_redis_password").write_text("hush\n")
+    code = (
+        "from pixel.settings import load; s = load();"
+        "assert s.redis_password.get_secret_value() == 'hush'; print(repr(s), s)"
+    )
+    done = run("-c", code, CREDENTIALS_DIRECTORY=str(tmp_path))
+    assert done.returncode == 0
+    assert "hush" not in done.stdout
+
+
+@pytest.mark.parametrize("package", ["uvloop", "httptools"])
+def test_a_missing_fast_package_is_a_fault_not_a_slow_service(package: str) -> None:
+    code = (
+        f"import sys; sys.modules['{package}'] = None;"
+        "from importlib import util; found = util.find_spec;"
+        f"util.find_spec = lambda name: None if name == '{package}' else found(name);"
+        "import pixel.gunicorn_conf"
+    )
+    done = run("-c", code)
+    assert done.returncode == 78
+    assert done.stderr == (
+        f"pixel: the package {package} is missing: install what requirements.txt lists\n"
+    )

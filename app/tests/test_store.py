@@ -1,0 +1,294 @@
+"""Group commit and reading, against a Redis that is well, slow, gone and broken."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterable
+
+import pytest
+import redis
+from conftest import RedisServer
+
+from pixel.canvas import TILE_BYTES, locate
+from pixel.pixel import Change, unpack
+from pixel.problems import Problem
+from pixel.store import EVENT_CHANGES, EVENTS, Store
+
+TILE_00 = "pixel:{0:0}"
+
+
+@pytest.fixture
+async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
+    store = Store(redis_server.settings())
+    yield store
+    store.close()
+
+
+@pytest.fixture
+async def fragile(fragile_redis: RedisServer) -> AsyncIterator[Store]:
+    """A store that is connected to a Redis that will be hurt."""
+    store = Store(fragile_redis.settings())
+    await store.probe()
+    yield store
+    store.close()
+
+
+async def outcomes(writes: Iterable[Awaitable[None]]) -> list[str]:
+    """What became of writes made at once: "ok", or the problem."""
+    results = await asyncio.gather(*writes, return_exceptions=True)
+    for result in results:
+        assert result is None or (isinstance(result, Problem) and result.status == 503)
+        assert result is None or result.headers == {"Retry-After": "1"}
+    return ["ok" if result is None else str(result) for result in results]
+
+
+def stored(server: RedisServer, change: Change) -> int:
+    key, place = locate(change.x, change.y)
+    with server.admin() as admin:
+        value = admin.getrange(key, place + change.channel, place + change.channel)
+    return value[0] if value else 0
+
+
+def events(server: RedisServer) -> list[list[Change]]:
+    with server.admin() as admin:
+        return [list(unpack(fields[b"c"])) for _, fields in admin.xrange(EVENTS)]
+
+
+async def test_a_write_is_in_redis_when_it_is_answered(
+    store: Store, redis_server: RedisServer
+) -> None:
+    change = Change(1023, 300, 2, 77)
+    await store.write([change])
+    assert stored(redis_server, change) == 77
+    assert await store.colour(1023, 300) == (0, 0, 77)
+    assert events(redis_server) == [[change]]
+
+
+async def test_writes_made_together_travel_together_in_their_order(
+    store: Store, redis_server: RedisServer
+) -> None:
+    await store.probe()
+    first = Change(1, 1, 0, 1)
+    await store.write([first])
+    # The first of them leaves alone or with all others; none is left behind.
+    changes = [Change(n % 7, 0, 0, n % 256) for n in range(500)]
+    assert await outcomes(store.write([change]) for change in changes) == ["ok"] * 500
+    batches = events(redis_server)
+    assert [change for batch in batches for change in batch] == [first, *changes]
+    assert len(batches) <= 3
+    for x in range(7):
+        assert (
+            stored(redis_server, Change(x, 0, 0, 0)) == [c.value for c in changes if c.x == x][-1]
+        )
+
+
+async def test_a_tile_is_created_at_its_full_size(store: Store, redis_server: RedisServer) -> None:
+    await store.write([Change(0, 0, 0, 0)])
+    with redis_server.admin() as admin:
+        assert admin.strlen(TILE_00) == TILE_BYTES
+        assert not admin.get(TILE_00).strip(b"\0")
+
+
+async def test_a_large_batch_is_several_events_of_one_transaction(
+    store: Store, redis_server: RedisServer
+) -> None:
+    changes = [Change(n % 1000, n // 1000, 1, n % 256) for n in range(10_000)]
+    await store.write(changes)
+    batches = events(redis_server)
+    assert max(map(len, batches)) == EVENT_CHANGES
+    assert [change for batch in batches for change in batch] == changes
+
+
+async def test_the_event_stream_is_bounded(redis_server: RedisServer) -> None:
+    store = Store(redis_server.settings(events_maxlen=100))
+    for n in range(400):
+        await store.write([Change(0, 0, 0, n % 256)])
+    store.close()
+    assert 100 <= len(events(redis_server)) < 300
+
+
+async def test_one_broken_tile_fails_its_own_writes_only(
+    store: Store, redis_server: RedisServer
+) -> None:
+    with redis_server.admin() as admin:
+        admin.rpush(TILE_00, "no string")
+    here, there = Change(0, 0, 0, 9), Change(600, 600, 0, 9)
+    told = await outcomes(store.write(w) for w in ([here], [there], [there, here], [there]))
+    assert [result == "ok" for result in told] == [False, True, False, True]
+    assert stored(redis_server, there) == 9
+    with pytest.raises(Problem):
+        await store.colour(0, 0)
+    assert await store.colour(600, 600) == (9, 0, 0)
+
+
+async def test_a_cancelled_request_leaves_its_neighbours_alone(
+    store: Store, redis_server: RedisServer
+) -> None:
+    tasks = [asyncio.create_task(store.write([Change(n, 0, 0, 5)])) for n in range(20)]
+    await asyncio.sleep(0)
+    for task in tasks[::2]:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results[::2])
+    assert results[1::2] == [None] * 10
+    assert all(stored(redis_server, Change(n, 0, 0, 0)) == 5 for n in range(1, 20, 2))
+    await store.write([Change(0, 0, 0, 6)])
+
+
+async def test_beyond_the_queues_bound_a_write_is_refused_at_once(
+    fragile_redis: RedisServer,
+) -> None:
+    store = Store(fragile_redis.settings(write_queue=10_000))
+    await store.probe()
+    fragile_redis.pause()
+    changes = [Change(0, 0, 0, 1)] * 5_000
+    waiting = [asyncio.create_task(store.write(changes)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    started = time.monotonic()
+    assert await outcomes([store.write([Change(1, 1, 1, 1)])]) == [
+        "Too many writes are waiting; nothing was written."
+    ]
+    assert time.monotonic() - started < 0.05
+    fragile_redis.resume()
+    assert await outcomes(waiting) == ["ok", "ok"]
+    await store.write([Change(1, 1, 1, 1)])
+    store.close()
+
+
+async def test_a_hung_redis_is_a_503_within_a_second_and_heals(
+    fragile: Store, fragile_redis: RedisServer
+) -> None:
+    fragile_redis.pause()
+    started = time.monotonic()
+    late = asyncio.get_running_loop().create_task(fragile.write([Change(0, 0, 0, 1)]))
+    await asyncio.sleep(0.3)
+    results = await outcomes(
+        [late, fragile.write([Change(1, 0, 0, 1)]), *[fragile.probe() for _ in range(3)]]  # type: ignore[list-item]
+    )
+    assert time.monotonic() - started < 0.3 + 1
+    assert results[0] == "Redis didn't answer; the write may have been made."
+    assert set(results[1:]) == {"Redis can't be reached; nothing was written."}
+    with pytest.raises(Problem):
+        await fragile.colour(0, 0)
+    assert time.monotonic() - started < 0.3 + 2
+    fragile_redis.resume()
+    assert await fragile.probe() < 0.8
+    await fragile.write([Change(1, 0, 0, 2)])
+    assert await fragile.colour(1, 0) == (2, 0, 0)
+
+
+async def test_only_what_was_in_flight_fails_when_the_connection_is_lost(
+    fragile: Store, fragile_redis: RedisServer
+) -> None:
+    fragile_redis.pause()
+    in_flight = asyncio.create_task(fragile.write([Change(0, 0, 0, 1)]))
+    await asyncio.sleep(0.02)
+    behind = [asyncio.create_task(fragile.write([Change(n, 0, 0, 2)])) for n in range(1, 9)]
+    await asyncio.sleep(0.02)
+    fragile_redis.kill()
+    fragile_redis.start()
+    assert await outcomes([in_flight]) == ["Redis didn't answer; the write may have been made."]
+    assert await outcomes(behind) == ["ok"] * 8
+    assert all(stored(fragile_redis, Change(n, 0, 0, 0)) == 2 for n in range(1, 9))
+
+
+async def test_a_restart_while_nobody_writes_costs_nobody_anything(
+    fragile: Store, fragile_redis: RedisServer
+) -> None:
+    await fragile.write([Change(3, 3, 0, 3)])
+    fragile_redis.kill()
+    fragile_redis.start()
+    await asyncio.sleep(0.05)  # in which the loop hears of it
+    await fragile.write([Change(4, 4, 0, 4)])
+    assert await fragile.colour(3, 3) == (3, 0, 0)
+
+
+async def test_what_was_acknowledged_survives_a_kill(
+    fragile: Store, fragile_redis: RedisServer
+) -> None:
+    acknowledged: dict[int, int] = {}
+    stop = False
+
+    async def write_on(x: int) -> None:
+        value = 0
+        while not stop:
+            value = value % 255 + 1
+            try:
+                await fragile.write([Change(x, 9, 0, value)])
+                acknowledged[x] = value
+                uncertain.pop(x, None)
+            except Problem:
+                uncertain.setdefault(x, set()).add(value)
+
+    uncertain: dict[int, set[int]] = {}
+    writers = [asyncio.create_task(write_on(x)) for x in range(20)]
+    for _ in range(3):
+        await asyncio.sleep(0.15)
+        fragile_redis.kill()
+        fragile_redis.start()
+    await asyncio.sleep(0.15)
+    stop = True
+    await asyncio.gather(*writers)
+    for x, value in acknowledged.items():
+        assert stored(fragile_redis, Change(x, 9, 0, 0)) in {value, *uncertain.get(x, ())}
+
+
+async def test_no_redis_at_all_is_a_503_within_a_second(fragile_redis: RedisServer) -> None:
+    fragile_redis.kill()
+    store = Store(fragile_redis.settings())
+    started = time.monotonic()
+    results = await outcomes([store.write([Change(0, 0, 0, 1)]), store.probe()])  # type: ignore[list-item]
+    assert set(results) == {"Redis can't be reached; nothing was written."}
+    with pytest.raises(Problem):
+        await store.colour(0, 0)
+    assert time.monotonic() - started < 1.2
+    fragile_redis.start()
+    await asyncio.sleep(0.5)
+    await store.write([Change(0, 0, 0, 1)])
+    store.close()
+
+
+async def test_a_redis_out_of_memory_writes_nothing_and_says_so(
+    fragile: Store, fragile_redis: RedisServer
+) -> None:
+    with fragile_redis.admin() as admin:
+        admin.config_set("maxmemory", 1)
+        admin.config_set("maxmemory-policy", "noeviction")
+        assert await outcomes([fragile.write([Change(0, 0, 0, 1)])]) == [
+            "Redis refuses writes; nothing was written."
+        ]
+        assert stored(fragile_redis, Change(0, 0, 0, 1)) == 0
+        with pytest.raises(Problem):
+            await fragile.probe()
+        admin.config_set("maxmemory", 0)
+    await fragile.write([Change(0, 0, 0, 1)])
+    with fragile_redis.admin() as admin:
+        assert admin.strlen(TILE_00) == TILE_BYTES
+
+
+async def test_a_wrong_password_is_a_503_and_stays_secret(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = redis_server.settings().model_copy(update={"redis_password": None})
+    store = Store(settings)
+    assert await outcomes([store.write([Change(0, 0, 0, 1)])]) != ["ok"]
+    store.close()
+    store = Store(redis_server.settings(redis_timeout=0.2).model_copy(
+        update={"redis_username": "nobody"}
+    ))  # fmt: skip
+    assert await outcomes([store.write([Change(0, 0, 0, 1)])]) != ["ok"]
+    store.close()
+    assert "WRONGPASS" in caplog.text
+    assert "correct-horse" not in caplog.text
+
+
+async def test_the_application_may_not_do_more_than_it_has_to(redis_server: RedisServer) -> None:
+    with (
+        redis.Redis(
+            unix_socket_path=str(redis_server.socket),
+            username="pixel",
+            password="correct-horse",
+            protocol=2,
+        ) as user,
+        pytest.raises(redis.exceptions.NoPermissionError),
+    ):
+        user.flushall()
