@@ -1,8 +1,8 @@
-"""The application: its doors, in the order in which a request meets them.
+"""The application: ``Front`` and, behind it, FastAPI.
 
-``Observed`` counts and times every answer. ``Front`` takes ``POST /pixel``, the hot path, past
-FastAPI, whose routing and request handling would cost four times what the write does. FastAPI
-has everything else, and the same route again, for the documentation's sake.
+``POST /pixel``, the hot path, goes past FastAPI, whose routing and request handling cost a
+multiple of what the write does. FastAPI has everything else, and the same route again for the
+documentation's sake.
 """
 
 import asyncio
@@ -30,21 +30,52 @@ from pixel.store import Store
 
 ROUTERS: tuple[APIRouter, ...] = (pixels.router, health.router, docs.router, live.router)
 
+DISCONNECTED = 499
+"""In metrics, the status of an answer that nobody waited for."""
+
+OUR_FAULT = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This is our fault, and it is logged.")
+
 log = logging.getLogger(__name__)
 
 
-class Observed:
-    """Counts and times every answer, and answers for what nobody else has caught."""
+class Front:
+    """Answers ``POST /pixel``, hands everything else to FastAPI, and counts every answer."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, api: ASGIApp) -> None:
+        self._api = api
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+            await self._api(scope, receive, send)
+        elif scope["path"] == "/pixel" and scope["method"] == "POST":
+            await self._write_pixel(scope, receive, send)
+        else:
+            await self._hand_on(scope, receive, send)
+
+    async def _write_pixel(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = perf_counter()
-        status = 0
+        status = 200
+        try:
+            body = await pixels.write_pixel(scope, receive)
+        except ClientDisconnect:
+            status = DISCONNECTED
+        except Problem as problem:
+            status = problem.status.value
+            await problem.response()(scope, receive, send)
+        except Exception:
+            log.exception("POST /pixel failed")
+            status = 500
+            await OUR_FAULT.response()(scope, receive, send)
+        else:
+            length = b"%d" % len(body)
+            headers = [(b"content-length", length), (b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+        metrics.observe("POST", "/pixel", status, perf_counter() - started)
+
+    async def _hand_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = perf_counter()
+        status = DISCONNECTED
 
         async def watch(message: Message) -> None:
             nonlocal status
@@ -53,40 +84,19 @@ class Observed:
             await send(message)
 
         try:
-            await self._app(scope, receive, watch)
+            await self._api(scope, receive, watch)
         except ClientDisconnect:
-            status = status or 499
+            pass
         except Exception:
+            # FastAPI has answered it with a 500 by then.
             log.exception("%s %s failed", scope["method"], scope["path"])
-            if status:
-                raise
-            problem = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This is our fault; it is logged.")
-            await problem.response()(scope, receive, watch)
-        finally:
-            route = getattr(scope.get("route"), "path", "")
-            metrics.observe(scope["method"], route, status, perf_counter() - started)
+        route = getattr(scope.get("route"), "path", "")
+        metrics.observe(scope["method"], route, status, perf_counter() - started)
 
 
-class Front:
-    """Answers ``POST /pixel`` and hands everything else on."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != "/pixel" or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        scope["route"] = pixels.POST_PIXEL
-        try:
-            body = await pixels.write_pixel(scope, receive)
-        except Problem as problem:
-            await problem.response()(scope, receive, send)
-            return
-        length = b"%d" % len(body)
-        headers = [(b"content-length", length), (b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+async def fault_answer(request: Request, error: Exception) -> Response:
+    """An exception that nobody expected."""
+    return OUR_FAULT.response()
 
 
 async def problem_answer(request: Request, error: Exception) -> Response:
@@ -149,6 +159,7 @@ def create_api(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},
         exception_handlers={
+            Exception: fault_answer,
             Problem: problem_answer,
             HTTPException: http_answer,
             RequestValidationError: validation_answer,
@@ -161,7 +172,7 @@ def create_api(settings: Settings) -> FastAPI:
 
 def create_app(settings: Settings) -> ASGIApp:
     """The whole application."""
-    return Observed(Front(create_api(settings)))
+    return Front(create_api(settings))
 
 
 app = create_app(load())

@@ -39,8 +39,6 @@ async def post_pixel(request: Request) -> Response:
     return Response(body, media_type="application/json")
 
 
-POST_PIXEL = router.routes[-1]
-
 Coordinate = Annotated[
     str,
     Path(pattern="^[0-9]{1,5}$"),
