@@ -53,7 +53,7 @@ def password(state: Path) -> Any:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
-    host = getattr(item, "funcargs", {}).get("host")
+    host: Any = getattr(item, "funcargs", {}).get("host")
     if report.failed and host is not None:
         units = "--unit=redis-server --unit=pixel --unit=nginx"
         journal = host.run(f"journalctl {units} --lines=40 --no-pager --output=short-iso")

@@ -74,6 +74,6 @@ def test_a_wrong_variable_stops_the_play_before_anything_is_done(variable: str, 
     # Only what is tagged `always` runs: the preflights.
     done = play("--tags", f"preflight_of_{role}", **{variable: value})
     assert done.returncode != 0
-    message = re.split(r"^fatal: ", done.stdout, maxsplit=1, flags=re.M)[1]
+    message = re.split(r"^(?:fatal|failed): ", done.stdout, maxsplit=1, flags=re.M)[1]
     assert variable in message
     assert not any(changed for changed in re.findall(r"changed=(\d+)", done.stdout) if changed != "0")

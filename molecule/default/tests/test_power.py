@@ -29,14 +29,14 @@ def ask(url: str, body: dict[str, Any] | None = None) -> tuple[str, Any]:
         return answer.headers["X-Pixel-Instance"], json.loads(answer.read())
 
 
-@pytest.mark.parametrize("host", ["c5", "t2"])
+@pytest.mark.parametrize("name", ["c5", "t2"])
 @pytest.mark.parametrize("states", [("reboot",), ("off", "on")], ids=["reboot", "power cut"])
-def test_all_comes_back_by_itself(fleet: dict[str, Any], host: str, states: tuple[str, ...]) -> None:
+def test_all_comes_back_by_itself(fleet: dict[str, Any], name: str, states: tuple[str, ...]) -> None:
     url = fleet["url"]
-    value = 100 + len(states) + len(host)
+    value = 100 + len(states) + len(name)
     ask(f"{url}/pixel", {"x": 1, "y": 2, "channel": "G", "value": value})
     for state in states:
-        power(host, state)
+        power(name, state)
     deadline = time.monotonic() + 60
     answered: set[str] = set()
     while answered != {"c5", "t2"} and time.monotonic() < deadline:

@@ -89,6 +89,16 @@ def test_a_restart_or_a_crash_loses_nothing(host: Any, redis: Any, way: str) -> 
     assert redis("app", "get", "pixel:test:kept") == way
 
 
+def test_transactions_survive_a_restart(
+    host: Any, shell: Any, redis: Any, address: str, password: Any
+) -> None:
+    """Redis checks the rights of whom it replays its log as, at the end of each transaction."""
+    session = f"AUTH pixel {password('app')}\nMULTI\nSET pixel:test:transaction kept\nEXEC\n"
+    assert shell(f"printf '{session}' | redis-cli -h {address}").splitlines()[-1] == "OK"
+    host.run_expect([0], "systemctl restart redis-server")
+    assert redis("app", "get", "pixel:test:transaction") == "kept"
+
+
 def test_files_are_redis_own(host: Any) -> None:
     for path in ("/etc/redis/redis.conf", "/etc/redis/users.acl"):
         file = host.file(path)
