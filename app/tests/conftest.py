@@ -191,6 +191,20 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 """
 
 
+@pytest.fixture
+def start_service() -> Iterator[Callable[..., Service]]:
+    """Starts services, which end with the test."""
+    services: list[Service] = []
+
+    def start(redis_url: str, **environment: str) -> Service:
+        services.append(Service(redis_url, **environment))
+        return services[-1]
+
+    yield start
+    for service in services:
+        service.remove()
+
+
 @pytest.fixture(scope="module")
 def service(shared_redis: RedisServer) -> Iterator[Service]:
     """Two workers, that have answered."""

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2 as httpx
 from conftest import GUNICORN, PASSWORD, RedisServer, Service, wait_until
+
+StartService = Callable[..., Service]
 
 PIXEL = {"x": 1, "y": 2, "channel": "G", "value": 3}
 
@@ -66,8 +69,10 @@ def test_every_line_of_the_log_is_json(service: Service) -> None:
     assert any(line["message"] == "connected to Redis" for line in lines)
 
 
-def test_a_reload_replaces_the_workers_and_fails_nobody(shared_redis: RedisServer) -> None:
-    service = Service(shared_redis.url)
+def test_a_reload_replaces_the_workers_and_fails_nobody(
+    shared_redis: RedisServer, start_service: StartService
+) -> None:
+    service = start_service(shared_redis.url)
     httpx.get(f"{service.url}/readyz", timeout=20)
     stop = threading.Event()
     statuses: list[int] = []
@@ -87,12 +92,13 @@ def test_a_reload_replaces_the_workers_and_fails_nobody(shared_redis: RedisServe
         stop.set()
         writer.join()
     assert set(statuses) == {200}
-    assert "\npixel_workers 2.0" in httpx.get(f"{service.url}/metrics").text
-    service.remove()
+    wait_until(lambda: "\npixel_workers 2.0" in httpx.get(f"{service.url}/metrics").text)
 
 
-def test_a_stop_answers_what_is_in_flight(fragile_redis: RedisServer) -> None:
-    service = Service(fragile_redis.url, PIXEL_WORKERS="1")
+def test_a_stop_answers_what_is_in_flight(
+    fragile_redis: RedisServer, start_service: StartService
+) -> None:
+    service = start_service(fragile_redis.url, PIXEL_WORKERS="1")
     httpx.get(f"{service.url}/readyz", timeout=20)
     fragile_redis.pause()
     statuses: list[int] = []
@@ -107,12 +113,13 @@ def test_a_stop_answers_what_is_in_flight(fragile_redis: RedisServer) -> None:
     writer.join()
     assert statuses == [200]
     assert service.process.wait(10) == 0
-    service.remove()
 
 
-def test_it_starts_without_redis_and_says_that_it_is_not_ready(fragile_redis: RedisServer) -> None:
+def test_it_starts_without_redis_and_says_that_it_is_not_ready(
+    fragile_redis: RedisServer, start_service: StartService
+) -> None:
     fragile_redis.kill()
-    service = Service(fragile_redis.url, PIXEL_WORKERS="1")
+    service = start_service(fragile_redis.url, PIXEL_WORKERS="1")
     assert httpx.get(f"{service.url}/healthz", timeout=20).status_code == 200
     started = time.monotonic()
     assert httpx.get(f"{service.url}/readyz").status_code == 503
@@ -120,12 +127,13 @@ def test_it_starts_without_redis_and_says_that_it_is_not_ready(fragile_redis: Re
     assert time.monotonic() - started < 2
     fragile_redis.start()
     wait_until(lambda: httpx.get(f"{service.url}/readyz").status_code == 200)
-    service.remove()
 
 
-def test_without_sockets_it_binds_where_the_settings_say(shared_redis: RedisServer) -> None:
+def test_without_sockets_it_binds_where_the_settings_say(
+    shared_redis: RedisServer, start_service: StartService
+) -> None:
     path = shared_redis.directory / "bound.sock"
-    service = Service(shared_redis.url, PIXEL_WORKERS="1", PIXEL_BIND=f"unix:{path}")
+    service = start_service(shared_redis.url, PIXEL_WORKERS="1", PIXEL_BIND=f"unix:{path}")
     service.stop()
     process = subprocess.Popen(
         [sys.executable, "-m", *GUNICORN], env=service.environment, stderr=subprocess.DEVNULL
@@ -135,4 +143,3 @@ def test_without_sockets_it_binds_where_the_settings_say(shared_redis: RedisServ
         assert client.get("http://local/ping", timeout=20).json()["instance"] == "c5"
     process.terminate()
     assert process.wait(10) == 0
-    service.remove()

@@ -144,7 +144,6 @@ def create_api(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         metrics.WORKERS.set(1)
-        metrics.STARTED.set_to_current_time()
         store = Store(settings)
         reader = Reader(Canvas(settings.canvas_width, settings.canvas_height))
         yield {"settings": settings, "store": store, "reader": reader, "closing": asyncio.Event()}

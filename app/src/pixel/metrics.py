@@ -30,6 +30,7 @@ WORKERS = Gauge("pixel_workers", "Workers alive.", multiprocess_mode="livesum")
 STARTED = Gauge(
     "pixel_start_time_seconds", "When the first worker started.", multiprocess_mode="min"
 )
+STARTED.set_to_current_time()
 REQUEST_SECONDS = Histogram(
     "pixel_request_seconds",
     "Time to the end of the answer; its count is the number of answers.",
