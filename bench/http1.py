@@ -22,6 +22,7 @@ class Answer(NamedTuple):
     status: int
     body: bytes
     reusable: bool
+    instance: str = ""  # who says that it answered (X-Pixel-Instance)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class AnswerReader:
         self._in_head = True
         self._status = 0
         self._reusable = True
+        self._instance = ""
         self._chunked = False
         self._wanted: int | None = 0  # None: until the connection closes
 
@@ -113,7 +115,7 @@ class AnswerReader:
     def _complete(self) -> Answer:
         if self._data:
             raise BadAnswerError("more bytes than one answer")
-        answer = Answer(self._status, bytes(self._body), self._reusable)
+        answer = Answer(self._status, bytes(self._body), self._reusable, self._instance)
         self._body.clear()
         self._in_head = True
         return answer
@@ -131,6 +133,7 @@ class AnswerReader:
             raise BadAnswerError(f"not an HTTP/1.1 answer: {first[:60]!r}")
         self._status = int(rest[:3])
         self._reusable = version == b"HTTP/1.1"
+        self._instance = ""
         self._chunked = False
         self._wanted = 0 if self._status in (204, 304) else None
         for line in fields:
@@ -143,6 +146,8 @@ class AnswerReader:
                     self._chunked = b"chunked" in value.lower()
                 case b"connection":
                     self._reusable = value.strip().lower() != b"close"
+                case b"x-pixel-instance":
+                    self._instance = value.strip().decode("latin-1")
         if self._wanted is None and not self._chunked:
             self._reusable = False
         self._in_head = 100 <= self._status < 200  # an interim answer: the real one follows

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from figures import Spread
 from http1 import BadAnswerError, Target
 from ledger import Fate, Ledger, Verdict, Write
-from openloop import Plan, Report, run
+from openloop import Plan, Report, Sample, run
 from readback import UnreadableError, read_canvas
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Ledger",
     "Plan",
     "Report",
+    "Sample",
     "Target",
     "UnreadableError",
     "Verdict",

@@ -15,7 +15,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from figures import Spread
 from http1 import Answer, Connection, Target
@@ -36,6 +36,15 @@ class Plan:
     @property
     def total(self) -> int:
         return round(self.rate * self.seconds)
+
+
+class Sample(NamedTuple):
+    """One request that is done with: answered, failed or given up."""
+
+    due: float  # on the clock of time.monotonic()
+    seconds: float  # from then until it was done with
+    error: str | None
+    instance: str  # who answered, if anybody did and said so
 
 
 @dataclass
@@ -158,8 +167,11 @@ def acknowledges(answer: bytes, body: bytes) -> bool:
 
 
 class _Run:
-    def __init__(self, target: Target, plan: Plan, ledger: Ledger) -> None:
+    def __init__(
+        self, target: Target, plan: Plan, ledger: Ledger, watch: Callable[[Sample], None] | None
+    ) -> None:
         self.report = Report(plan)
+        self._watch = watch
         self._target = target
         self._plan = plan
         self._ledger = ledger
@@ -309,7 +321,7 @@ class _Run:
         if 200 <= answer.status < 300:
             if acknowledges(answer.body, request.body):
                 self._ledger.close(request.number, Fate.ACKNOWLEDGED)
-                self._finish(request)
+                self._finish(request, instance=answer.instance)
             else:
                 self._finish(request, "answer is not an acknowledgement")
         else:
@@ -326,15 +338,20 @@ class _Run:
             self._finish(lane.request, "connection lost" if broken else f"not HTTP: {error}")
             self._release(lane)
 
-    def _finish(self, request: _Request, error: str | None = None, late: bool = False) -> None:
+    def _finish(
+        self, request: _Request, error: str | None = None, late: bool = False, instance: str = ""
+    ) -> None:
         request.done = True
+        seconds = self._loop.time() - request.due
         if error is None:
             request.second.acknowledged += 1
         else:
             request.second.failed += 1
             self.report.errors[error] += 1
         if error is None or late:
-            request.second.latencies.append(self._loop.time() - request.due)
+            request.second.latencies.append(seconds)
+        if self._watch is not None:
+            self._watch(Sample(request.due, seconds, error, instance))
         self._unfinished -= 1
         if self._unfinished == 0 and self._all_sent.is_set():
             self._all_done.set()
@@ -379,12 +396,14 @@ async def run(
     ledger: Ledger,
     progress: Callable[[Report], None] | None = None,
     stop: asyncio.Event | None = None,
+    watch: Callable[[Sample], None] | None = None,
 ) -> Report:
     """Sends the plan's writes, each on time, and waits until each is answered or given up.
 
-    `progress` is called once a second; setting `stop` ends the sending early.
+    `progress` is called once a second; setting `stop` ends the sending early; `watch` is told of
+    every request as it is done with.
     """
-    state = _Run(target, plan, ledger)
+    state = _Run(target, plan, ledger, watch)
     await state.open_connections()
     report = state.report
     gc.collect()

@@ -1,0 +1,132 @@
+"""What the runs of an event showed, and whether that is what may be: one table, and one file."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from figures import Spread
+from openloop import Sample
+
+IN_FLIGHT = 0.1  # seconds; a request this much older than the event may still be hit by it
+
+
+@dataclass(frozen=True)
+class Run:
+    """One event that happened once."""
+
+    event: str
+    sent: int
+    acknowledged: int
+    failed: Mapping[str, int]
+    lost: int
+    wrong: int
+    before: Spread
+    during: Spread
+    took: float  # what was done, in seconds: the playbook, or the time for which it was broken
+    recovery: float | None  # seconds until full capacity; None if it did not come
+    faults: Sequence[str] = ()
+
+
+@dataclass
+class Outcome:
+    """All the runs of an event."""
+
+    event: str
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def failed(self) -> Counter[str]:
+        return sum((Counter(run.failed) for run in self.runs), Counter())
+
+    @property
+    def faults(self) -> list[str]:
+        return [fault for run in self.runs for fault in run.faults]
+
+    def total(self, figure: str) -> int:
+        numbers: list[int] = [getattr(run, figure) for run in self.runs]
+        return sum(numbers)
+
+    def median(self, part: str, mark: str) -> float:
+        """In the middle of the runs: a percentile of the latencies before, or during."""
+        spreads: list[Spread] = [getattr(run, part) for run in self.runs]
+        return statistics.median(float(spread._asdict()[mark]) for spread in spreads)
+
+    @property
+    def recovery(self) -> dict[str, float | None]:
+        """A run that never recovered is the worst, whatever the others did."""
+        seconds = [run.recovery for run in self.runs if run.recovery is not None]
+        all_did = len(seconds) == len(self.runs)
+        return {
+            "median": round(statistics.median(seconds), 2) if seconds else None,
+            "worst": round(max(seconds), 2) if seconds and all_did else None,
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "event": self.event,
+            "runs": len(self.runs),
+            "sent": self.total("sent"),
+            "acknowledged": self.total("acknowledged"),
+            "failed": dict(self.failed.most_common()),
+            "lost": self.total("lost"),
+            "wrong": self.total("wrong"),
+            "p50_ms": round(self.median("during", "p50"), 2),
+            "p99_ms": round(self.median("during", "p99"), 2),
+            "p99_ms_worst": round(max(run.during.p99 for run in self.runs), 2),
+            "before_ms": {mark: round(self.median("before", mark), 2) for mark in ("p50", "p99")},
+            "took_s": round(statistics.median(run.took for run in self.runs), 2),
+            "recovery_s": self.recovery,
+            "faults": self.faults,
+        }
+
+
+def unexcused(
+    failures: Iterable[Sample], excused: frozenset[str], since: float, until: float
+) -> Counter[str]:
+    """The failures that no user should have seen: of another kind, or at another time."""
+    return Counter(
+        kind(sample.error)
+        for sample in failures
+        if sample.error is not None
+        and not (kind(sample.error) in excused and since - IN_FLIGHT <= sample.due <= until)
+    )
+
+
+def kind(error: str) -> str:
+    """A failure's name: the status, or what happened instead of one."""
+    return error.removeprefix("status ")
+
+
+COLUMNS = (
+    f"{'event':<15}{'runs':>5}{'sent':>9}{'acknowledged':>14}  {'failed':<22}{'lost':>5}"
+    f"{'p50/p99 ms before':>20}{'during':>16}{'took s':>9}{'full capacity s':>18}"
+)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    lines = [COLUMNS, *(_row(outcome) for outcome in outcomes)]
+    faults = [f"  {outcome.event}: {fault}" for outcome in outcomes for fault in outcome.faults]
+    return "\n".join([*lines, *(["", "Faults:", *faults] if faults else [])])
+
+
+def _row(outcome: Outcome) -> str:
+    failed = ", ".join(f"{count}x {name}" for name, count in outcome.failed.most_common())
+    before = "/".join(f"{outcome.median('before', mark):.1f}" for mark in ("p50", "p99"))
+    during = "/".join(f"{outcome.median('during', mark):.1f}" for mark in ("p50", "p99"))
+    took = statistics.median(run.took for run in outcome.runs)
+    recovery = outcome.recovery
+    seconds = f"{_seconds(recovery['median'])} ({_seconds(recovery['worst'])})"
+    return (
+        f"{outcome.event:<15}{len(outcome.runs):>5}{outcome.total('sent'):>9}"
+        f"{outcome.total('acknowledged'):>14}  {failed or '-':<22}"
+        f"{outcome.total('lost') + outcome.total('wrong'):>5}{before:>20}{during:>16}{took:>9.1f}"
+        f"{seconds:>18}"
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.1f}"
