@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity import Normal, shortage
+from capacity import Normal, Shortage, shortage
 from faults import EVENTS, QUICK, Event, Scene, clear_cache
 from figures import Spread
 from hosts import ROOT, Fleet, FleetError
@@ -53,6 +53,7 @@ TIMEOUT = 10.0
 WARM_UP = 1.0
 BEFORE = 5.0
 SETTLED = 2.0  # seconds at full capacity, after which a run may end
+PENDING = 0.5  # the latest requests may still be on their way
 OUTPUT = ROOT / "bench" / "out" / "drill.json"
 UNREADABLE = (OSError, TimeoutError, BadAnswerError, UnreadableError)
 
@@ -122,23 +123,25 @@ class Drill:
             except (FleetError, TimeoutError) as error:
                 faults.append(str(error) or f"not done within {event.patience:.0f} s")
             acted = time.monotonic()
-            await self._settle(samples, normal, since + event.patience)
-            until = time.monotonic()
+            settled = await self._settle(samples, normal, since + event.patience)
+            until = time.monotonic() - PENDING
         finally:
             stop.set()
             report = await loading
         await self._scene.fleet.heal()
         return await self._judge(
-            event, ledger, report, samples, normal, (since, acted, until), faults
+            event, ledger, report, samples, normal, (since, acted, until), settled, faults
         )
 
-    async def _settle(self, samples: Sequence[Sample], normal: Normal, deadline: float) -> None:
-        """Waits until the last seconds were at full capacity, or it is too late."""
-        while (now := time.monotonic()) < deadline:
+    async def _settle(self, samples: Sequence[Sample], normal: Normal, deadline: float) -> bool:
+        """Waits for some seconds at full capacity; False if they don't come in time."""
+        await asyncio.sleep(SETTLED + PENDING)
+        while (now := time.monotonic() - PENDING) < deadline:
             recent = samples[-math.ceil(4 * (SETTLED + 1) * self._rate) :]
-            if shortage(recent, normal, now - SETTLED - 0.5, now - 0.5) is None:
-                return
+            if shortage(recent, normal, now - SETTLED, now) is None:
+                return True
             await asyncio.sleep(0.25)
+        return False
 
     async def _judge(
         self,
@@ -148,6 +151,7 @@ class Drill:
         samples: Sequence[Sample],
         normal: Normal,
         times: tuple[float, float, float],
+        settled: bool,
         faults: list[str],
     ) -> Run:
         since, acted, until = times
@@ -155,19 +159,15 @@ class Drill:
         seen = unexcused(failures, event.excused, since, acted + event.grace)
         faults += [f"{number} x {name}" for name, number in seen.items()]
         short = shortage(samples, normal, since, until)
-        recovery: float | None = 0.0
-        if short is not None:
-            began = short.begin if event.planned else since
-            recovery = short.end - began
-            if short.end > until - 1:
-                recovery = None
-                faults.append(f"not at full capacity after {until - since:.0f} s: {short.lack}")
+        if not settled:
+            why = short.lack if short is not None else "it came and went"
+            faults.append(f"not at full capacity after {until - since:.0f} s: {why}")
         await self._read(0, len(ledger))
         verdict = ledger.check(bytes(self._canvas))
         faults += [f"lost: {fault}" for fault in verdict.lost[:3]]
         faults += [f"wrong: {fault}" for fault in verdict.wrong[:3]]
-        ended = short.end if short is not None else acted
-        touched = [each.seconds for each in samples if since <= each.due <= max(acted, ended)]
+        ended = max(acted, short.end) if short is not None else acted
+        touched = [each.seconds for each in samples if since <= each.due <= ended]
         return Run(
             event=event.name,
             sent=report.sent,
@@ -178,7 +178,7 @@ class Drill:
             before=normal.latency,
             during=Spread.of_seconds(touched),
             took=acted - since,
-            recovery=recovery,
+            recovery=recovery_of(short, since, event.planned) if settled else None,
             faults=faults,
         )
 
@@ -201,6 +201,13 @@ class Drill:
             at = (y * SIDE + x) * len(CHANNELS)
             self._canvas[at : at + len(CHANNELS)] = canvas[at : at + len(CHANNELS)]
         self._known = max(self._known, last)
+
+
+def recovery_of(short: Shortage | None, since: float, planned: bool) -> float:
+    """Seconds until full capacity: of a fault since it struck, else since capacity was short."""
+    if short is None:
+        return 0.0
+    return short.end - (short.begin if planned else since)
 
 
 async def drill(options: argparse.Namespace, outcomes: list[Outcome]) -> None:

@@ -18,18 +18,19 @@ FROZEN_SECONDS = 20
 AWAY_SECONDS = 5
 EVEN = {"c5": 1, "t2": 1}
 # Appended to the app's module: everything works but the answer that a deploy waits for.
-NEVER_READY = '''
+REFUSAL = "This release is never ready."
+NEVER_READY = f'''
 
 _ready_app = app
 
 
-async def app(scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[no-redef]
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """A release that its gate must refuse."""
     if scope.get("path") != "/readyz":
         await _ready_app(scope, receive, send)
         return
-    await send({"type": "http.response.start", "status": 503, "headers": []})
-    await send({"type": "http.response.body", "body": b"never ready"})
+    await send({{"type": "http.response.start", "status": 503, "headers": []}})
+    await send({{"type": "http.response.body", "body": b"{REFUSAL}"}})
 '''
 
 
@@ -96,9 +97,11 @@ async def bad_deploy(scene: Scene, _: int) -> None:
             "pixel_app_source": str(source),
             "pixel_app_ready_timeout": 10,
         }
-        status, _output = await scene.fleet.play("pixel_app.yml", variables)
+        status, output = await scene.fleet.play("pixel_app.yml", variables)
     if status == 0:
         raise FleetError("the deploy of a release that is never ready did not fail")
+    if REFUSAL not in output:
+        raise FleetError(f"the deploy failed, but not at its gate:\n{tail(output, 25)}")
     await expect_releases(scene.fleet, former)
 
 

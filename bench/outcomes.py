@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,8 +62,8 @@ class Outcome:
         seconds = [run.recovery for run in self.runs if run.recovery is not None]
         all_did = len(seconds) == len(self.runs)
         return {
-            "median": round(statistics.median(seconds), 2) if seconds else None,
-            "worst": round(max(seconds), 2) if seconds and all_did else None,
+            "median": _rounded(statistics.median(seconds)) if seconds else None,
+            "worst": _rounded(max(seconds)) if seconds and all_did else None,
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -74,11 +75,11 @@ class Outcome:
             "failed": dict(self.failed.most_common()),
             "lost": self.total("lost"),
             "wrong": self.total("wrong"),
-            "p50_ms": round(self.median("during", "p50"), 2),
-            "p99_ms": round(self.median("during", "p99"), 2),
-            "p99_ms_worst": round(max(run.during.p99 for run in self.runs), 2),
-            "before_ms": {mark: round(self.median("before", mark), 2) for mark in ("p50", "p99")},
-            "took_s": round(statistics.median(run.took for run in self.runs), 2),
+            "p50_ms": _rounded(self.median("during", "p50")),
+            "p99_ms": _rounded(self.median("during", "p99")),
+            "p99_ms_worst": _rounded(max(run.during.p99 for run in self.runs)),
+            "before_ms": {mark: _rounded(self.median("before", mark)) for mark in ("p50", "p99")},
+            "took_s": _rounded(statistics.median(run.took for run in self.runs)),
             "recovery_s": self.recovery,
             "faults": self.faults,
         }
@@ -130,3 +131,7 @@ def _row(outcome: Outcome) -> str:
 
 def _seconds(value: float | None) -> str:
     return "never" if value is None else f"{value:.1f}"
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 2)

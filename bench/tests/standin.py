@@ -125,7 +125,7 @@ class StandIn:
         return self._message(200, json.dumps({"status": "ok", "received": pixel}).encode())
 
     def _message(self, status: int, body: bytes, chunked: bool = False) -> bytes:
-        head = f"HTTP/1.1 {status} X\r\n"
+        head = f"HTTP/1.1 {status} X\r\nX-Pixel-Instance: stand-in\r\n"
         if self.close_each:
             head += "Connection: close\r\n"
         if chunked:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import load
-from load import Fate, Ledger, Plan, Report, Target, Verdict, read_canvas, run
+from load import Fate, Ledger, Plan, Report, Sample, Target, Verdict, read_canvas, run
 from standin import HEIGHT, WIDTH, Deed, StandIn
 
 WRITES = 100
@@ -127,6 +127,23 @@ def test_a_run_can_be_stopped(service: StandIn) -> None:
 def test_the_timeline_has_a_row_a_second(service: StandIn) -> None:
     report, _ = drive(service, rate=50, seconds=1.5)
     assert [second.due for second in report.timeline] == [50, 25]
+
+
+def test_every_request_can_be_watched() -> None:
+    seen: list[Sample] = []
+
+    async def session(service: StandIn) -> Report:
+        target, ledger = Target.parse(service.url), Ledger(WIDTH, HEIGHT)
+        return await run(target, Plan(500, 0.2, 8, 5), ledger, watch=seen.append)
+
+    with every_tenth(Deed.BROKEN).serving() as service:
+        asyncio.run(session(service))
+    assert len(seen) == WRITES
+    assert sum(sample.error == "status 503" for sample in seen) == 10
+    assert {sample.instance for sample in seen if sample.error is None} == {"stand-in"}
+    dues = sorted(sample.due for sample in seen)
+    assert dues[-1] - dues[0] == pytest.approx(0.2 - 1 / 500)
+    assert all(0 < sample.seconds < 1 for sample in seen)
 
 
 # The command line
