@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 
 def server(name: str, weight: int) -> dict[str, Any]:
-    return {"name": name, "address": f"{name}:8000", "weight": weight, "max_fails": 3, "fail_timeout": "5s"}
+    return {"name": name, "address": {"a": "10.0.0.1:8000", "b": "10.0.0.2:8000"}[name], "weight": weight, "max_fails": 3, "fail_timeout": "5s"}
 
 
 @pytest.fixture
@@ -42,8 +43,8 @@ def test_zone_comes_first_and_keepalive_last(balancer: pixel_lb.Balancer) -> Non
     assert text.splitlines()[1:] == [
         "upstream pixel {",
         "    zone pixel 256k;",
-        "    server a:8000 weight=3 max_fails=3 fail_timeout=5s; # a",
-        "    server b:8000 weight=2 max_fails=3 fail_timeout=5s; # b",
+        "    server 10.0.0.1:8000 weight=3 max_fails=3 fail_timeout=5s; # a",
+        "    server 10.0.0.2:8000 weight=2 max_fails=3 fail_timeout=5s; # b",
         "    keepalive 64;",
         "}",
     ]
@@ -52,17 +53,17 @@ def test_zone_comes_first_and_keepalive_last(balancer: pixel_lb.Balancer) -> Non
 def test_a_drain_marks_down_and_an_undrain_takes_it_back(balancer: pixel_lb.Balancer) -> None:
     balancer.undrain("b")
     before = upstreams(balancer)
-    balancer.drain("b", force=False)
+    balancer.drain("b")
     assert "fail_timeout=5s down; # b" in upstreams(balancer)
-    assert balancer.status()["backends"]["b"]["state"] == "drained"
+    assert balancer.status()["backends"]["b"]["state"] == "drained by operator"
     balancer.undrain("b")
     assert upstreams(balancer) == before
 
 
 def test_the_last_one_is_drained_by_force_only(balancer: pixel_lb.Balancer) -> None:
-    balancer.drain("a", force=False)
-    with pytest.raises(pixel_lb.Refused, match="last backend"):
-        balancer.drain("b", force=False)
+    balancer.drain("a")
+    with pytest.raises(pixel_lb.LastBackend, match="last backend"):
+        balancer.drain("b")
     assert balancer.drained() == ["a"]
     balancer.drain("b", force=True)
     assert balancer.drained() == ["a", "b"]
@@ -70,5 +71,30 @@ def test_the_last_one_is_drained_by_force_only(balancer: pixel_lb.Balancer) -> N
 
 def test_a_wrong_name_changes_nothing(balancer: pixel_lb.Balancer) -> None:
     with pytest.raises(pixel_lb.Refused, match="there are a, b"):
-        balancer.drain("c", force=False)
+        balancer.drain("c")
     assert balancer.drained() == []
+
+
+def test_a_deploy_takes_back_its_own_mark_only(balancer: pixel_lb.Balancer) -> None:
+    balancer.drain("b", deploy=True)
+    assert balancer.status()["backends"]["b"]["state"] == "drained by deploy"
+    balancer.undrain("b", deploy=True)
+    assert balancer.drained() == []
+    balancer.drain("b")
+    balancer.drain("b", deploy=True)
+    balancer.undrain("b", deploy=True)
+    assert balancer.status()["backends"]["b"]["state"] == "drained by operator"
+
+
+def test_open_connections_are_counted(balancer: pixel_lb.Balancer, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    for family, where in ((socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_UNIX, path)):
+        with socket.socket(family) as server, socket.socket(family) as client:
+            server.bind(where)
+            server.listen()
+            name = server.getsockname()
+            address = f"unix:{path}" if family == socket.AF_UNIX else f"{name[0]}:{name[1]}"
+            assert pixel_lb.connections(address) == 0
+            client.connect(name)
+            with server.accept()[0]:
+                assert pixel_lb.connections(address) == 1

@@ -115,9 +115,9 @@ def test_a_drained_backend_gets_nothing_and_nginx_is_not_restarted(host: Any, ma
     assert host.check_output("pixel-lb drain debian13") == "unchanged"
     assert set(many(20)) == {"debian12"}
     refused = host.run("pixel-lb drain debian12")
-    assert refused.rc == 1
+    assert refused.rc == 3
     assert "debian12 is the last backend" in refused.stderr
-    assert json.loads(host.check_output("pixel-lb status"))["backends"]["debian13"]["state"] == "drained"
+    assert json.loads(host.check_output("pixel-lb status"))["backends"]["debian13"]["state"] == "drained by operator"
     assert host.check_output("pixel-lb undrain debian13") == "changed"
     assert Counter(many(50)) == {"debian12": 30, "debian13": 20}
     assert master(host) == before

@@ -6,11 +6,16 @@ What the inventory says lies in `backends.json`, what an operator or a deploy ha
 the new configuration is staged and checked, then put in place, and the former one comes back if
 the reload fails.
 
-    pixel-lb install        put the staged configuration in force; says `changed` or `unchanged`
-    pixel-lb drain NAME     give this backend no new requests (never the last one, unless --force)
-    pixel-lb undrain NAME   give it requests again
+    pixel-lb install        put the staged configuration in force
+    pixel-lb drain NAME     give this backend no new requests (never the last one, unless --force),
+                            and wait until those in flight have ended
+    pixel-lb undrain NAME   give it requests again, and wait until it answers some
     pixel-lb status         what is in force, as JSON
     pixel-lb loaded         note that Nginx has just read its files (the unit calls it)
+
+A deploy drains with --deploy; such a mark is its own to take back, and an operator's stays.
+The first three say `changed` or `unchanged`. Exit status: 0 done, 1 refused and nothing changed,
+3 refused because it is the last backend, 4 changed but the wait was in vain.
 
 Only the standard library is used: the host's own Python runs it.
 """
@@ -23,9 +28,12 @@ import fcntl
 import hashlib
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +46,20 @@ RELOAD_SECONDS = 10.0
 
 class Refused(Exception):
     """Something the operator can mend; nothing was changed."""
+
+    status = 1
+
+
+class LastBackend(Refused):
+    """Without it nobody would answer."""
+
+    status = 3
+
+
+class InVain(Refused):
+    """It is changed, but what should have followed did not."""
+
+    status = 4
 
 
 class Balancer:
@@ -143,30 +165,35 @@ class Balancer:
 
     # --- draining ---------------------------------------------------------------------------
 
-    def drain(self, name: str, force: bool) -> bool:
+    def drain(self, name: str, *, force: bool = False, deploy: bool = False) -> bool:
+        """Mark it down. True if that is new; a deploy's mark never replaces an operator's."""
         backends = self.backends(self.nginx)
         self._known(name, backends)
         left = [other for other in self.names(backends) if other != name and other not in self.drained()]
         if not left and not force:
-            raise Refused(f"{name} is the last backend that takes requests; --force drains it all the same")
-        return self._mark(name, True, backends)
+            raise LastBackend(
+                f"{name} is the last backend that takes requests; --force drains it all the same"
+            )
+        mark = self.drained_dir / name
+        if not deploy or not mark.exists():
+            mark.write_text("deploy" if deploy else "operator")
+        return self._apply(backends)
 
-    def undrain(self, name: str) -> bool:
+    def undrain(self, name: str, *, deploy: bool = False) -> bool:
+        """Take the mark away. True if there was one; a deploy takes away a deploy's only."""
         backends = self.backends(self.nginx)
         self._known(name, backends)
-        return self._mark(name, False, backends)
+        mark = self.drained_dir / name
+        if not deploy or (mark.exists() and mark.read_text() == "deploy"):
+            mark.unlink(missing_ok=True)
+        return self._apply(backends)
 
     def _known(self, name: str, backends: dict[str, Any]) -> None:
         names = self.names(backends)
         if name not in names:
             raise Refused(f"there is no backend {name!r}; there are {', '.join(names)}")
 
-    def _mark(self, name: str, down: bool, backends: dict[str, Any]) -> bool:
-        mark = self.drained_dir / name
-        if down:
-            mark.touch()
-        else:
-            mark.unlink(missing_ok=True)
+    def _apply(self, backends: dict[str, Any]) -> bool:
         path = self.nginx / "pixel" / "upstreams.conf"
         former = _read(path)
         text = self.render(backends).encode()
@@ -179,9 +206,36 @@ class Balancer:
                 _replace(path, former)
             raise
 
+    def wait_until_idle(self, name: str, seconds: float) -> None:
+        """Wait for the end of what the old workers still have in flight there.
+
+        New workers don't connect to a backend that is down, and old ones close what is idle; so
+        every connection to it that is left is a request.
+        """
+        deadline = time.monotonic() + seconds
+        while left := sum(connections(address) for address in self._addresses(name)):
+            if time.monotonic() > deadline:
+                raise InVain(f"{name} still has {left} requests in flight after {seconds:.0f} s")
+            time.sleep(0.05)
+
+    def wait_until_seen(self, name: str, seconds: float) -> None:
+        """Wait until it has answered a request that came through Nginx."""
+        if name in self.drained():
+            return  # An operator has drained it; a deploy doesn't undo that.
+        url = self.backends(self.nginx)["probe"]
+        deadline = time.monotonic() + seconds
+        while ask(url) != name:
+            if time.monotonic() > deadline:
+                raise InVain(f"{name} has answered none of the requests to {url} within {seconds:.0f} s")
+            time.sleep(0.02)
+
+    def _addresses(self, name: str) -> set[str]:
+        upstreams = self.backends(self.nginx)["upstreams"].values()
+        servers = (server for upstream in upstreams for server in upstream["servers"])
+        return {server["address"] for server in servers if server["name"] == name}
+
     def status(self) -> dict[str, Any]:
         """Backends with address, weight and state, and whether Nginx runs with these files."""
-        drained = self.drained()
         backends = {}
         for upstream, spec in self.backends(self.nginx)["upstreams"].items():
             for server in spec["servers"]:
@@ -189,10 +243,41 @@ class Balancer:
                     "upstream": upstream,
                     "address": server["address"],
                     "weight": server["weight"],
-                    "state": "drained" if server["name"] in drained else "up",
+                    "state": self._state(server["name"]),
+                    "connections": connections(server["address"]),
                 }
         loaded = self.stamp.exists() and self.stamp.read_text() == self.fingerprint()
         return {"backends": backends, "running": master_pid() is not None, "loaded": loaded}
+
+    def _state(self, name: str) -> str:
+        mark = self.drained_dir / name
+        return f"drained by {mark.read_text() or 'operator'}" if mark.exists() else "up"
+
+
+# --- connections ------------------------------------------------------------------------------
+
+
+def connections(address: str) -> int:
+    """Connections that are open from this host to a backend: `unix:/path` or `a.b.c.d:port`."""
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix:")
+        table = Path("/proc/net/unix").read_text().splitlines()[1:]
+        # A connected socket at the server's end bears the path of the one that listens.
+        return sum(line.endswith(" " + path) and line.split()[5] == "03" for line in table)
+    host, port = address.rsplit(":", 1)
+    remote = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{int(port):04X}"
+    table = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return sum(fields[2] == remote and fields[3] == "01" for fields in map(str.split, table))
+
+
+def ask(url: str) -> str | None:
+    """Which instance answers; None if none does."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            name: str | None = answer.headers["X-Pixel-Instance"]
+            return name
+    except (OSError, urllib.error.URLError):
+        return None
 
 
 # --- Nginx' processes ------------------------------------------------------------------------
@@ -251,36 +336,43 @@ def alone(lock: Path) -> Iterator[None]:
         yield
 
 
+def say(changed: bool) -> None:
+    print("changed" if changed else "unchanged", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="pixel-lb", description="The balancer's upstreams.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("install", help="put the staged configuration in force")
     draining = commands.add_parser("drain", help="give a backend no new requests")
-    draining.add_argument("name")
     draining.add_argument("--force", action="store_true", help="even if it is the last one")
-    commands.add_parser("undrain", help="give it requests again").add_argument("name")
+    returning = commands.add_parser("undrain", help="give it requests again")
+    for command in (draining, returning):
+        command.add_argument("name")
+        command.add_argument("--deploy", action="store_true", help="the mark of a deploy")
+        command.add_argument("--wait", type=float, default=10, metavar="SECONDS", help="default 10")
     commands.add_parser("status", help="what is in force, as JSON")
     commands.add_parser("loaded", help="note that Nginx has just read its files")
     args = parser.parse_args()
     balancer = Balancer()
     try:
+        if args.command == "status":
+            print(json.dumps(balancer.status(), indent=2))
+            return 0
         with alone(balancer.lock):
-            if args.command == "status":
-                print(json.dumps(balancer.status(), indent=2))
-            elif args.command == "loaded":
+            if args.command == "loaded":
                 balancer.note_loaded()
+            elif args.command == "install":
+                say(balancer.install())
+            elif args.command == "drain":
+                say(balancer.drain(args.name, force=args.force, deploy=args.deploy))
+                balancer.wait_until_idle(args.name, args.wait)
             else:
-                changed = (
-                    balancer.install()
-                    if args.command == "install"
-                    else balancer.drain(args.name, args.force)
-                    if args.command == "drain"
-                    else balancer.undrain(args.name)
-                )
-                print("changed" if changed else "unchanged")
+                say(balancer.undrain(args.name, deploy=args.deploy))
+                balancer.wait_until_seen(args.name, args.wait)
     except Refused as refusal:
         print(f"pixel-lb: {refusal}", file=sys.stderr)
-        return 1
+        return refusal.status
     except FileNotFoundError as error:
         print(f"pixel-lb: {error.filename} is missing: run playbooks/nginx_lb.yml", file=sys.stderr)
         return 1
