@@ -102,30 +102,42 @@ def kind(error: str) -> str:
     return error.removeprefix("status ")
 
 
-COLUMNS = (
-    f"{'event':<15}{'runs':>5}{'sent':>9}{'acknowledged':>14}  {'failed':<22}{'lost':>5}"
-    f"{'p50/p99 ms before':>20}{'during':>16}{'took s':>9}{'full capacity s':>18}"
+HEAD = (
+    *("event", "runs", "sent", "acknowledged", "failed", "lost"),
+    *("p50/p99 ms before", "during", "took s", "full capacity s"),
 )
+LEFT = {"event", "failed"}
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    lines = [COLUMNS, *(_row(outcome) for outcome in outcomes)]
+    """Figures are medians of the runs; full capacity: median (worst)."""
+    rows = [HEAD, *(_row(outcome) for outcome in outcomes)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if name in LEFT else cell.rjust(width)
+            for name, cell, width in zip(HEAD, row, widths, strict=True)
+        )
+        for row in rows
+    ]
     faults = [f"  {outcome.event}: {fault}" for outcome in outcomes for fault in outcome.faults]
     return "\n".join([*lines, *(["", "Faults:", *faults] if faults else [])])
 
 
-def _row(outcome: Outcome) -> str:
-    failed = ", ".join(f"{count}x {name}" for name, count in outcome.failed.most_common())
-    before = "/".join(f"{outcome.median('before', mark):.1f}" for mark in ("p50", "p99"))
-    during = "/".join(f"{outcome.median('during', mark):.1f}" for mark in ("p50", "p99"))
-    took = statistics.median(run.took for run in outcome.runs)
+def _row(outcome: Outcome) -> tuple[str, ...]:
+    failed = ", ".join(f"{count} x {name}" for name, count in outcome.failed.most_common())
     recovery = outcome.recovery
-    seconds = f"{_seconds(recovery['median'])} ({_seconds(recovery['worst'])})"
     return (
-        f"{outcome.event:<15}{len(outcome.runs):>5}{outcome.total('sent'):>9}"
-        f"{outcome.total('acknowledged'):>14}  {failed or '-':<22}"
-        f"{outcome.total('lost') + outcome.total('wrong'):>5}{before:>20}{during:>16}{took:>9.1f}"
-        f"{seconds:>18}"
+        outcome.event,
+        str(len(outcome.runs)),
+        str(outcome.total("sent")),
+        str(outcome.total("acknowledged")),
+        failed or "-",
+        str(outcome.total("lost") + outcome.total("wrong")),
+        "/".join(f"{outcome.median('before', mark):.1f}" for mark in ("p50", "p99")),
+        "/".join(f"{outcome.median('during', mark):.1f}" for mark in ("p50", "p99")),
+        f"{statistics.median(run.took for run in outcome.runs):.1f}",
+        f"{_seconds(recovery['median'])} ({_seconds(recovery['worst'])})",
     )
 
 

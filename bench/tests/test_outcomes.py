@@ -88,7 +88,7 @@ def test_the_table_has_a_line_an_event_and_says_what_is_wrong() -> None:
     ]
     head, redis, frozen, *rest = table(outcomes).splitlines()
     assert (
-        " ".join(redis.split()) == "redis killed 1 100 90 10x 503 0 1.0/3.0 2.0/6.0 1.5 2.0 (2.0)"
+        " ".join(redis.split()) == "redis killed 1 100 90 10 x 503 0 1.0/3.0 2.0/6.0 1.5 2.0 (2.0)"
     )
     assert frozen.endswith("never (never)")
     assert len({len(head), len(redis), len(frozen)}) == 1
