@@ -1,0 +1,262 @@
+"""Backup and restore, as an operator runs them while the fleet is in use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+testinfra_hosts = ["c5"]
+
+ROOT = Path(__file__).resolve().parents[3]
+Play = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where these tests keep their backups."""
+    return tmp_path_factory.mktemp("backups")
+
+
+@pytest.fixture(scope="module")
+def play(folder: Path) -> Play:
+    def run(playbook: str, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+        values = json.dumps({"redis_backup_dir": str(folder)} | variables)
+        return subprocess.run(
+            ["ansible-playbook", f"playbooks/{playbook}.yml", *arguments, "--extra-vars", values],
+            cwd=ROOT,
+            env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def redis(shell: Any, address: str, password: Any) -> Callable[[str], str]:
+    """Run shell words in which `$redis` asks as the admin."""
+
+    def run(script: str) -> str:
+        login = f"export REDISCLI_AUTH={password('admin')}; redis='redis-cli -h {address} --user admin'"
+        said: str = shell(f"{login}\n{script}").strip()
+        return said
+
+    return run
+
+
+@pytest.fixture
+def contents(redis: Any) -> Callable[[], list[str]]:
+    """Every key with a digest, taken another way than the role takes it."""
+    script = 'for key in $($redis keys "*"); do echo $key $($redis dump $key | sha256sum); done | sort'
+
+    def digests() -> list[str]:
+        keys: list[str] = redis(script).splitlines()
+        assert keys
+        return keys
+
+    return digests
+
+
+@pytest.fixture
+def former(shell: Any) -> Iterator[Callable[[], list[str]]]:
+    """The former data that restores have left on the host; none is left from test to test."""
+    shell("rm -rf /var/lib/redis/former-*")
+    yield lambda: shell("ls -d /var/lib/redis/former-*").splitlines()
+    shell("rm -rf /var/lib/redis/former-*")
+
+
+@pytest.fixture
+def paint(client: Any) -> Callable[[int], None]:
+    """Give a cell a value; the app must have found Redis again by then."""
+
+    def set_cell(value: int) -> None:
+        pixel = {"x": 700, "y": 300, "channel": "B", "value": value}
+        assert client.ask("/pixel", json.dumps(pixel).encode())[0] == 200
+
+    return set_cell
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """The output in one line, so that a message is found however it was wrapped."""
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def backups(folder: Path) -> list[Path]:
+    return sorted(folder.glob("pixel-*.rdb"))
+
+
+def with_checksum(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    Path(f"{path}.sha256").write_text(f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def backup(folder: Path, play: Play, client: Any) -> Path:
+    """One backup of a canvas with something on it."""
+    pixel = {"x": 700, "y": 300, "channel": "B", "value": 77}
+    assert client.ask("/pixel", json.dumps(pixel).encode())[0] == 200
+    done = play("backup", "-vvv")
+    assert done.returncode == 0, said(done)
+    [made] = backups(folder)
+    made.with_suffix(".log").write_text(done.stdout)
+    return made
+
+
+def test_a_backup_is_whole_and_its_owners(backup: Path, folder: Path) -> None:
+    checksum = Path(f"{backup}.sha256")
+    assert checksum.read_text() == f"{hashlib.sha256(backup.read_bytes()).hexdigest()}  {backup.name}\n"
+    assert {oct(path.stat().st_mode & 0o777) for path in (backup, checksum)} == {"0o600"}
+    assert not list(folder.glob(".half*"))
+
+
+@pytest.mark.parametrize("user", ["app", "admin"])
+def test_a_backup_leaves_no_password_and_no_file_behind(
+    backup: Path, shell: Any, password: Any, user: str
+) -> None:
+    assert password(user) not in backup.with_suffix(".log").read_text()
+    assert password(user) not in shell("journalctl --no-pager")
+    assert shell("ls -d /var/tmp/pixel-backup.*") == ""
+
+
+def test_another_backup_is_made_though_nothing_changed_and_the_oldest_goes(
+    backup: Path, tmp_path: Path, play: Play
+) -> None:
+    for name in ("pixel-20200101T000000Z.rdb", "pixel-20210101T000000Z.rdb", backup.name):
+        with_checksum(tmp_path / name, backup.read_bytes())
+    where = {"redis_backup_dir": str(tmp_path), "redis_backup_keep": 3}
+    assert "changed=0 " in said(play("backup", "--check", **where))
+    done = play("backup", **where)
+    assert done.returncode == 0, said(done)
+    *earlier, latest = [path.name for path in backups(tmp_path)]
+    assert earlier == ["pixel-20210101T000000Z.rdb", backup.name]
+    assert latest > backup.name
+    assert len(list(tmp_path.glob("*.sha256"))) == 3
+
+
+@pytest.mark.parametrize("arguments", [(), ("--check",)])
+def test_a_canvas_with_something_on_it_is_not_overwritten(
+    backup: Path, play: Play, contents: Any, arguments: tuple[str, ...]
+) -> None:
+    before = contents()
+    done = play("restore", *arguments)
+    assert done.returncode != 0
+    assert "The canvas on c5 is not empty" in said(done)
+    assert "-e restore_overwrite=true" in said(done)
+    assert contents() == before
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("missing", "No backup is, or has"),
+        ("several", "Several backups have"),
+        ("changed", "is not what was saved"),
+        ("unsigned", "has no checksum beside it"),
+        ("foreign", "was not restored to c5"),
+    ],
+)
+def test_a_bad_backup_is_refused_and_nothing_changes(
+    backup: Path, tmp_path: Path, play: Play, host: Any, contents: Any, fault: str, message: str
+) -> None:
+    file = with_checksum(tmp_path / "pixel.rdb", backup.read_bytes())
+    if fault == "changed":
+        file.write_bytes(backup.read_bytes()[:-1] + b"!")
+    elif fault == "unsigned":
+        Path(f"{file}.sha256").unlink()
+    elif fault == "foreign":
+        with_checksum(file, b"This is a letter.")
+    elif fault == "several":
+        with_checksum(tmp_path / "pixel-2.rdb", backup.read_bytes())
+        with_checksum(tmp_path / "pixel-3.rdb", backup.read_bytes())
+    name = {"missing": "1999", "several": "pixel"}.get(fault, str(file))
+    before, running = contents(), host.service("redis-server").systemd_properties["MainPID"]
+    done = play("restore", backup=name, restore_overwrite=True, redis_backup_dir=str(tmp_path))
+    assert done.returncode != 0
+    assert message in said(done), said(done)
+    assert contents() == before
+    assert host.service("redis-server").systemd_properties["MainPID"] == running
+    assert not host.file("/var/lib/redis/restore").exists
+
+
+def test_a_restore_brings_back_every_byte_and_the_log_stays_on(
+    backup: Path, play: Play, redis: Any, contents: Any, client: Any, paint: Any, host: Any, former: Any
+) -> None:
+    paint(77)
+    done = play("backup")
+    assert done.returncode == 0, said(done)
+    saved = contents()
+    paint(78)
+    done = play("restore", restore_overwrite="true")
+    assert done.returncode == 0, said(done)
+    assert contents() == saved
+    assert json.loads(client.ask("/pixel/700/300")[2])["B"] == 77
+    # The log holds what comes after, and the former data lies beside it.
+    paint(79)
+    assert "aof_enabled:1" in redis("$redis info persistence")
+    host.run_expect([0], "systemctl kill --signal=KILL redis-server")
+    host.run_expect([0], "sleep 3; systemctl is-active redis-server")
+    assert json.loads(client.ask("/pixel/700/300")[2])["B"] == 79
+    assert len(former()) == 1
+    assert not host.file("/var/lib/redis/restore").exists
+
+
+def test_an_empty_redis_is_restored_while_requests_come_in(
+    backup: Path, play: Play, redis: Any, client: Any, former: Any
+) -> None:
+    """Those that come while Redis is away are answered 503; the app finds it again by itself."""
+    redis("$redis flushall")
+    answers: list[tuple[float, int]] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.wait(0.05):
+            started = time.monotonic()
+            status = client.ask("/pixel/700/300")[0]
+            answers.append((time.monotonic() - started, status))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        played = play("restore", backup=str(backup))
+        time.sleep(2)
+    finally:
+        done.set()
+        asking.join()
+    assert played.returncode == 0, said(played)
+    assert {status for _, status in answers} == {200, 503}
+    assert answers[-1][1] == 200
+    assert max(seconds for seconds, _ in answers) < 3
+    assert json.loads(client.ask("/pixel/700/300")[2])["B"] == 77
+    # Nothing was there before, so nothing is kept of it.
+    assert former() == []
+
+
+def test_a_restore_that_fails_midway_puts_the_former_data_back(
+    backup: Path, play: Play, contents: Any, paint: Any, client: Any, host: Any, former: Any
+) -> None:
+    paint(80)
+    before = contents()
+    # A log that Redis refuses, as if the disk had spoiled it.
+    done = play("restore", restore_overwrite=True, _redis_log_manifest="file missing.rdb seq 1 type b\n")
+    assert done.returncode != 0
+    assert "The former data is back" in said(done), said(done)
+    assert host.service("redis-server").is_running
+    assert contents() == before
+    assert former() == []
+    assert not host.file("/var/lib/redis/restore").exists
+    for _ in range(30):
+        if client.ask("/pixel/700/300")[0] == 200:
+            break
+        time.sleep(0.1)
+    paint(81)
