@@ -5,7 +5,6 @@ multiple of what the write does. FastAPI has everything else, and the same route
 documentation's sake.
 """
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,15 +19,24 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixel import metrics
-from pixel.canvas import Canvas
+from pixel.events import Hub
+from pixel.pictures import Gallery
 from pixel.pixel import Reader
 from pixel.problems import Problem
 from pixel.requests import State
-from pixel.routes import docs, health, live, pixels
+from pixel.routes import canvas, docs, events, fleet, health, live, pixels
 from pixel.settings import Settings, load
 from pixel.store import Store
 
-ROUTERS: tuple[APIRouter, ...] = (pixels.router, health.router, docs.router, live.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    pixels.router,
+    canvas.router,
+    events.router,
+    fleet.router,
+    health.router,
+    docs.router,
+    live.router,
+)
 
 DISCONNECTED = 499
 """In metrics, the status of an answer that nobody waited for."""
@@ -76,11 +84,16 @@ class Front:
     async def _hand_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = perf_counter()
         status = DISCONNECTED
+        method = scope["method"]
+        if method == "HEAD":  # is GET, without the body
+            scope = {**scope, "method": "GET"}
 
         async def watch(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif method == "HEAD":
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
@@ -89,9 +102,9 @@ class Front:
             pass
         except Exception:
             # FastAPI has answered it with a 500 by then.
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            log.exception("%s %s failed", method, scope["path"])
         route = getattr(scope.get("route"), "path", "")
-        metrics.observe(scope["method"], route, status, perf_counter() - started)
+        metrics.observe(method, route, status, perf_counter() - started)
 
 
 async def fault_answer(request: Request, error: Exception) -> Response:
@@ -145,8 +158,13 @@ def create_api(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         metrics.WORKERS.set(1)
         store = Store(settings)
-        reader = Reader(Canvas(settings.canvas_width, settings.canvas_height))
-        yield {"settings": settings, "store": store, "reader": reader, "closing": asyncio.Event()}
+        yield {
+            "settings": settings,
+            "store": store,
+            "reader": Reader(store.canvas),
+            "gallery": Gallery(store),
+            "hub": Hub(store),
+        }
         store.close()
 
     api = FastAPI(

@@ -4,8 +4,13 @@ The canvas is kept in tiles of 256x256 pixels, rows from the top, three bytes (R
 A tile that reaches beyond the canvas' edge is as large as any other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
+from typing import NamedTuple
+
+from PIL import Image
 
 TILE = 256
 """Width and height of a tile, in pixels."""
@@ -26,6 +31,40 @@ def locate(x: int, y: int) -> tuple[str, int]:
     return tile_key(x // TILE, y // TILE), (y % TILE * TILE + x % TILE) * 3
 
 
+class Region(NamedTuple):
+    """A rectangle of ``w`` x ``h`` pixels whose upper left one is at ``x``, ``y``."""
+
+    x: int
+    y: int
+    w: int
+    h: int
+
+    def tile_keys(self) -> list[str]:
+        """The keys of the tiles that it touches, row by row."""
+        return [tile_key(column, row) for column, row in self._tiles()]
+
+    def assemble(self, tiles: Sequence[bytes | None]) -> bytes:
+        """Its pixels, row by row, from the tiles that it touches; black where there are none."""
+        raw = bytearray(self.w * self.h * 3)
+        for (column, row), tile in zip(self._tiles(), tiles, strict=True):
+            if tile is None:
+                continue
+            source = memoryview(tile.ljust(TILE_BYTES, b"\0"))
+            left, right = max(self.x, column * TILE), min(self.x + self.w, (column + 1) * TILE)
+            top, bottom = max(self.y, row * TILE), min(self.y + self.h, (row + 1) * TILE)
+            length = (right - left) * 3
+            for y in range(top, bottom):
+                start = ((y - self.y) * self.w + left - self.x) * 3
+                place = (y % TILE * TILE + left % TILE) * 3
+                raw[start : start + length] = source[place : place + length]
+        return bytes(raw)
+
+    def _tiles(self) -> list[tuple[int, int]]:
+        columns = range(self.x // TILE, (self.x + self.w - 1) // TILE + 1)
+        rows = range(self.y // TILE, (self.y + self.h - 1) // TILE + 1)
+        return [(column, row) for row in rows for column in columns]
+
+
 @dataclass(frozen=True, slots=True)
 class Canvas:
     """A canvas of ``width`` x ``height`` pixels; x runs to the right, y runs down, from 0."""
@@ -36,3 +75,14 @@ class Canvas:
     def contains(self, x: int, y: int) -> bool:
         """Whether there is such a pixel."""
         return 0 <= x < self.width and 0 <= y < self.height
+
+
+def encode_png(raw: bytes, width: int, height: int, scale: int) -> bytes:
+    """A PNG of raw pixels, each of them drawn as a square of ``scale`` x ``scale``."""
+    image = Image.frombytes("RGB", (width, height), raw)
+    if scale > 1:
+        image = image.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+    file = BytesIO()
+    # 20 ms and 280 kB for a busy megapixel; 6 takes twice as long for a twentieth less.
+    image.save(file, "PNG", compress_level=4)
+    return file.getvalue()

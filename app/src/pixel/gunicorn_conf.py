@@ -39,7 +39,7 @@ class GracefulServer(Server):
     """Uvicorn, which on its way out ends the streams that would never end by themselves."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.lifespan.state["closing"].set()
+        self.lifespan.state["hub"].close()
         await super().shutdown(sockets)
 
 

@@ -37,6 +37,7 @@ REQUEST_SECONDS = Histogram(
     ["method", "route", "status"],
     buckets=_SECONDS,
 )
+VIEWERS = Gauge("pixel_viewers", "Open streams of events.", multiprocess_mode="livesum")
 WRITES = Counter("pixel_writes", "Channel writes that Redis has acknowledged.")
 COMMIT_SECONDS = Histogram(
     "pixel_commit_seconds", "Time until Redis acknowledged a batch.", buckets=_SECONDS
@@ -52,8 +53,19 @@ def observe(method: str, route: str, status: int, seconds: float) -> None:
 
 def exposition() -> bytes:
     """The metrics of all workers of this instance, in Prometheus' text format."""
+    return generate_latest(_registry())
+
+
+def totals() -> dict[str, float]:
+    """What an instance tells the others, by name of the metric."""
+    registry = _registry()
+    names = ("pixel_start_time_seconds", "pixel_workers", "pixel_viewers", "pixel_writes_total")
+    return {name: registry.get_sample_value(name) or 0.0 for name in names}
+
+
+def _registry() -> CollectorRegistry:
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return generate_latest(PROCESS)
+        return PROCESS
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return generate_latest(registry)
+    return registry

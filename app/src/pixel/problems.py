@@ -31,6 +31,12 @@ class Problem(Exception):  # noqa: N818 - the RFC's word for it
         self.members = members or {}
 
     @classmethod
+    def invalid(cls, field: str, reason: str) -> "Problem":
+        """422: a field of the request isn't what it has to be."""
+        errors = [{"field": field, "reason": reason}]
+        return cls(HTTPStatus.UNPROCESSABLE_ENTITY, f"{field} {reason}.", errors=errors)
+
+    @classmethod
     def unavailable(cls, detail: str) -> "Problem":
         """503: nothing is wrong with the request, and it may be sent again soon."""
         return cls(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "1"})

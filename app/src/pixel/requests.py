@@ -7,6 +7,8 @@ from typing import TypedDict
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope
 
+from pixel.events import Hub
+from pixel.pictures import Gallery
 from pixel.pixel import Reader
 from pixel.problems import Problem
 from pixel.settings import Settings
@@ -22,7 +24,8 @@ class State(TypedDict):
     settings: Settings
     store: Store
     reader: Reader
-    closing: asyncio.Event
+    gallery: Gallery
+    hub: Hub
 
 
 def state_of(request: Request) -> State:

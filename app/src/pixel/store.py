@@ -5,7 +5,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from pixel import metrics
 from pixel.canvas import TILE_BYTES, Canvas, locate, tile_key
@@ -20,13 +20,56 @@ EVENTS = "pixel:events"
 EVENT_CHANGES = 1024
 """Most changes in one entry, so that the stream's length bounds its memory."""
 
+EVENTS_AT_ONCE = 1000
+"""Most entries that are read together."""
+
 # Makes a tile as long as it has to be, or leaves it alone: it adds nothing to its last byte.
 _GROW = ("INCRBY", "u8", (TILE_BYTES - 1) * 8, 0)
 
 # Pauses between attempts to connect, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 
+_NEWEST = ("XREVRANGE", EVENTS, "+", "-", "COUNT", 1)
+
 log = logging.getLogger(__name__)
+
+
+class EventId(NamedTuple):
+    """The name of an event, and the moment at which the canvas stood as it left it."""
+
+    milliseconds: int
+    sequence: int
+
+    @classmethod
+    def parse(cls, text: bytes) -> "EventId":
+        """From its text, as in 1795225898442-0. Raises ValueError."""
+        milliseconds, dash, sequence = text.partition(b"-")
+        if not dash or len(text) > 41 or not (milliseconds + sequence).isdigit():
+            raise ValueError("an event id looks like 1795225898442-0")
+        return cls(int(milliseconds), int(sequence))
+
+    def text(self) -> bytes:
+        """As Redis, and a viewer, write it."""
+        return b"%d-%d" % self
+
+
+NO_EVENT = EventId(0, 0)
+
+
+class Events(NamedTuple):
+    """Records of changes, as ``pixel.pack`` makes them, and the last event that is among them.
+
+    If they aren't complete, the canvas has to be fetched anew, and what follows is what comes
+    after ``last``.
+    """
+
+    last: EventId
+    records: list[bytes]
+    complete: bool
+
+
+def _only_id(entries: list[Any]) -> EventId:
+    return EventId.parse(entries[0][0]) if entries and entries[0] else NO_EVENT
 
 
 class _Batch:
@@ -199,23 +242,72 @@ class GroupCommit:
         return [("MULTI",), *map(tuple, tiles.values()), *events, ("EXEC",)]
 
 
+class _Link:
+    """A connection for questions, opened when there is one, and anew after it was lost."""
+
+    def __init__(self, server: Server, timeout: float) -> None:
+        self._server = server
+        self._timeout = timeout
+        self._connection: Connection | None = None
+        self._opening = asyncio.Lock()
+
+    async def ask(self, *commands: Command, patience: float = 0) -> list[Any]:
+        """The replies; ``patience`` is for commands that wait by themselves, in seconds.
+
+        Raises a 503 ``Problem`` if Redis doesn't answer all of it in time.
+        """
+        try:
+            async with asyncio.timeout(self._timeout + patience):
+                connection = await self._connected()
+                replies: list[Any] = await connection.execute(commands)
+        except (OSError, ReplyError) as error:
+            self.close()
+            log.warning("Redis can't be read: %s", error or "no answer")
+            raise Problem.unavailable("Redis can't be read.") from error
+        for reply in replies:
+            if isinstance(reply, ReplyError):
+                log.error("Redis refuses to be read: %s", reply)
+                raise Problem.unavailable("Redis refuses to be read.")
+        return replies
+
+    async def ask_at_once(self, *commands: Command) -> list[Any]:
+        """The replies to commands between which nothing changes; errors are among them."""
+        *_, results = await self.ask(("MULTI",), *commands, ("EXEC",))
+        return list(results)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        if self._connection:
+            self._connection.close()
+
+    async def _connected(self) -> Connection:
+        async with self._opening:
+            if self._connection is None or self._connection.closed:
+                self._connection = await Connection.open(self._server)
+            return self._connection
+
+
 class Store:
-    """What the application asks of Redis. Made inside the event loop that uses it."""
+    """What the application asks of Redis. Made inside the event loop that uses it.
+
+    Every method raises a 503 ``Problem`` if Redis doesn't do what it is asked for in time.
+    """
 
     def __init__(self, settings: Settings) -> None:
+        server = Server.of(settings)
         self.canvas = Canvas(settings.canvas_width, settings.canvas_height)
-        self._server = Server.of(settings)
-        self._timeout = settings.redis_timeout
-        self._commits = GroupCommit(self._server, settings)
+        self._commits = GroupCommit(server, settings)
+        # Pictures are megabytes, and waiting is waiting: neither is to hold up a small question.
+        self._questions, self._pictures, self._waiting = (
+            _Link(server, settings.redis_timeout) for _ in range(3)
+        )
         self.write = self._commits.write
-        self._reader: Connection | None = None
-        self._opening = asyncio.Lock()
 
     def close(self) -> None:
         """Let go of Redis."""
         self._commits.close()
-        if self._reader:
-            self._reader.close()
+        for link in (self._questions, self._pictures, self._waiting):
+            link.close()
 
     async def probe(self) -> float:
         """How long a write takes now, in seconds, by one that changes nothing."""
@@ -226,28 +318,43 @@ class Store:
     async def colour(self, x: int, y: int) -> tuple[int, int, int]:
         """Red, green and blue of a pixel, 0-255 each."""
         key, place = locate(x, y)
-        [found] = await self._read([("GETRANGE", key, place, place + 2)])
+        [found] = await self._questions.ask(("GETRANGE", key, place, place + 2))
         red, green, blue = found.ljust(3, b"\0")
         return red, green, blue
 
-    async def _read(self, commands: list[Command]) -> list[Any]:
-        """Ask Redis; a 503 ``Problem`` if it doesn't answer all of it in time."""
-        try:
-            async with asyncio.timeout(self._timeout):
-                replies = await (await self._connected()).execute(commands)
-        except (OSError, ReplyError) as error:
-            if self._reader:
-                self._reader.close()
-            log.warning("Redis can't be read: %s", error or "no answer")
-            raise Problem.unavailable("Redis can't be read.") from error
-        for reply in replies:
-            if isinstance(reply, ReplyError):
-                log.error("Redis refused to read: %s", reply)
-                raise Problem.unavailable("Redis refuses to read.")
-        return replies
+    async def last_event(self) -> EventId:
+        """The newest event; ``NO_EVENT`` if there was none yet."""
+        [newest] = await self._questions.ask(_NEWEST)
+        return _only_id(newest)
 
-    async def _connected(self) -> Connection:
-        async with self._opening:
-            if self._reader is None or self._reader.closed:
-                self._reader = await Connection.open(self._server)
-            return self._reader
+    async def snapshot(self, keys: Sequence[str]) -> tuple[EventId, list[bytes | None]]:
+        """Tiles, and the event at which they stand: with the events after it they are today's."""
+        newest, *tiles = await self._pictures.ask_at_once(_NEWEST, *(("GET", key) for key in keys))
+        if any(isinstance(tile, ReplyError) for tile in tiles):
+            raise Problem.unavailable("Redis refuses to be read.")
+        return _only_id(newest), tiles
+
+    async def events(self, after: EventId) -> Events:
+        """The next events, some hundred at most, or the news that some of them are gone."""
+        found, stream = await self._questions.ask_at_once(
+            ("XRANGE", EVENTS, b"(" + after.text(), "+", "COUNT", EVENTS_AT_ONCE),
+            ("XINFO", "STREAM", EVENTS),
+        )
+        if isinstance(stream, ReplyError):  # There is no stream yet, or no longer.
+            return Events(NO_EVENT, [], complete=after == NO_EVENT)
+        facts = dict(zip(stream[::2], stream[1::2], strict=True))
+        last = EventId.parse(facts[b"last-generated-id"])
+        trimmed = facts[b"entries-added"] > facts[b"length"]
+        # ``after`` may lie ahead, when Redis has come back with less than it had.
+        if after > last or (trimmed and after < _only_id([facts[b"first-entry"]])):
+            return Events(last, [], complete=False)
+        records = [record for _, (_, record) in found]
+        return Events(_only_id(found[-1:]) if found else after, records, complete=True)
+
+    async def wait_for_event(self, after: EventId, seconds: float) -> None:
+        """Return when there is an event after the one given, or after some seconds."""
+        await self._waiting.ask(
+            ("XREAD", "COUNT", 1, "BLOCK", round(seconds * 1000), "STREAMS", EVENTS,
+             after.text()),
+            patience=seconds,
+        )  # fmt: skip

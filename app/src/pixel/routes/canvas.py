@@ -1,0 +1,87 @@
+"""The canvas as a picture and as raw bytes."""
+
+from http import HTTPStatus
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+
+from pixel.canvas import Region
+from pixel.pictures import Picture
+from pixel.problems import Problem
+from pixel.requests import state_of
+
+router = APIRouter(tags=["canvas"])
+
+MOST_PIXELS = 4096 * 4096
+"""Of one answer."""
+
+
+def wanted_region(
+    request: Request,
+    x: Annotated[int, Query(ge=0)] = 0,
+    y: Annotated[int, Query(ge=0)] = 0,
+    w: Annotated[int | None, Query(ge=1, description="The rest of the row by default.")] = None,
+    h: Annotated[int | None, Query(ge=1, description="The rest of the column by default.")] = None,
+) -> Region:
+    """The part of the canvas that is asked for: all of it by default."""
+    canvas = state_of(request)["store"].canvas
+    for name, start, length, size in (("w", x, w, canvas.width), ("h", y, h, canvas.height)):
+        if start + (length or 1) > size:
+            raise Problem.invalid(name, f"reaches beyond the canvas, which ends at {size}")
+    return Region(x, y, w or canvas.width - x, h or canvas.height - y)
+
+
+WantedRegion = Annotated[Region, Depends(wanted_region)]
+KnownTags = Annotated[str, Header(alias="If-None-Match")]
+
+
+@router.get("/canvas.rgb")
+async def canvas_rgb(request: Request, region: WantedRegion, known: KnownTags = "") -> Response:
+    """Three bytes (R, G, B) a pixel, row by row."""
+    _bound(region, 1)
+    picture = await state_of(request)["gallery"].picture(region)
+    if _is_known(picture, known):
+        return _not_modified(picture)
+    return Response(picture.raw, headers=_headers(picture), media_type="application/octet-stream")
+
+
+@router.get("/canvas.png")
+async def canvas_png(
+    request: Request,
+    region: WantedRegion,
+    scale: Annotated[int, Query(ge=1, le=16, description="A pixel's width and height.")] = 1,
+    known: KnownTags = "",
+) -> Response:
+    """The picture as a PNG."""
+    _bound(region, scale)
+    picture = await state_of(request)["gallery"].picture(region)
+    if _is_known(picture, known):
+        return _not_modified(picture)
+    return Response(await picture.png(scale), headers=_headers(picture), media_type="image/png")
+
+
+def _bound(region: Region, scale: int) -> None:
+    if region.w * region.h * scale * scale > MOST_PIXELS:
+        raise Problem.invalid("w", f"times h and scale is more than {MOST_PIXELS} pixels")
+
+
+def _is_known(picture: Picture, known: str) -> bool:
+    return any(tag.strip().removeprefix("W/") in ("*", _tag(picture)) for tag in known.split(","))
+
+
+def _tag(picture: Picture) -> str:
+    return f'"{picture.digest}"'
+
+
+def _headers(picture: Picture) -> dict[str, str]:
+    return {
+        "ETag": _tag(picture),
+        "Cache-Control": "max-age=1, stale-while-revalidate=10",
+        "X-Pixel-Event": picture.event.text().decode(),
+        "X-Pixel-Width": str(picture.region.w),
+        "X-Pixel-Height": str(picture.region.h),
+    }
+
+
+def _not_modified(picture: Picture) -> Response:
+    return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=_headers(picture))

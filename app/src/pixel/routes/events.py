@@ -1,0 +1,44 @@
+"""Changes as they happen, as server-sent events."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import StreamingResponse
+
+from pixel.requests import state_of
+from pixel.store import NO_EVENT, EventId
+
+router = APIRouter(tags=["canvas"])
+
+
+@router.get("/events")
+async def events(
+    request: Request,
+    after: Annotated[
+        str | None,
+        Query(
+            pattern=r"^[0-9]{1,15}-[0-9]{1,15}$",
+            description="The X-Pixel-Event of the canvas that the viewer has.",
+        ),
+    ] = None,
+    last_event_id: Annotated[
+        str | None, Header(description="What a browser sends to resume; it outweighs ``after``.")
+    ] = None,
+) -> StreamingResponse:
+    """Changes after an event, or from now on: arrays of ``[x, y, channel, value]``.
+
+    Each message says with its ``id`` up to which event it tells; at most 20 a second. The event
+    ``resync`` says that some changes can't be told any more: fetch the canvas, then go on.
+    """
+    text = last_event_id or after
+    try:
+        known = EventId.parse(text.encode()) if text else None
+    except ValueError:
+        known = NO_EVENT
+    hub = state_of(request)["hub"]
+    await hub.prepare()
+    return StreamingResponse(
+        hub.stream(known),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )

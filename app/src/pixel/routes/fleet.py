@@ -1,0 +1,188 @@
+"""What the instances of the fleet say of themselves."""
+
+import asyncio
+import os
+import time
+from http import HTTPStatus
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import h11
+import msgspec
+from fastapi import APIRouter, Query, Request, Response
+
+from pixel import metrics
+from pixel.problems import Problem
+from pixel.requests import State, state_of
+
+router = APIRouter(prefix="/fleet", tags=["fleet"])
+
+MOST_BYTES = 65_536
+"""Of what a peer may answer."""
+
+LATE = "is late"
+
+Milliseconds = Annotated[
+    int, Query(alias="timeout", ge=1, le=60_000, description="How long to wait, in milliseconds.")
+]
+
+
+class Statement(msgspec.Struct, frozen=True):
+    """What an instance says of itself; ``redis_ms`` is null if Redis doesn't take its writes."""
+
+    instance: str
+    port: int
+    release: str
+    uptime_s: float
+    workers: int
+    load: tuple[float, float, float]
+    redis_ms: float | None
+    writes: int
+    viewers: int
+
+
+class PeerError(Exception):
+    """A peer hasn't answered as a peer does; says in what way."""
+
+
+@router.get("/self")
+async def fleet_self(request: Request) -> Response:
+    """What this instance says of itself; counts are of all its workers, since it was started."""
+    return _json(await _statement(state_of(request)))
+
+
+@router.get("/all")
+async def fleet_all(request: Request, milliseconds: Milliseconds = 10_000) -> Response:
+    """What every instance says of itself, asked at the same time.
+
+    If one fails or is late, the answer is a problem, with what the others have said.
+    """
+    state = state_of(request)
+    peers = state["settings"].peers
+    if not peers:
+        return _json({"instances": [await _statement(state)]})
+    asked = [asyncio.create_task(_ask(peer)) for peer in peers]
+    await asyncio.wait(asked, timeout=milliseconds / 1000)
+    await _cancel(asked)
+    instances = [task.result() for task in asked if _failure(task) is None]
+    if len(instances) == len(peers):
+        return _json({"instances": instances})
+    raise _problem(dict(zip(peers, asked, strict=True)), instances)
+
+
+@router.get("/first")
+async def fleet_first(request: Request, milliseconds: Milliseconds = 10_000) -> Response:
+    """What the first instance to answer says of itself; all are asked at the same time."""
+    state = state_of(request)
+    peers = state["settings"].peers
+    if not peers:
+        return _json(await _statement(state))
+    asked = [asyncio.create_task(_ask(peer)) for peer in peers]
+    waiting = set(asked)
+    try:
+        async with asyncio.timeout(milliseconds / 1000):
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if _failure(task) is None:
+                        return _json(task.result())
+    except TimeoutError:
+        pass
+    finally:
+        await _cancel(asked)
+    raise _problem(dict(zip(peers, asked, strict=True)))
+
+
+async def _statement(state: State) -> Statement:
+    settings = state["settings"]
+    try:
+        redis_ms = round(await state["store"].probe() * 1000, 3)
+    except Problem:
+        redis_ms = None
+    totals = await asyncio.to_thread(metrics.totals)
+    return Statement(
+        instance=settings.instance,
+        port=settings.port,
+        release=settings.release,
+        uptime_s=round(time.time() - totals["pixel_start_time_seconds"], 1),
+        workers=int(totals["pixel_workers"]),
+        load=os.getloadavg(),
+        redis_ms=redis_ms,
+        writes=int(totals["pixel_writes_total"]),
+        viewers=int(totals["pixel_viewers"]),
+    )
+
+
+async def _ask(peer: str) -> Statement:
+    """What the instance at a base URL says of itself. Raises PeerError."""
+    try:
+        status, body = await _get(f"{peer}/fleet/self")
+        if status != HTTPStatus.OK:
+            raise PeerError(f"answered with status {status}")
+        return msgspec.json.decode(body, type=Statement)
+    except OSError as error:
+        raise PeerError(f"can't be reached: {error.strerror or error}") from error
+    except (h11.RemoteProtocolError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PeerError("answered something else than a statement") from error
+
+
+async def _get(url: str) -> tuple[int, bytes]:
+    """Status and body of an answer. Raises OSError, h11.RemoteProtocolError, PeerError."""
+    parts = urlsplit(url)
+    tls = parts.scheme == "https"
+    reader, writer = await asyncio.open_connection(
+        parts.hostname, parts.port or (443 if tls else 80), ssl=tls or None
+    )
+    try:
+        connection = h11.Connection(h11.CLIENT)
+        headers = [("Host", parts.netloc), ("Connection", "close")]
+        request = h11.Request(method="GET", target=parts.path, headers=headers)
+        writer.write(connection.send(request) or b"")
+        status, body = 0, b""
+        while not isinstance(event := connection.next_event(), h11.EndOfMessage):
+            if event is h11.NEED_DATA:
+                connection.receive_data(await reader.read(MOST_BYTES))
+            elif isinstance(event, h11.Response):
+                status = event.status_code
+            elif isinstance(event, h11.Data):
+                body += event.data
+                if len(body) > MOST_BYTES:
+                    raise PeerError("answered too much")
+    finally:
+        writer.close()
+    return status, body
+
+
+async def _cancel(tasks: list[asyncio.Task[Statement]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+def _failure(task: asyncio.Task[Statement]) -> str | None:
+    """Why a task has no result; it is done, or still waiting."""
+    if not task.done() or task.cancelled():
+        return LATE
+    error = task.exception()
+    return str(error) if error else None
+
+
+def _problem(
+    asked: dict[str, asyncio.Task[Statement]], instances: list[Statement] | None = None
+) -> Problem:
+    failures = [
+        {"peer": peer, "cause": cause} for peer, task in asked.items() if (cause := _failure(task))
+    ]
+    late = any(failure["cause"] == LATE for failure in failures)
+    members: dict[str, Any] = {"failures": failures}
+    if instances is not None:
+        members["instances"] = instances
+    return Problem(
+        HTTPStatus.GATEWAY_TIMEOUT if late else HTTPStatus.BAD_GATEWAY,
+        f"{len(failures)} of {len(asked)} instances have not answered as they should.",
+        members=members,
+    )
+
+
+def _json(content: Any) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")
