@@ -163,7 +163,7 @@ def test_a_canvas_with_something_on_it_is_not_overwritten(
         ("several", "Several backups have"),
         ("changed", "is not what was saved"),
         ("unsigned", "has no checksum beside it"),
-        ("foreign", "was not restored to c5"),
+        ("foreign", "was not restored to c5: redis-server says: Wrong signature"),
     ],
 )
 def test_a_bad_backup_is_refused_and_nothing_changes(

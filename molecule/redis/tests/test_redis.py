@@ -123,3 +123,36 @@ def test_the_unit_is_sandboxed(host: Any) -> None:
     said = host.run("systemd-analyze security redis-server.service").stdout
     exposure = float(said.strip().splitlines()[-1].split(":")[1].split()[0])
     assert exposure <= 2.0
+
+
+def test_a_log_cut_off_at_its_end_is_repaired_and_reported(
+    host: Any, shell: Any, redis: Any, address: str, password: Any
+) -> None:
+    """As after a power cut: the last transaction is there in part, and so was never acknowledged."""
+
+    def write(name: str) -> None:
+        commands = f"MULTI\nSET pixel:test:{name} kept\nSET pixel:test:{name}:2 kept\nEXEC"
+        login = f"AUTH pixel {password('app')}"
+        assert shell(f"printf '{login}\n{commands}\n' | redis-cli -h {address}").splitlines()[-1] == "OK"
+
+    def repairs() -> int:
+        """Since Redis was started, as playbooks/status.yml counts them."""
+        started = "_SYSTEMD_INVOCATION_ID=$(systemctl show -P InvocationID redis-server)"
+        said: str = shell(f"journalctl --output=cat --no-pager {started}")
+        return said.count("!!! Truncating the AOF")
+
+    host.run_expect([0], "systemctl restart redis-server")
+    assert repairs() == 0
+    write("whole")
+    write("cut")
+    host.run_expect([0], "systemctl stop redis-server")
+    shell("cd /var/lib/redis/appendonlydir && truncate --size=-5 $(ls -t *.incr.aof | head -n 1)")
+    host.run_expect([0], "systemctl start redis-server")
+    assert redis("app", "exists", "pixel:test:whole", "pixel:test:whole:2") == "2"
+    assert redis("app", "exists", "pixel:test:cut", "pixel:test:cut:2") == "0"
+    assert repairs() == 1
+    # What is acknowledged behind the cut stays, too.
+    write("later")
+    host.run_expect([0], "systemctl kill --signal=KILL redis-server && sleep 3")
+    assert redis("app", "exists", "pixel:test:whole", "pixel:test:later", "pixel:test:later:2") == "3"
+    assert repairs() == 0
