@@ -12,7 +12,13 @@ import pytest
 
 
 def server(name: str, weight: int) -> dict[str, Any]:
-    return {"name": name, "address": {"a": "10.0.0.1:8000", "b": "10.0.0.2:8000"}[name], "weight": weight, "max_fails": 3, "fail_timeout": "5s"}
+    return {
+        "name": name,
+        "address": {"a": "10.0.0.1:8000", "b": "10.0.0.2:8000"}[name],
+        "weight": weight,
+        "max_fails": 3,
+        "fail_timeout": "5s",
+    }
 
 
 @pytest.fixture
@@ -55,7 +61,7 @@ def test_a_drain_marks_down_and_an_undrain_takes_it_back(balancer: pixel_lb.Bala
     before = upstreams(balancer)
     balancer.drain("b")
     assert "fail_timeout=5s down; # b" in upstreams(balancer)
-    assert balancer.status()["backends"]["b"]["state"] == "drained by operator"
+    assert balancer.status()["backends"]["b"]["state"] == "drained"
     balancer.undrain("b")
     assert upstreams(balancer) == before
 
@@ -73,17 +79,6 @@ def test_a_wrong_name_changes_nothing(balancer: pixel_lb.Balancer) -> None:
     with pytest.raises(pixel_lb.Refused, match="there are a, b"):
         balancer.drain("c")
     assert balancer.drained() == []
-
-
-def test_a_deploy_takes_back_its_own_mark_only(balancer: pixel_lb.Balancer) -> None:
-    balancer.drain("b", deploy=True)
-    assert balancer.status()["backends"]["b"]["state"] == "drained by deploy"
-    balancer.undrain("b", deploy=True)
-    assert balancer.drained() == []
-    balancer.drain("b")
-    balancer.drain("b", deploy=True)
-    balancer.undrain("b", deploy=True)
-    assert balancer.status()["backends"]["b"]["state"] == "drained by operator"
 
 
 def test_open_connections_are_counted(balancer: pixel_lb.Balancer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Sockets that systemd passes take the place of ``bind``.
 """
 
+import asyncio
 import gc
 import os
 import shutil
@@ -35,11 +36,22 @@ from uvicorn.server import Server  # noqa: E402
 from uvicorn_worker import UvicornWorker  # noqa: E402
 
 
+LAST_REQUESTS = 0.2
+"""Seconds for which a worker on its way out still listens to the connections it has."""
+
+
 class GracefulServer(Server):
-    """Uvicorn, which on its way out ends the streams that would never end by themselves."""
+    """Uvicorn, which on its way out cuts nobody short.
+
+    It ends the streams, which would never end by themselves, and gives those who have just
+    connected the time to ask; Uvicorn itself hangs up on whoever has not asked yet.
+    """
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
         self.lifespan.state["hub"].close()
+        await asyncio.sleep(LAST_REQUESTS)
         await super().shutdown(sockets)
 
 

@@ -117,7 +117,7 @@ def test_a_drained_backend_gets_nothing_and_nginx_is_not_restarted(host: Any, ma
     refused = host.run("pixel-lb drain debian12")
     assert refused.rc == 3
     assert "debian12 is the last backend" in refused.stderr
-    assert json.loads(host.check_output("pixel-lb status"))["backends"]["debian13"]["state"] == "drained by operator"
+    assert json.loads(host.check_output("pixel-lb status"))["backends"]["debian13"]["state"] == "drained"
     assert host.check_output("pixel-lb undrain debian13") == "changed"
     assert Counter(many(50)) == {"debian12": 30, "debian13": 20}
     assert master(host) == before

@@ -13,7 +13,6 @@ the reload fails.
     pixel-lb status         what is in force, as JSON
     pixel-lb loaded         note that Nginx has just read its files (the unit calls it)
 
-A deploy drains with --deploy; such a mark is its own to take back, and an operator's stays.
 The first three say `changed` or `unchanged`. Exit status: 0 done, 1 refused and nothing changed,
 3 refused because it is the last backend, 4 changed but the wait was in vain.
 
@@ -165,8 +164,8 @@ class Balancer:
 
     # --- draining ---------------------------------------------------------------------------
 
-    def drain(self, name: str, *, force: bool = False, deploy: bool = False) -> bool:
-        """Mark it down. True if that is new; a deploy's mark never replaces an operator's."""
+    def drain(self, name: str, *, force: bool = False) -> bool:
+        """Mark it down. True if that is new."""
         backends = self.backends(self.nginx)
         self._known(name, backends)
         left = [other for other in self.names(backends) if other != name and other not in self.drained()]
@@ -174,18 +173,14 @@ class Balancer:
             raise LastBackend(
                 f"{name} is the last backend that takes requests; --force drains it all the same"
             )
-        mark = self.drained_dir / name
-        if not deploy or not mark.exists():
-            mark.write_text("deploy" if deploy else "operator")
+        (self.drained_dir / name).touch()
         return self._apply(backends)
 
-    def undrain(self, name: str, *, deploy: bool = False) -> bool:
-        """Take the mark away. True if there was one; a deploy takes away a deploy's only."""
+    def undrain(self, name: str) -> bool:
+        """Take the mark away. True if there was one."""
         backends = self.backends(self.nginx)
         self._known(name, backends)
-        mark = self.drained_dir / name
-        if not deploy or (mark.exists() and mark.read_text() == "deploy"):
-            mark.unlink(missing_ok=True)
+        (self.drained_dir / name).unlink(missing_ok=True)
         return self._apply(backends)
 
     def _known(self, name: str, backends: dict[str, Any]) -> None:
@@ -220,8 +215,6 @@ class Balancer:
 
     def wait_until_seen(self, name: str, seconds: float) -> None:
         """Wait until it has answered a request that came through Nginx."""
-        if name in self.drained():
-            return  # An operator has drained it; a deploy doesn't undo that.
         url = self.backends(self.nginx)["probe"]
         deadline = time.monotonic() + seconds
         while ask(url) != name:
@@ -243,15 +236,11 @@ class Balancer:
                     "upstream": upstream,
                     "address": server["address"],
                     "weight": server["weight"],
-                    "state": self._state(server["name"]),
+                    "state": "drained" if server["name"] in self.drained() else "up",
                     "connections": connections(server["address"]),
                 }
         loaded = self.stamp.exists() and self.stamp.read_text() == self.fingerprint()
         return {"backends": backends, "running": master_pid() is not None, "loaded": loaded}
-
-    def _state(self, name: str) -> str:
-        mark = self.drained_dir / name
-        return f"drained by {mark.read_text() or 'operator'}" if mark.exists() else "up"
 
 
 # --- connections ------------------------------------------------------------------------------
@@ -349,7 +338,6 @@ def main() -> int:
     returning = commands.add_parser("undrain", help="give it requests again")
     for command in (draining, returning):
         command.add_argument("name")
-        command.add_argument("--deploy", action="store_true", help="the mark of a deploy")
         command.add_argument("--wait", type=float, default=10, metavar="SECONDS", help="default 10")
     commands.add_parser("status", help="what is in force, as JSON")
     commands.add_parser("loaded", help="note that Nginx has just read its files")
@@ -365,10 +353,10 @@ def main() -> int:
             elif args.command == "install":
                 say(balancer.install())
             elif args.command == "drain":
-                say(balancer.drain(args.name, force=args.force, deploy=args.deploy))
+                say(balancer.drain(args.name, force=args.force))
                 balancer.wait_until_idle(args.name, args.wait)
             else:
-                say(balancer.undrain(args.name, deploy=args.deploy))
+                say(balancer.undrain(args.name))
                 balancer.wait_until_seen(args.name, args.wait)
     except Refused as refusal:
         print(f"pixel-lb: {refusal}", file=sys.stderr)
