@@ -143,3 +143,39 @@ def test_without_sockets_it_binds_where_the_settings_say(
         assert client.get("http://local/ping", timeout=20).json()["instance"] == "c5"
     process.terminate()
     assert process.wait(10) == 0
+
+
+def test_streams_end_cleanly_when_the_service_stops(
+    shared_redis: RedisServer, start_service: StartService
+) -> None:
+    service = start_service(shared_redis.url, PIXEL_WORKERS="1")
+    httpx.get(f"{service.url}/readyz", timeout=20)
+    with httpx.stream("GET", f"{service.url}/events", timeout=5) as stream:
+        assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert stream.headers["x-accel-buffering"] == "no"
+        lines = stream.iter_lines()
+        assert next(lines) == "retry: 1000"
+        httpx.post(f"{service.url}/pixel", json=PIXEL)
+        while next(lines) != 'data: [[1,2,"G",3]]':
+            pass
+        started = time.monotonic()
+        service.process.terminate()
+        assert list(lines) == [""]  # to the end, which is one, and no broken connection
+    assert service.process.wait(10) == 0
+    assert time.monotonic() - started < 3
+
+
+def test_a_viewer_who_leaves_is_forgotten(service: Service) -> None:
+    def viewers() -> float:
+        text = httpx.get(f"{service.url}/metrics").text
+        return float(re.findall(r"^pixel_viewers ([0-9.]+)$", text, re.MULTILINE)[0])
+
+    wait_until(lambda: viewers() == 0)
+    with httpx.stream("GET", f"{service.url}/events", timeout=5) as stream:
+        lines = stream.iter_lines()
+        assert next(lines) == "retry: 1000"
+        assert viewers() == 1
+    wait_until(lambda: viewers() == 0)
+    assert httpx.head(f"{service.url}/events").status_code == 200
+    assert httpx.get(f"{service.url}/events?after=never").status_code == 422
+    wait_until(lambda: viewers() == 0)

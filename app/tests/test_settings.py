@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import GUNICORN
 
 SRC = Path(__file__).parent.parent / "src"
 
@@ -46,15 +47,18 @@ def test_defaults_are_valid() -> None:
     ],
 )
 def test_a_bad_setting_is_one_line_that_names_it(name: str, value: str, hint: str) -> None:
-    for module in (
-        ("pixel.settings",),
-        ("gunicorn", "--config", "python:pixel.gunicorn_conf", "x"),
-    ):
-        done = run("-m", *module, **{name: value})
-        assert done.returncode == 78
-        assert done.stderr.count("\n") == 1
-        assert done.stderr.startswith(f"pixel: {name}: ")
-        assert hint in done.stderr
+    done = run("-m", "pixel.settings", **{name: value})
+    assert done.returncode == 78
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"pixel: {name}: ")
+    assert hint in done.stderr
+
+
+def test_gunicorn_ends_as_the_check_does() -> None:
+    bad = {"PIXEL_PORT": "x", "PIXEL_WORKERS": "x"}
+    done = run("-m", *GUNICORN, **bad)
+    assert done.returncode == 78
+    assert done.stderr == run("-m", "pixel.settings", **bad).stderr
 
 
 def test_every_bad_setting_has_its_line() -> None:

@@ -19,7 +19,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixel import metrics
+from pixel.canvas import Canvas
 from pixel.events import Hub
+from pixel.openapi import DescribedAPI
 from pixel.pictures import Gallery
 from pixel.pixel import Reader
 from pixel.problems import Problem
@@ -167,12 +169,15 @@ def create_api(settings: Settings) -> FastAPI:
         }
         store.close()
 
-    api = FastAPI(
+    api = DescribedAPI(
+        Canvas(settings.canvas_width, settings.canvas_height),
         title="Pixel Endpoint",
+        summary="A durable shared canvas over HTTP.",
         version=settings.release,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},
         exception_handlers={

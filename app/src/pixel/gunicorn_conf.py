@@ -35,7 +35,6 @@ from prometheus_client import multiprocess  # noqa: E402
 from uvicorn.server import Server  # noqa: E402
 from uvicorn_worker import UvicornWorker  # noqa: E402
 
-
 LAST_REQUESTS = 0.2
 """Seconds for which a worker on its way out still listens to the connections it has."""
 

@@ -42,12 +42,39 @@ class Pixel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Change(self.x, self.y, _INDEX[self.channel], self.value)
 
 
+class Received(msgspec.Struct, frozen=True):
+    """The answer to ``POST /pixel``."""
+
+    status: Literal["ok"]
+    received: Pixel
+
+
 class Colour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A pixel's three channels, as ``PUT /pixel/{x}/{y}`` takes them."""
 
     R: Value
     G: Value
     B: Value
+
+
+class PixelColour(msgspec.Struct, frozen=True):
+    """A pixel whole."""
+
+    x: Coordinate
+    y: Coordinate
+    R: Value
+    G: Value
+    B: Value
+
+
+Batch = Annotated[list[Pixel], msgspec.Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class Written(msgspec.Struct, frozen=True):
+    """The answer to ``POST /pixels``."""
+
+    status: Literal["ok"]
+    written: int
 
 
 _RECORD = struct.Struct("<HHBB")
@@ -76,7 +103,7 @@ class Reader:
     def __init__(self, canvas: Canvas) -> None:
         self._canvas = canvas
         self._decode_pixel = msgspec.json.Decoder(Pixel).decode
-        self._decode_pixels = msgspec.json.Decoder(list[Pixel]).decode
+        self._decode_pixels = msgspec.json.Decoder(Batch).decode
         self._decode_colour = msgspec.json.Decoder(Colour).decode
         self._pixel_rules = {
             "x": _integer(canvas.width - 1),
@@ -108,7 +135,7 @@ class Reader:
         except _REFUSALS:
             pixels = []
         if (
-            not 1 <= len(pixels) <= MAX_BATCH
+            not pixels
             or body.count(b'"') != 10 * len(pixels)
             or b"-" in body
             or not all(self._canvas.contains(pixel.x, pixel.y) for pixel in pixels)

@@ -1,10 +1,12 @@
-"""What requests have in common: the state that they are served with, and their bodies."""
+"""What requests have in common: the state that they are served with, their bodies, the answers."""
 
 import asyncio
 from http import HTTPStatus
 from typing import TypedDict
 
+import msgspec
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope
 
 from pixel.events import Hub
@@ -32,6 +34,11 @@ def state_of(request: Request) -> State:
     """The state that a request is served with."""
     state: State = request.scope["state"]
     return state
+
+
+def json_response(content: msgspec.Struct) -> Response:
+    """The answer to a request that could be met."""
+    return Response(msgspec.json.encode(content), media_type="application/json")
 
 
 async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:

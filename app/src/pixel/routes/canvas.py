@@ -1,10 +1,12 @@
 """The canvas as a picture and as raw bytes."""
 
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from pydantic import WithJsonSchema
 
+from pixel import openapi
 from pixel.canvas import Region
 from pixel.pictures import Picture
 from pixel.problems import Problem
@@ -12,16 +14,39 @@ from pixel.requests import state_of
 
 router = APIRouter(tags=["canvas"])
 
+_HEADERS = {
+    "ETag": "Changes if and only if these pixels do.",
+    "Cache-Control": "How long a cache may keep it.",
+    "X-Pixel-Event": "With the events after this one, it is the canvas as it is.",
+    "X-Pixel-Width": "Pixels in a row.",
+    "X-Pixel-Height": "Rows.",
+}
+
+
+def _answers(media_type: str) -> dict[int | str, dict[str, Any]]:
+    headers = {
+        name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()
+    }
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
+    return {
+        200: {"description": "OK", "content": content, "headers": dict(headers)},
+        304: {"description": "Not Modified", "headers": dict(headers)},
+    } | openapi.problems(422, 503)
+
+
 MOST_PIXELS = 4096 * 4096
 """Of one answer."""
+
+
+Length = Annotated[int | None, Query(ge=1), WithJsonSchema({"type": "integer", "minimum": 1})]
 
 
 def wanted_region(
     request: Request,
     x: Annotated[int, Query(ge=0)] = 0,
     y: Annotated[int, Query(ge=0)] = 0,
-    w: Annotated[int | None, Query(ge=1, description="The rest of the row by default.")] = None,
-    h: Annotated[int | None, Query(ge=1, description="The rest of the column by default.")] = None,
+    w: Annotated[Length, Query(description="The rest of the row by default.")] = None,
+    h: Annotated[Length, Query(description="The rest of the column by default.")] = None,
 ) -> Region:
     """The part of the canvas that is asked for: all of it by default."""
     canvas = state_of(request)["store"].canvas
@@ -35,7 +60,11 @@ WantedRegion = Annotated[Region, Depends(wanted_region)]
 KnownTags = Annotated[str, Header(alias="If-None-Match")]
 
 
-@router.get("/canvas.rgb")
+@router.get(
+    "/canvas.rgb",
+    response_class=Response,
+    responses=_answers("application/octet-stream"),
+)
 async def canvas_rgb(request: Request, region: WantedRegion, known: KnownTags = "") -> Response:
     """Three bytes (R, G, B) a pixel, row by row."""
     _bound(region, 1)
@@ -45,7 +74,7 @@ async def canvas_rgb(request: Request, region: WantedRegion, known: KnownTags = 
     return Response(picture.raw, headers=_headers(picture), media_type="application/octet-stream")
 
 
-@router.get("/canvas.png")
+@router.get("/canvas.png", response_class=Response, responses=_answers("image/png"))
 async def canvas_png(
     request: Request,
     region: WantedRegion,

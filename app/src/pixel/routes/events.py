@@ -5,13 +5,29 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 
+from pixel import openapi
 from pixel.requests import state_of
 from pixel.store import NO_EVENT, EventId
 
 router = APIRouter(tags=["canvas"])
 
 
-@router.get("/events")
+_STREAM = {
+    "description": "OK",
+    "content": {
+        "text/event-stream": {
+            "schema": {"type": "string"},
+            "example": 'id: 1795225898442-0\ndata: [[10,20,"R",255]]\n\n',
+        }
+    },
+}
+
+
+@router.get(
+    "/events",
+    response_class=StreamingResponse,
+    responses=openapi.problems(422, 503) | {200: _STREAM},
+)
 async def events(
     request: Request,
     after: Annotated[

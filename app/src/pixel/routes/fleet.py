@@ -11,9 +11,9 @@ import h11
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
 
-from pixel import metrics
+from pixel import metrics, openapi
 from pixel.problems import Problem
-from pixel.requests import State, state_of
+from pixel.requests import State, json_response, state_of
 
 router = APIRouter(prefix="/fleet", tags=["fleet"])
 
@@ -21,6 +21,18 @@ MOST_BYTES = 65_536
 """Of what a peer may answer."""
 
 LATE = "is late"
+
+EXAMPLE = {
+    "instance": "c5",
+    "port": 8000,
+    "release": "2026-11-21",
+    "uptime_s": 3600.5,
+    "workers": 4,
+    "load": [0.5, 0.4, 0.3],
+    "redis_ms": 0.6,
+    "writes": 1000000,
+    "viewers": 12,
+}
 
 Milliseconds = Annotated[
     int, Query(alias="timeout", ge=1, le=60_000, description="How long to wait, in milliseconds.")
@@ -35,23 +47,32 @@ class Statement(msgspec.Struct, frozen=True):
     release: str
     uptime_s: float
     workers: int
-    load: tuple[float, float, float]
+    load: Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)]
     redis_ms: float | None
     writes: int
     viewers: int
+
+
+class Fleet(msgspec.Struct, frozen=True):
+    """What all instances say of themselves."""
+
+    instances: list[Statement]
 
 
 class PeerError(Exception):
     """A peer hasn't answered as a peer does; says in what way."""
 
 
-@router.get("/self")
+@router.get("/self", responses=openapi.answer(Statement, EXAMPLE))
 async def fleet_self(request: Request) -> Response:
     """What this instance says of itself; counts are of all its workers, since it was started."""
-    return _json(await _statement(state_of(request)))
+    return json_response(await _statement(state_of(request)))
 
 
-@router.get("/all")
+@router.get(
+    "/all",
+    responses=openapi.answer(Fleet, {"instances": [EXAMPLE]}) | openapi.problems(422, 502, 504),
+)
 async def fleet_all(request: Request, milliseconds: Milliseconds = 10_000) -> Response:
     """What every instance says of itself, asked at the same time.
 
@@ -60,23 +81,25 @@ async def fleet_all(request: Request, milliseconds: Milliseconds = 10_000) -> Re
     state = state_of(request)
     peers = state["settings"].peers
     if not peers:
-        return _json({"instances": [await _statement(state)]})
+        return json_response(Fleet([await _statement(state)]))
     asked = [asyncio.create_task(_ask(peer)) for peer in peers]
     await asyncio.wait(asked, timeout=milliseconds / 1000)
     await _cancel(asked)
     instances = [task.result() for task in asked if _failure(task) is None]
     if len(instances) == len(peers):
-        return _json({"instances": instances})
+        return json_response(Fleet(instances))
     raise _problem(dict(zip(peers, asked, strict=True)), instances)
 
 
-@router.get("/first")
+@router.get(
+    "/first", responses=openapi.answer(Statement, EXAMPLE) | openapi.problems(422, 502, 504)
+)
 async def fleet_first(request: Request, milliseconds: Milliseconds = 10_000) -> Response:
     """What the first instance to answer says of itself; all are asked at the same time."""
     state = state_of(request)
     peers = state["settings"].peers
     if not peers:
-        return _json(await _statement(state))
+        return json_response(await _statement(state))
     asked = [asyncio.create_task(_ask(peer)) for peer in peers]
     waiting = set(asked)
     try:
@@ -85,7 +108,7 @@ async def fleet_first(request: Request, milliseconds: Milliseconds = 10_000) -> 
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     if _failure(task) is None:
-                        return _json(task.result())
+                        return json_response(task.result())
     except TimeoutError:
         pass
     finally:
@@ -106,7 +129,7 @@ async def _statement(state: State) -> Statement:
         release=settings.release,
         uptime_s=round(time.time() - totals["pixel_start_time_seconds"], 1),
         workers=int(totals["pixel_workers"]),
-        load=os.getloadavg(),
+        load=list(os.getloadavg()),
         redis_ms=redis_ms,
         writes=int(totals["pixel_writes_total"]),
         viewers=int(totals["pixel_viewers"]),
@@ -182,7 +205,3 @@ def _problem(
         f"{len(failures)} of {len(asked)} instances have not answered as they should.",
         members=members,
     )
-
-
-def _json(content: Any) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")

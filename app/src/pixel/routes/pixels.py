@@ -8,16 +8,23 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import WithJsonSchema
 from starlette.types import Receive, Scope
 
-from pixel.canvas import CHANNELS
-from pixel.pixel import Change
+from pixel import openapi
+from pixel.pixel import Batch, Change, Colour, Pixel, PixelColour, Received, Written
 from pixel.problems import Problem
-from pixel.requests import State, read_json, state_of
-from pixel.settings import MAX_SIDE
+from pixel.requests import State, json_response, read_json, state_of
 
 router = APIRouter(tags=["pixels"])
 
 BATCH_LIMIT = 1024 * 1024
-"""Bytes of a ``POST /pixels``: 10,000 pixels, with spaces, in canvases of any size."""
+"""Bytes of a ``POST /pixels``: 10,000 pixels, with spaces, in a canvas of any size."""
+
+PIXEL = {"x": 10, "y": 20, "channel": "R", "value": 255}
+COLOUR = {"R": 255, "G": 128, "B": 0}
+BODY_PROBLEMS = openapi.problems(400, 408, 413, 415, 422, 503)
+
+Coordinate = Annotated[
+    str, Path(pattern="^[0-9]{1,5}$"), WithJsonSchema({"type": "integer", "minimum": 0})
+]
 
 
 async def write_pixel(scope: Scope, receive: Receive) -> bytes:
@@ -29,32 +36,38 @@ async def write_pixel(scope: Scope, receive: Receive) -> bytes:
     body = await read_json(scope, receive, state["settings"].body_limit)
     pixel = state["reader"].pixel(body)
     await state["store"].write((pixel.change(),))
-    return b'{"status":"ok","received":%b}' % msgspec.json.encode(pixel)
+    return msgspec.json.encode(Received("ok", pixel))
 
 
-@router.post("/pixel")
+@router.post(
+    "/pixel",
+    openapi_extra=openapi.body(Pixel, PIXEL),
+    responses=openapi.answer(Received, {"status": "ok", "received": PIXEL}) | BODY_PROBLEMS,
+)
 async def post_pixel(request: Request) -> Response:
     """Set one channel of a pixel. The answer comes when Redis has acknowledged the write."""
     body = await write_pixel(request.scope, request.receive)
     return Response(body, media_type="application/json")
 
 
-Coordinate = Annotated[
-    str,
-    Path(pattern="^[0-9]{1,5}$"),
-    WithJsonSchema({"type": "integer", "minimum": 0, "maximum": MAX_SIDE - 1}),
-]
-
-
-@router.get("/pixel/{x}/{y}")
+@router.get(
+    "/pixel/{x}/{y}",
+    responses=openapi.answer(PixelColour, {"x": 10, "y": 20} | COLOUR) | openapi.problems(404, 503),
+)
 async def get_pixel(request: Request, x: Coordinate, y: Coordinate) -> Response:
     """A pixel's three channels; black, if nobody has written to it yet."""
     state = state_of(request)
     cell = _cell(state, x, y)
-    return _pixel_response(cell, await state["store"].colour(*cell))
+    return json_response(PixelColour(*cell, *await state["store"].colour(*cell)))
 
 
-@router.put("/pixel/{x}/{y}")
+@router.put(
+    "/pixel/{x}/{y}",
+    openapi_extra=openapi.body(Colour, COLOUR),
+    responses=openapi.answer(PixelColour, {"x": 10, "y": 20} | COLOUR)
+    | openapi.problems(404)
+    | BODY_PROBLEMS,
+)
 async def put_pixel(request: Request, x: Coordinate, y: Coordinate) -> Response:
     """Set a pixel's three channels at once."""
     state = state_of(request)
@@ -62,18 +75,21 @@ async def put_pixel(request: Request, x: Coordinate, y: Coordinate) -> Response:
     body = await read_json(request.scope, request.receive, state["settings"].body_limit)
     colour = msgspec.structs.astuple(state["reader"].colour(body))
     await state["store"].write([Change(*cell, *channel) for channel in enumerate(colour)])
-    return _pixel_response(cell, colour)
+    return json_response(PixelColour(*cell, *colour))
 
 
-@router.post("/pixels")
+@router.post(
+    "/pixels",
+    openapi_extra=openapi.body(Batch, [PIXEL, PIXEL | {"channel": "G", "value": 128}]),
+    responses=openapi.answer(Written, {"status": "ok", "written": 2}) | BODY_PROBLEMS,
+)
 async def post_pixels(request: Request) -> Response:
-    """Set up to 10,000 channels, in their order: all of them, or none."""
+    """Set up to 10,000 channels in their order: all of them, or none."""
     state = state_of(request)
     body = await read_json(request.scope, request.receive, BATCH_LIMIT)
     pixels = state["reader"].pixels(body)
     await state["store"].write([pixel.change() for pixel in pixels])
-    answer = b'{"status":"ok","written":%d}' % len(pixels)
-    return Response(answer, media_type="application/json")
+    return json_response(Written("ok", len(pixels)))
 
 
 def _cell(state: State, x: str, y: str) -> tuple[int, int]:
@@ -81,8 +97,3 @@ def _cell(state: State, x: str, y: str) -> tuple[int, int]:
     if not state["store"].canvas.contains(*cell):
         raise Problem(HTTPStatus.NOT_FOUND, "There is no such pixel.")
     return cell
-
-
-def _pixel_response(cell: tuple[int, int], colour: tuple[int, int, int]) -> Response:
-    body = msgspec.json.encode(dict(zip(("x", "y", *CHANNELS), (*cell, *colour), strict=True)))
-    return Response(body, media_type="application/json")

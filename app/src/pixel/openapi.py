@@ -1,0 +1,133 @@
+"""The description of the API, from the very types that bodies are read and answered with."""
+
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+
+from pixel.canvas import Canvas
+
+_REF = "#/components/schemas/{name}"
+
+_PROBLEM = {
+    "type": "object",
+    "title": "Problem",
+    "description": "Problem details (RFC 9457).",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string", "const": "about:blank"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["field", "reason"],
+                "properties": {"field": {"type": "string"}, "reason": {"type": "string"}},
+            },
+        },
+    },
+}
+
+_PROBLEMS = {
+    400: "The body is not JSON: Expecting ',' delimiter at line 1 column 8.",
+    404: "There is no such pixel.",
+    408: "The body took too long to arrive.",
+    413: "The body is larger than 1024 bytes.",
+    415: "The body must be sent as application/json.",
+    422: "value must be an integer from 0 to 255.",
+    502: "1 of 2 instances have not answered as they should.",
+    503: "Redis can't be reached; nothing was written.",
+    504: "1 of 2 instances have not answered as they should.",
+}
+
+_described: list[Any] = []
+
+INSTANCE_HEADER = {
+    "description": "The instance that has answered.",
+    "schema": {"type": "string"},
+}
+
+
+def answer(kind: Any, example: Any, description: str = "OK") -> dict[int | str, dict[str, Any]]:
+    """The 200 of a route that answers with JSON of a kind: a msgspec type."""
+    content = {"application/json": {"schema": _schema(kind), "example": example}}
+    return {200: {"description": description, "content": content}}
+
+
+def body(kind: Any, example: Any) -> dict[str, Any]:
+    """The body that a route reads, as its ``openapi_extra``."""
+    content = {"application/json": {"schema": _schema(kind), "example": example}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The problems that a route may answer with."""
+    return {status: _problem(HTTPStatus(status)) for status in statuses}
+
+
+def _problem(status: HTTPStatus) -> dict[str, Any]:
+    example: dict[str, Any] = {
+        "type": "about:blank",
+        "title": status.phrase,
+        "status": status.value,
+        "detail": _PROBLEMS[status],
+    }
+    if status == HTTPStatus.UNPROCESSABLE_ENTITY:
+        reason = "must be an integer from 0 to 255"
+        example["errors"] = [{"field": "value", "reason": reason}]
+    described: dict[str, Any] = {
+        "description": status.phrase,
+        "content": {
+            "application/problem+json": {
+                "schema": {"$ref": _REF.format(name="Problem")},
+                "example": example,
+            }
+        },
+    }
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        retry = {"description": "Seconds.", "schema": {"type": "integer"}}
+        described["headers"] = {"Retry-After": retry}
+    return described
+
+
+def _schema(kind: Any) -> Any:
+    _described.append(kind)
+    return msgspec.json.schema_components([kind], ref_template=_REF)[0][0]
+
+
+class DescribedAPI(FastAPI):
+    """FastAPI, with a description that also knows our types and the canvas' size."""
+
+    def __init__(self, canvas: Canvas, **options: Any) -> None:
+        super().__init__(**options)
+        self._canvas = canvas
+
+    def openapi(self) -> dict[str, Any]:
+        """The description; made when it is first asked for."""
+        if self.openapi_schema is None:
+            schema = super().openapi()
+            _, components = msgspec.json.schema_components(_described, ref_template=_REF)
+            known = schema.setdefault("components", {}).setdefault("schemas", {})
+            known.clear()
+            known |= components | {"Problem": _PROBLEM}
+            canvas = self._canvas
+            most = {"x": canvas.width - 1, "y": canvas.height - 1}
+            most |= {"w": canvas.width, "h": canvas.height}
+            for name in ("Pixel", "PixelColour"):
+                for axis in ("x", "y"):
+                    known[name]["properties"][axis]["maximum"] = most[axis]
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    invalid = operation["responses"].get("422", {"content": {}})
+                    if "application/json" in invalid["content"]:  # FastAPI's own, never given
+                        del operation["responses"]["422"]
+                    for parameter in operation.get("parameters", ()):
+                        if parameter["name"] in most:
+                            parameter["schema"]["maximum"] = most[parameter["name"]]
+                    for response in operation["responses"].values():
+                        headers = response.setdefault("headers", {})
+                        headers["X-Pixel-Instance"] = INSTANCE_HEADER
+        return self.openapi_schema or {}
