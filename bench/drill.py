@@ -47,7 +47,7 @@ from load import (
 from machine import describe
 from outcomes import Outcome, Run, kind, table, unexcused
 
-SIDE = 1024
+CANVAS = (1024, 1024)
 CONNECTIONS = 512
 TIMEOUT = 10.0
 WARM_UP = 1.0
@@ -89,11 +89,12 @@ def say(text: str) -> None:
 class Drill:
     """One event after another, each under a load of its own."""
 
-    def __init__(self, scene: Scene, rate: float) -> None:
+    def __init__(self, scene: Scene, rate: float, size: tuple[int, int] = CANVAS) -> None:
         self._scene = scene
         self._rate = rate
         self._target = Target.parse(scene.fleet.url)
-        self._canvas = bytearray(SIDE * SIDE * len(CHANNELS))
+        self._size = size
+        self._canvas = bytearray(size[0] * size[1] * len(CHANNELS))
         self._known = 0  # writes whose cells have been read
 
     async def happen(self, event: Event, turn: int) -> Run:
@@ -101,7 +102,7 @@ class Drill:
             await event.prepare(self._scene)
         plan = Plan(self._rate, event.patience + BEFORE + TIMEOUT, CONNECTIONS, TIMEOUT)
         await self._read(self._known, plan.total)
-        ledger = Ledger(SIDE, SIDE, bytes(self._canvas))
+        ledger = Ledger(*self._size, bytes(self._canvas))
         samples: list[Sample] = []
         stop = asyncio.Event()
         loading = asyncio.create_task(
@@ -116,7 +117,9 @@ class Drill:
             calm = [each for each in samples if since - BEFORE <= each.due]
             normal = Normal.of(calm, self._rate)
             if set(normal.shares) != set(self._scene.fleet.addresses):
-                raise FleetError(f"before anything was done, only these answered: {normal.shares}")
+                raise FleetError(
+                    f"before anything was done, only these answered: {', '.join(normal.shares)}"
+                )
             try:
                 async with asyncio.timeout(event.patience):
                     await event.act(self._scene, turn)
@@ -187,18 +190,18 @@ class Drill:
 
         Every ledger begins with the same cells, so what the last run left there is known.
         """
-        cells = Ledger(SIDE, SIDE).cells(range(first, last))
+        cells = Ledger(*self._size).cells(range(first, last))
         deadline = time.monotonic() + 60
         while True:
             try:
-                canvas = await read_canvas(self._target, SIDE, SIDE, cells)
+                canvas = await read_canvas(self._target, *self._size, cells)
                 break
             except UNREADABLE as error:
                 if time.monotonic() > deadline:
                     raise FleetError(f"the canvas can't be read: {error!r}") from None
                 await asyncio.sleep(1)
         for x, y in cells:
-            at = (y * SIDE + x) * len(CHANNELS)
+            at = (y * self._size[0] + x) * len(CHANNELS)
             self._canvas[at : at + len(CHANNELS)] = canvas[at : at + len(CHANNELS)]
         self._known = max(self._known, last)
 
