@@ -17,10 +17,17 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 from starlette.testclient import TestClient
 
 from pixel.app import create_app
 from pixel.settings import Settings
+
+# The same examples in every run, however busy the machine is.
+settings.register_profile(
+    "suite", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("suite")
 
 APP_USER = "~pixel:* resetchannels +@read +@write +@connection +@transaction -@dangerous"
 PASSWORD = "correct-horse"

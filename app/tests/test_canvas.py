@@ -18,6 +18,7 @@ from pixel.pictures import Gallery
 from pixel.pixel import Change
 from pixel.store import Store
 
+SWAGGER = "/docs/static/swagger-ui-bundle.js"
 SIDE = st.integers(1, 600)
 
 
@@ -133,7 +134,7 @@ def test_the_tag_changes_if_and_only_if_the_canvas_does(client: TestClient) -> N
 
 
 def test_head_is_get_without_the_body(client: TestClient) -> None:
-    for path in ("/canvas.rgb", "/canvas.png", "/ping", "/pixel/1/1", "/", "/docs"):
+    for path in ("/canvas.rgb", "/canvas.png", "/ping", "/pixel/1/1", "/", "/docs", SWAGGER):
         got, head = client.get(path), client.head(path)
         assert head.status_code == 200
         assert head.content == b""

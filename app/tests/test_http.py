@@ -1,14 +1,18 @@
 """The HTTP surface, as a client sees it."""
 
+import asyncio
 import json
 
 import pytest
 from conftest import RedisServer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from pixel import requests
 from pixel.app import create_api
+from pixel.pixel import Reader
+from pixel.problems import Problem
 
 GOOD = {"x": 10, "y": 20, "channel": "R", "value": 255}
 
@@ -68,6 +72,9 @@ def test_what_is_not_there_is_a_404(client: TestClient, path: str) -> None:
         ("/pixels", "OPTIONS, POST"),
         ("/pixel/1/1", "GET, HEAD, OPTIONS, PUT"),
         ("/ping", "GET, HEAD, OPTIONS"),
+        ("/", "GET, HEAD, OPTIONS"),
+        ("/docs/static/swagger-ui.css", "GET, HEAD, OPTIONS"),
+        ("/openapi.json", "GET, HEAD, OPTIONS"),
     ],
 )
 def test_methods_are_told(client: TestClient, path: str, methods: str) -> None:
@@ -151,7 +158,7 @@ PIXELS = st.fixed_dictionaries({
 BODIES = (NEARLY | PIXELS).map(str.encode) | st.binary(max_size=50) | st.just(b" " * 2000)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(body=BODIES, headers=HEADERS)
 def test_the_hot_path_and_fastapi_answer_alike(
     both: tuple[TestClient, TestClient], body: bytes, headers: dict[str, str]
@@ -168,3 +175,37 @@ def both(client: TestClient, redis_server: RedisServer) -> object:
     """Clients of the whole application, and of FastAPI's part alone."""
     with TestClient(create_api(redis_server.settings())) as documented:
         yield client, documented
+
+
+def test_a_body_that_never_ends_is_a_408(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "BODY_SECONDS", 0.05)
+
+    async def receive() -> dict[str, object]:
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    scope = {"headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(Problem) as caught:
+        asyncio.run(requests.read_json(scope, receive, 1024))
+    assert caught.value.status == 408
+
+
+def test_our_own_fault_is_a_500_and_logged(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(Reader, "pixel", fail)
+    monkeypatch.setattr(Reader, "pixels", fail)
+    for path in ("/pixel", "/pixels"):
+        answer = client.post(path, json=GOOD, headers={"X-Request-ID": "r-17"})
+        assert answer.status_code == 500
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert "a fault of ours" not in answer.text
+        record = caplog.records[-1]
+        assert record.message == f"POST {path} failed"
+        assert record.request_id == "r-17"
+        assert record.exc_info

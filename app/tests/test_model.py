@@ -8,7 +8,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from conftest import RedisServer, Service
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -163,10 +163,5 @@ def test_the_api_does_what_a_dictionary_does(small: Service, shared_redis: Redis
 
         run_state_machine_as_test(
             Bound,
-            settings=settings(
-                max_examples=20,
-                stateful_step_count=30,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
+            settings=settings(max_examples=20, stateful_step_count=30),
         )

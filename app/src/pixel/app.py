@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from itertools import chain
 from time import perf_counter
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -16,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixel import metrics
@@ -73,7 +75,7 @@ class Front:
             status = problem.status.value
             await problem.response()(scope, receive, send)
         except Exception:
-            log.exception("POST /pixel failed")
+            log_fault(scope)
             status = 500
             await OUR_FAULT.response()(scope, receive, send)
         else:
@@ -94,9 +96,11 @@ class Front:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif method == "HEAD":
-                message = {"type": "http.response.body"}
-            await send(message)
+                await send(message)
+                if method == "HEAD":
+                    await send({"type": "http.response.body"})
+            elif method != "HEAD":
+                await send(message)
 
         try:
             await self._api(scope, receive, watch)
@@ -104,9 +108,16 @@ class Front:
             pass
         except Exception:
             # FastAPI has answered it with a 500 by then.
-            log.exception("%s %s failed", method, scope["path"])
+            log_fault(scope)
         route = getattr(scope.get("route"), "path", "")
         metrics.observe(method, route, status, perf_counter() - started)
+
+
+def log_fault(scope: Scope) -> None:
+    """Log the exception at hand, with the id that the balancer has given the request."""
+    request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    what = (scope["method"], scope["path"])
+    log.exception("%s %s failed", *what, extra={"request_id": request_id})
 
 
 async def fault_answer(request: Request, error: Exception) -> Response:
@@ -123,22 +134,25 @@ async def problem_answer(request: Request, error: Exception) -> Response:
 async def http_answer(request: Request, error: Exception) -> Response:
     """404 and 405 from the router; OPTIONS is what no route answers by itself."""
     assert isinstance(error, HTTPException)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return Problem(HTTPStatus.NOT_FOUND, "There is nothing at this path.").response()
     if error.status_code != HTTPStatus.METHOD_NOT_ALLOWED:
-        return Problem(HTTPStatus(error.status_code), "There is nothing at this path.").response()
-    allow = {"Allow": ", ".join(sorted(allowed(request.url.path)))}
+        return Problem(HTTPStatus(error.status_code), error.detail).response()
+    allow = {"Allow": ", ".join(sorted(allowed(request)))}
     if request.method == "OPTIONS":
         return Response(status_code=HTTPStatus.NO_CONTENT, headers=allow)
     detail = f"{request.method} can't be done here."
     return Problem(HTTPStatus.METHOD_NOT_ALLOWED, detail, headers=allow).response()
 
 
-def allowed(path: str) -> set[str]:
-    """The methods that some route answers at a path."""
+def allowed(request: Request) -> set[str]:
+    """The methods that some route answers at the path of a request."""
     methods = {"OPTIONS"}
-    for router in ROUTERS:
-        for route in router.routes:
-            if isinstance(route, APIRoute) and route.path_regex.match(path):
-                methods |= route.methods or set()
+    for route in chain(request.app.routes, *(router.routes for router in ROUTERS)):
+        if isinstance(route, Route | APIRoute) and route.path_regex.match(request.url.path):
+            methods |= route.methods or set()
+        elif isinstance(route, Mount) and route.path_regex.match(request.url.path):
+            methods.add("GET")
     return methods | {"HEAD"} if "GET" in methods else methods
 
 

@@ -5,6 +5,8 @@ Answers aren't logged one by one (Nginx does that), but for those that are our f
 
 from typing import Any
 
+from pythonjsonlogger.core import RESERVED_ATTRS
+
 from pixel.settings import Settings
 
 
@@ -17,8 +19,10 @@ def config(settings: Settings) -> dict[str, Any]:
         "formatters": {
             "json": {
                 "()": "pythonjsonlogger.json.JsonFormatter",
-                "fmt": "%(asctime)s %(levelname)s %(name)s %(process)d %(message)s",
-                "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
+                "fmt": "%(levelname)s %(name)s %(process)d %(message)s",
+                "rename_fields": {"levelname": "level", "name": "logger"},
+                "timestamp": "time",
+                "reserved_attrs": [*RESERVED_ATTRS, "color_message"],
                 "static_fields": {"instance": settings.instance, "release": settings.release},
             }
         },

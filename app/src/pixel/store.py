@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -72,6 +72,29 @@ def _only_id(entries: list[Any]) -> EventId:
     return EventId.parse(entries[0][0]) if entries and entries[0] else NO_EVENT
 
 
+_Request = tuple[Sequence[Change], asyncio.Future[None]]
+
+
+class _Health:
+    """Logs when something begins to fail and when it works again, and nothing in between."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._failing = False
+
+    def fails(self, reason: object) -> None:
+        """It has failed."""
+        if not self._failing:
+            log.warning("%s fails: %s", self._what, str(reason) or "no answer")
+        self._failing = True
+
+    def works(self) -> None:
+        """It has worked."""
+        if self._failing:
+            log.info("%s works again", self._what)
+        self._failing = False
+
+
 class _Batch:
     """Requests that go to Redis together, and are answered by their deadline (loop time)."""
 
@@ -79,7 +102,7 @@ class _Batch:
         self.deadline = deadline
         self.timer: asyncio.TimerHandle
         self.size = 0
-        self.requests: list[tuple[Sequence[Change], asyncio.Future[None]]] = []
+        self.requests: list[_Request] = []
 
     def fail(self, detail: str) -> None:
         """Answer whoever still waits with a 503."""
@@ -106,6 +129,7 @@ class GroupCommit:
         self._limit = settings.write_queue
         self._event = ("XADD", EVENTS, "MAXLEN", "~", settings.events_maxlen, "*", "c")
         self._loop = asyncio.get_running_loop()
+        self._health = _Health("writing to Redis")
         self._connection: Connection | None = None
         self._grown: set[str] = set()
         self._queue: deque[_Batch] = deque()
@@ -170,8 +194,7 @@ class GroupCommit:
                 async with asyncio.timeout(self._timeout):
                     self._connection = await Connection.open(self._server)
             except (OSError, ReplyError) as error:
-                if pause == _FIRST_PAUSE:
-                    log.warning("Redis can't be written to: %s", error or "no answer")
+                self._health.fails(error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
@@ -197,14 +220,13 @@ class GroupCommit:
             batch.fail("Redis didn't answer; the write may have been made.")
             return
         metrics.COMMIT_SECONDS.observe(perf_counter() - started)
+        errors = [reply for reply in queued if isinstance(reply, ReplyError)]
         if isinstance(results, ReplyError):
             # Redis wouldn't queue a command (it's out of memory, say), and dropped them all.
+            self._health.fails(errors[0] if errors else results)
             self._grown.clear()
-            reason = next((reply for reply in queued if isinstance(reply, ReplyError)), results)
-            log.warning("Redis refused %d writes: %s", batch.size, reason)
             batch.fail("Redis refuses writes; nothing was written.")
             return
-        metrics.WRITES.inc(sum(len(changes) for changes, _ in requests))
         # A tile can fail by itself: somebody has put something else under its key.
         refused = {
             command[1]: result
@@ -212,15 +234,23 @@ class GroupCommit:
             if isinstance(result, ReplyError)
         }
         if refused:
+            self._health.fails(refused)
             self._grown.clear()
-            log.error("Redis refused writes: %s", refused)
+        else:
+            self._health.works()
+        self._answer(requests, refused)
+
+    def _answer(self, requests: list[_Request], refused: Container[object]) -> None:
+        written = 0
         for changes, future in requests:
-            if future.done():
-                continue
             if refused and any(locate(x, y)[0] in refused for x, y, _, _ in changes):
-                future.set_exception(Problem.unavailable("Redis refuses writes to this tile."))
+                if not future.done():
+                    future.set_exception(Problem.unavailable("Redis refuses writes to this tile."))
             else:
-                future.set_result(None)
+                written += len(changes)
+                if not future.done():
+                    future.set_result(None)
+        metrics.WRITES.inc(written)
 
     def _commands(self, changes: list[Change]) -> list[Command]:
         tiles: dict[str, list[str | bytes | int]] = {}
@@ -248,6 +278,7 @@ class _Link:
     def __init__(self, server: Server, timeout: float) -> None:
         self._server = server
         self._timeout = timeout
+        self._health = _Health("reading from Redis")
         self._connection: Connection | None = None
         self._opening = asyncio.Lock()
 
@@ -262,12 +293,13 @@ class _Link:
                 replies: list[Any] = await connection.execute(commands)
         except (OSError, ReplyError) as error:
             self.close()
-            log.warning("Redis can't be read: %s", error or "no answer")
+            self._health.fails(error)
             raise Problem.unavailable("Redis can't be read.") from error
         for reply in replies:
             if isinstance(reply, ReplyError):
-                log.error("Redis refuses to be read: %s", reply)
+                self._health.fails(reply)
                 raise Problem.unavailable("Redis refuses to be read.")
+        self._health.works()
         return replies
 
     async def ask_at_once(self, *commands: Command) -> list[Any]:
