@@ -52,6 +52,7 @@ def test_a_run_that_has_nothing_to_do_changes_nothing(arguments: tuple[str, ...]
         ("redis_app_user", "default"),
         ("redis_app_password", "short"),
         ("redis_maxclients", "many"),
+        ("redis_backup_keep", 0),
         ("pixel_app_port", 70000),
         ("pixel_app_workers", 0),
         ("pixel_app_keep_releases", 1),
