@@ -182,6 +182,7 @@ class Drill:
             during=Spread.of_seconds(touched),
             took=acted - since,
             recovery=recovery_of(short, since, event.planned) if settled else None,
+            lack=short.lack if short is not None else "",
             faults=faults,
         )
 
@@ -254,10 +255,13 @@ async def back_to(scene: Scene, first: dict[str, str]) -> None:
 
 
 def line(done: Run) -> str:
-    recovery = "never at full capacity" if done.recovery is None else f"{done.recovery:.1f} s short"
+    recovery = "never at full capacity"
+    if done.recovery is not None:
+        recovery = f"full capacity after {done.recovery:.1f} s"
     return (
         f"sent {done.sent}, failed {dict(done.failed) or 'none'}, lost {done.lost}, p99"
         f" {done.before.p99:.1f} then {done.during.p99:.1f} ms, took {done.took:.1f} s, {recovery}"
+        + (f" (at last {done.lack})" if done.lack else "")
     )
 
 

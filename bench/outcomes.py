@@ -29,6 +29,7 @@ class Run:
     during: Spread
     took: float  # what was done, in seconds: the playbook, or the time for which it was broken
     recovery: float | None  # seconds until full capacity; None if it did not come
+    lack: str = ""  # what the fleet lacked of it at last
     faults: Sequence[str] = ()
 
 
