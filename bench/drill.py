@@ -218,11 +218,11 @@ async def drill(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
     """Fills in the outcomes as they come: what is there when it is interrupted still counts."""
     fleet = Fleet.load()
     scene = Scene(fleet)
+    await fleet.heal()
+    first = await fleet.releases()
+    if set(first) != set(fleet.addresses):
+        raise FleetError(f"{fleet.url}/ping is answered by {', '.join(first) or 'nobody'} only")
     try:
-        await fleet.heal()
-        first = await fleet.releases()
-        if set(first) != set(fleet.addresses):
-            raise FleetError(f"{fleet.url}/ping is answered by {', '.join(first) or 'nobody'} only")
         say(f"fleet {fleet.name}: {first}, {options.rate:g} writes/s to {fleet.url}")
         work = Drill(scene, options.rate)
         for event in options.events:
@@ -240,8 +240,8 @@ async def drill(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
     finally:
         say("healing")
         await fleet.heal()
+        await back_to(scene, first)
         clear_cache(scene.label)
-    await back_to(scene, first)
 
 
 async def back_to(scene: Scene, first: dict[str, str]) -> None:
