@@ -123,7 +123,7 @@ async def test_one_broken_tile_fails_its_own_writes_only(
 async def test_a_cancelled_request_leaves_its_neighbours_alone(
     store: Store, redis_server: RedisServer
 ) -> None:
-    tasks = [asyncio.create_task(store.write([Change(n, 0, 0, 5)])) for n in range(20)]
+    tasks = [asyncio.ensure_future(store.write([Change(n, 0, 0, 5)])) for n in range(20)]
     await asyncio.sleep(0)
     for task in tasks[::2]:
         task.cancel()
@@ -141,12 +141,11 @@ async def test_beyond_the_queues_bound_a_write_is_refused_at_once(
     await store.probe()
     fragile_redis.pause()
     changes = [Change(0, 0, 0, 1)] * 5_000
-    waiting = [asyncio.create_task(store.write(changes)) for _ in range(2)]
+    waiting = [asyncio.ensure_future(store.write(changes)) for _ in range(2)]
     await asyncio.sleep(0.05)
     started = time.monotonic()
-    assert await outcomes([store.write([Change(1, 1, 1, 1)])]) == [
-        "Too many writes are waiting; nothing was written."
-    ]
+    with pytest.raises(Problem, match="Too many writes are waiting; nothing was written"):
+        await store.write([Change(1, 1, 1, 1)])
     assert time.monotonic() - started < 0.05
     fragile_redis.resume()
     assert await outcomes(waiting) == ["ok", "ok"]
@@ -159,7 +158,7 @@ async def test_a_hung_redis_is_a_503_within_a_second_and_heals(
 ) -> None:
     fragile_redis.pause()
     started = time.monotonic()
-    late = asyncio.get_running_loop().create_task(fragile.write([Change(0, 0, 0, 1)]))
+    late = asyncio.ensure_future(fragile.write([Change(0, 0, 0, 1)]))
     await asyncio.sleep(0.3)
     results = await outcomes(
         [late, fragile.write([Change(1, 0, 0, 1)]), *[fragile.probe() for _ in range(3)]]  # type: ignore[list-item]
@@ -180,9 +179,9 @@ async def test_only_what_was_in_flight_fails_when_the_connection_is_lost(
     fragile: Store, fragile_redis: RedisServer
 ) -> None:
     fragile_redis.pause()
-    in_flight = asyncio.create_task(fragile.write([Change(0, 0, 0, 1)]))
+    in_flight = asyncio.ensure_future(fragile.write([Change(0, 0, 0, 1)]))
     await asyncio.sleep(0.02)
-    behind = [asyncio.create_task(fragile.write([Change(n, 0, 0, 2)])) for n in range(1, 9)]
+    behind = [asyncio.ensure_future(fragile.write([Change(n, 0, 0, 2)])) for n in range(1, 9)]
     await asyncio.sleep(0.02)
     fragile_redis.kill()
     fragile_redis.start()
@@ -263,6 +262,18 @@ async def test_a_redis_out_of_memory_writes_nothing_and_says_so(
     await fragile.write([Change(0, 0, 0, 1)])
     with fragile_redis.admin() as admin:
         assert admin.strlen(TILE_00) == TILE_BYTES
+
+
+async def test_a_fault_of_ours_costs_its_own_batch_only(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr("pixel.store.pack", lambda changes: 1 / 0)
+        assert await outcomes([store.write([Change(0, 0, 0, 1)])]) == [
+            "The write may have been made."
+        ]
+    assert "ZeroDivisionError" in caplog.text
+    await store.write([Change(0, 0, 0, 1)])
 
 
 async def test_a_wrong_password_is_a_503_and_stays_secret(

@@ -7,7 +7,7 @@ from typing import TypedDict
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from pixel.events import Hub
 from pixel.pictures import Gallery
@@ -51,15 +51,9 @@ async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
         raise Problem(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be sent as application/json."
         )
-    body, more = await _read(receive)
+    body, more = _part(await receive())
     if more:
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                while more and len(body) <= limit:
-                    part, more = await _read(receive)
-                    body += part
-        except TimeoutError:
-            raise Problem(HTTPStatus.REQUEST_TIMEOUT, "The body took too long to arrive.") from None
+        body = await _read_rest(receive, body, limit)
     if len(body) > limit:
         raise Problem(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body is larger than {limit} bytes."
@@ -67,8 +61,19 @@ async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
     return body
 
 
-async def _read(receive: Receive) -> tuple[bytes, bool]:
-    message = await receive()
+async def _read_rest(receive: Receive, body: bytes, limit: int) -> bytes:
+    more = True
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while more and len(body) <= limit:
+                part, more = _part(await receive())
+                body += part
+    except TimeoutError:
+        raise Problem(HTTPStatus.REQUEST_TIMEOUT, "The body took too long to arrive.") from None
+    return body
+
+
+def _part(message: Message) -> tuple[bytes, bool]:
     if message["type"] == "http.disconnect":
         raise ClientDisconnect
     return message.get("body", b""), message.get("more_body", False)

@@ -107,10 +107,10 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"".join(map(_pack, commands)))
         return future
 
-    def close(self) -> None:
-        """Close at once; whoever waits gets ConnectionError."""
+    def close(self, reason: str = "the connection was closed") -> None:
+        """Close at once; whoever waits gets ConnectionError with the reason."""
         self._transport.abort()
-        self._lose(ConnectionAbortedError("the connection was closed"))
+        self._lose(ConnectionAbortedError(reason))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -127,7 +127,7 @@ class Connection(asyncio.Protocol):
                     if not future.done():
                         future.set_result(replies)
         except (hiredis.ProtocolError, IndexError):
-            self.close()
+            self.close("that is not Redis")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lose(ConnectionResetError("the connection was lost"))

@@ -96,10 +96,9 @@ class _Health:
 
 
 class _Batch:
-    """Requests that go to Redis together, and are answered by their deadline (loop time)."""
+    """Requests that go to Redis together, and are answered before the timer runs out."""
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self) -> None:
         self.timer: asyncio.TimerHandle
         self.size = 0
         self.requests: list[_Request] = []
@@ -137,8 +136,8 @@ class GroupCommit:
         self._arrival = asyncio.Event()
         self._task = self._loop.create_task(self._run(), name="group commit")
 
-    async def write(self, changes: Sequence[Change]) -> None:
-        """Return when Redis has acknowledged the changes, which are made in their order.
+    def write(self, changes: Sequence[Change]) -> asyncio.Future[None]:
+        """Done when Redis has acknowledged the changes, which are made in their order.
 
         No changes at all ask whether Redis can be written to.
         Raises a 503 ``Problem`` if the queue is full, Redis refuses, or time is up.
@@ -148,14 +147,11 @@ class GroupCommit:
         if not self._queue or self._queue[-1].size + len(changes) > MAX_BATCH:
             self._open_batch()
         batch = self._queue[-1]
-        future = self._loop.create_future()
+        future: asyncio.Future[None] = self._loop.create_future()
         batch.requests.append((changes, future))
         batch.size += len(changes)
         self._depth += len(changes)
-        try:
-            await future
-        finally:
-            self._depth -= len(changes)
+        return future
 
     def close(self) -> None:
         """Stop. To be called when nobody waits any more."""
@@ -164,14 +160,19 @@ class GroupCommit:
             self._connection.close()
 
     def _open_batch(self) -> None:
-        batch = _Batch(self._loop.time() + self._timeout)
-        batch.timer = self._loop.call_at(batch.deadline, self._expire, batch)
+        batch = _Batch()
+        batch.timer = self._loop.call_later(self._timeout, self._expire, batch)
         self._queue.append(batch)
         self._arrival.set()
 
     def _expire(self, batch: _Batch) -> None:
-        self._queue.remove(batch)
-        batch.fail("Redis can't be reached; nothing was written.")
+        """Answer those whose time is up; a batch in flight ends with its connection."""
+        if batch in self._queue:
+            self._queue.remove(batch)
+            self._depth -= batch.size
+            batch.fail("Redis can't be reached; nothing was written.")
+        elif self._connection:
+            self._connection.close("no answer in time")
 
     async def _run(self) -> None:
         while True:
@@ -183,8 +184,15 @@ class GroupCommit:
                 await self._connect()
             else:
                 batch = self._queue.popleft()
+                try:
+                    await self._commit(connection, batch)
+                except Exception:
+                    # A fault of ours: these requests get an answer, and the next their turn.
+                    log.exception("%d writes are in doubt", batch.size)
+                    connection.close()
+                    batch.fail("The write may have been made.")
                 batch.timer.cancel()
-                await self._commit(connection, batch)
+                self._depth -= batch.size
 
     async def _connect(self) -> None:
         """Connect, however long it takes; meanwhile batches expire."""
@@ -208,15 +216,9 @@ class GroupCommit:
         commands = self._commands([change for changes, _ in requests for change in changes])
         started = perf_counter()
         try:
-            async with asyncio.timeout_at(batch.deadline):
-                *queued, results = await connection.execute(commands)
-        except Exception as error:
-            # Even if the fault is ours, these requests get an answer, and the next their turn.
-            connection.close()
-            ours = not isinstance(error, OSError)
-            log.warning(
-                "%d writes are in doubt: %s", batch.size, error or "no answer", exc_info=ours
-            )
+            *queued, results = await connection.execute(commands)
+        except ConnectionError as error:
+            log.warning("%d writes are in doubt: %s", batch.size, error)
             batch.fail("Redis didn't answer; the write may have been made.")
             return
         metrics.COMMIT_SECONDS.observe(perf_counter() - started)
