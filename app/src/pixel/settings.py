@@ -10,7 +10,7 @@ import socket
 import sys
 from functools import cache
 from typing import Annotated, Literal, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -98,8 +98,16 @@ class Settings(BaseSettings):
                 "must hold no password: give it as PIXEL_REDIS_PASSWORD"
                 " or in the credential pixel_redis_password"
             )
-        if not (parts.path if parts.scheme == "unix" else parts.hostname):
-            raise ValueError("names no server, as in redis://127.0.0.1:6379/0")
+        if parts.scheme == "unix":
+            database = parse_qs(parts.query).get("db", ["0"])[0]
+            if parts.hostname or not parts.path:
+                raise ValueError("names no socket, as in unix:///run/redis/redis.sock")
+        else:
+            database = parts.path.strip("/") or "0"
+            if not parts.hostname or parts.port == 0:
+                raise ValueError("names no server, as in redis://127.0.0.1:6379/0")
+        if not database.isdecimal():
+            raise ValueError("names a database that is no number, as in redis://127.0.0.1:6379/0")
         return value
 
     @field_validator("redis_password")
