@@ -39,6 +39,9 @@ bench: tools  ## compare ways to serve a durable pixel, on this machine
 load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the balancer
 	$(BIN)/python bench/load.py --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --strict
 
+drill: tools  ## break the local fleet in thirteen ways under load, and count what users notice
+	$(BIN)/python bench/drill.py
+
 docs: tools  ## write the roles' READMEs from their argument specs
 	for role in roles/*; do aar-doc --output-file README.md $$role markdown; done
 
@@ -48,4 +51,4 @@ control:
 tools:
 	@$(PYTHON) molecule/shared/machine.py test
 
-.PHONY: help up down test lint check scenarios bench load docs control tools
+.PHONY: help up down test lint check scenarios bench load drill docs control tools

@@ -51,9 +51,9 @@ def test_requests_are_shared_by_weight(client: Any) -> None:
 
 def test_the_upstream_is_the_inventorys(host: Any, fleet: dict[str, Any]) -> None:
     config = host.check_output("nginx -T 2>/dev/null")
-    assert "server unix:/run/pixel.sock weight=3 max_fails=3 fail_timeout=5s; # c5" in config
+    assert "server unix:/run/pixel.sock weight=3 max_fails=10 fail_timeout=1s; # c5" in config
     address = fleet["hosts"]["t2"]["address"]
-    assert f"server {address}:8000 weight=2 max_fails=3 fail_timeout=5s; # t2" in config
+    assert f"server {address}:8000 weight=2 max_fails=10 fail_timeout=1s; # t2" in config
 
 
 def test_the_metrics_are_not_the_publics(client: Any) -> None:
