@@ -50,7 +50,7 @@ def _message(events: Events) -> _Message:
     return _Message(events.last, events.complete, frame)
 
 
-class Viewer:
+class _Viewer:
     """Somebody who is told, and what waits for them."""
 
     def __init__(self, position: EventId, *, behind: bool) -> None:
@@ -82,7 +82,7 @@ class Hub:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._viewers: set[Viewer] = set()
+        self._viewers: set[_Viewer] = set()
         self._reading: asyncio.Task[None] | None = None
         self._last: EventId
         self._closed = False
@@ -97,7 +97,7 @@ class Hub:
 
         It goes on until the viewer goes, or the worker.
         """
-        viewer = Viewer(after or self._last, behind=after is not None)
+        viewer = _Viewer(after or self._last, behind=after is not None)
         self._viewers.add(viewer)
         self._reading = self._reading or asyncio.create_task(self._read())
         metrics.VIEWERS.inc()
@@ -128,7 +128,7 @@ class Hub:
         for viewer in self._viewers:
             viewer.arrival.set()
 
-    async def _catch_up(self, viewer: Viewer) -> AsyncIterator[bytes]:
+    async def _catch_up(self, viewer: _Viewer) -> AsyncIterator[bytes]:
         while not self._closed:
             events = await self._store.events(viewer.position)
             if events.complete and not events.records:
@@ -137,7 +137,7 @@ class Hub:
             yield _message(events).frame
             await asyncio.sleep(PAUSE)
 
-    async def _wait(self, viewer: Viewer) -> bool:
+    async def _wait(self, viewer: _Viewer) -> bool:
         """Whether something has come for the viewer before a heartbeat is due."""
         viewer.arrival.clear()
         try:

@@ -31,7 +31,7 @@ _PROBLEM = {
     },
 }
 
-_PROBLEMS = {
+_DETAILS = {
     400: "The body is not JSON: Expecting ',' delimiter at line 1 column 8.",
     404: "There is no such pixel.",
     408: "The body took too long to arrive.",
@@ -43,18 +43,19 @@ _PROBLEMS = {
     504: "1 of 2 instances have not answered as they should.",
 }
 
+# The types that routes have named so far.
 _described: list[Any] = []
 
-INSTANCE_HEADER = {
+_INSTANCE_HEADER = {
     "description": "The instance that has answered.",
     "schema": {"type": "string"},
 }
 
 
-def answer(kind: Any, example: Any, description: str = "OK") -> dict[int | str, dict[str, Any]]:
+def answer(kind: Any, example: Any) -> dict[int | str, dict[str, Any]]:
     """The 200 of a route that answers with JSON of a kind: a msgspec type."""
     content = {"application/json": {"schema": _schema(kind), "example": example}}
-    return {200: {"description": description, "content": content}}
+    return {200: {"description": "OK", "content": content}}
 
 
 def body(kind: Any, example: Any) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def _problem(status: HTTPStatus) -> dict[str, Any]:
         "type": "about:blank",
         "title": status.phrase,
         "status": status.value,
-        "detail": _PROBLEMS[status],
+        "detail": _DETAILS[status],
     }
     if status == HTTPStatus.UNPROCESSABLE_ENTITY:
         reason = "must be an integer from 0 to 255"
@@ -103,31 +104,34 @@ class DescribedAPI(FastAPI):
 
     def __init__(self, canvas: Canvas, **options: Any) -> None:
         super().__init__(**options)
-        self._canvas = canvas
+        self._most = {
+            "x": canvas.width - 1,
+            "y": canvas.height - 1,
+            "w": canvas.width,
+            "h": canvas.height,
+        }
 
     def openapi(self) -> dict[str, Any]:
         """The description; made when it is first asked for."""
         if self.openapi_schema is None:
             schema = super().openapi()
             _, components = msgspec.json.schema_components(_described, ref_template=_REF)
-            known = schema.setdefault("components", {}).setdefault("schemas", {})
-            known.clear()
-            known |= components | {"Problem": _PROBLEM}
-            canvas = self._canvas
-            most = {"x": canvas.width - 1, "y": canvas.height - 1}
-            most |= {"w": canvas.width, "h": canvas.height}
-            for name in ("Pixel", "PixelColour"):
-                for axis in ("x", "y"):
-                    known[name]["properties"][axis]["maximum"] = most[axis]
+            # They take the place of FastAPI's own, which no answer has.
+            schema["components"] = {"schemas": components | {"Problem": _PROBLEM}}
             for path in schema["paths"].values():
                 for operation in path.values():
-                    invalid = operation["responses"].get("422", {"content": {}})
-                    if "application/json" in invalid["content"]:  # FastAPI's own, never given
-                        del operation["responses"]["422"]
-                    for parameter in operation.get("parameters", ()):
-                        if parameter["name"] in most:
-                            parameter["schema"]["maximum"] = most[parameter["name"]]
-                    for response in operation["responses"].values():
-                        headers = response.setdefault("headers", {})
-                        headers["X-Pixel-Instance"] = INSTANCE_HEADER
+                    self._complete(operation)
+            for name in ("Pixel", "PixelColour"):
+                for axis in ("x", "y"):
+                    components[name]["properties"][axis]["maximum"] = self._most[axis]
         return self.openapi_schema or {}
+
+    def _complete(self, operation: dict[str, Any]) -> None:
+        for parameter in operation.get("parameters", ()):
+            if parameter["name"] in self._most:
+                parameter["schema"]["maximum"] = self._most[parameter["name"]]
+        responses = operation["responses"]
+        if "application/json" in responses.get("422", {}).get("content", {}):
+            del responses["422"]  # FastAPI's own, which is never given
+        for response in responses.values():
+            response.setdefault("headers", {})["X-Pixel-Instance"] = _INSTANCE_HEADER

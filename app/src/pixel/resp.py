@@ -1,8 +1,8 @@
 """A connection to Redis: pipelines out, replies in, and nothing ever sent a second time.
 
-It is this small because it has to be sure of two things: what became of a command when the
-connection is lost, and that many writers' commands cost one system call. hiredis packs and
-parses.
+hiredis packs and parses; what is left is small, and sure of what became of a command when the
+connection is lost. redis-py would do the rest as well, but its import alone takes 18 MB of each
+worker, a third of all that it has.
 """
 
 import asyncio

@@ -222,10 +222,10 @@ class GroupCommit:
             batch.fail("Redis didn't answer; the write may have been made.")
             return
         metrics.COMMIT_SECONDS.observe(perf_counter() - started)
-        errors = [reply for reply in queued if isinstance(reply, ReplyError)]
         if isinstance(results, ReplyError):
             # Redis wouldn't queue a command (it's out of memory, say), and dropped them all.
-            self._health.fails(errors[0] if errors else results)
+            reasons = [reply for reply in queued if isinstance(reply, ReplyError)]
+            self._health.fails(reasons[0] if reasons else results)
             self._grown.clear()
             batch.fail("Redis refuses writes; nothing was written.")
             return

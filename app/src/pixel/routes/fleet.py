@@ -83,8 +83,10 @@ async def fleet_all(request: Request, milliseconds: Milliseconds = 10_000) -> Re
     if not peers:
         return json_response(Fleet([await _statement(state)]))
     asked = [asyncio.create_task(_ask(peer)) for peer in peers]
-    await asyncio.wait(asked, timeout=milliseconds / 1000)
-    await _cancel(asked)
+    try:
+        await asyncio.wait(asked, timeout=milliseconds / 1000)
+    finally:
+        await _cancel(asked)
     instances = [task.result() for task in asked if _failure(task) is None]
     if len(instances) == len(peers):
         return json_response(Fleet(instances))
