@@ -110,3 +110,17 @@ def test_one_command_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         fleet.alone(plan()),
     ):
         pass
+
+
+def test_without_a_bootstrap_the_public_image_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise machine.Problem("mount: permission denied")
+
+    monkeypatch.setattr(fleet, "_apt_sources", lambda suite: ["deb http://mirror.example bookworm main"])
+    monkeypatch.setattr(fleet, "_bootstrap", fails)
+    docker = fleet.Docker()
+    docker.command = ("false",)
+    assert fleet._base_image(docker, "bookworm") == "debian:bookworm-slim"
+    assert "mount: permission denied" in capsys.readouterr().out

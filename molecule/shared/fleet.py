@@ -252,17 +252,30 @@ def ensure_image(docker: Docker, suite: str) -> str:
 
 def _base_image(docker: Docker, suite: str) -> str:
     """A minimal Debian: from this machine's own apt sources, or else the public image."""
+    public = f"debian:{suite}-slim"
     sources = _apt_sources(suite)
     if not sources:
-        return f"debian:{suite}-slim"
+        return public
     base = f"pixel-base:{suite}"
     if docker("image", "inspect", base, check=False).returncode == 0:
         return base
+    try:
+        _bootstrap(docker, suite, sources, base)
+    except Problem as problem:
+        say(f"no mmdebstrap here, so the public image {public} is taken: {problem}")
+        return public
+    return base
+
+
+def _bootstrap(docker: Docker, suite: str, sources: list[str], base: str) -> None:
     if not shutil.which("mmdebstrap"):
         install_packages("mmdebstrap")
     say(f"bootstrapping Debian {suite} from this machine's apt sources")
-    archive = ROOT / ".fleet" / f"base-{suite}-{os.getpid()}.tar"
-    archive.parent.mkdir(exist_ok=True)
+    scratch = ROOT / ".fleet" / "bootstrap"
+    # What an interrupted run left; it belongs to root where that one used sudo.
+    run(*as_root("rm", "-rf", str(scratch)))
+    scratch.mkdir(parents=True)
+    archive = scratch / f"{suite}.tar"
     try:
         run(
             *as_root("mmdebstrap", "--variant=minbase", "--include=ca-certificates", suite),
@@ -271,8 +284,7 @@ def _base_image(docker: Docker, suite: str) -> str:
         )
         docker("import", str(archive), base)
     finally:
-        run(*as_root("rm", "-f", str(archive)))
-    return base
+        run(*as_root("rm", "-rf", str(scratch)))
 
 
 def _apt_sources(suite: str) -> list[str]:

@@ -12,12 +12,17 @@ testinfra_hosts = ["c5", "t2"]
 PIXEL = {"x": 10, "y": 20, "channel": "R", "value": 255}
 
 
-def test_a_pixel_is_posted_and_read_from_this_host(host: Any, client: Any) -> None:
-    status, _, body = client.ask("/pixel", json.dumps(PIXEL).encode())
-    assert (status, body) == (
-        200,
-        '{"status":"ok","received":{"x":10,"y":20,"channel":"R","value":255}}',
-    )
+def test_a_pixel_written_through_the_other_host_is_read_from_this_one(host: Any, client: Any) -> None:
+    for _ in range(20):
+        status, headers, body = client.ask("/pixel", json.dumps(PIXEL).encode())
+        assert (status, body) == (
+            200,
+            '{"status":"ok","received":{"x":10,"y":20,"channel":"R","value":255}}',
+        )
+        if headers["X-Pixel-Instance"] != host.backend.hostname:
+            break
+    else:
+        raise AssertionError("the other host takes no writes")
     pixel = client.read_from(host.backend.hostname, "/pixel/10/20")
     assert (pixel["x"], pixel["y"], pixel["R"]) == (10, 20, 255)
 
