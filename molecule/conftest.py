@@ -13,6 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Molecule asks for colours where it has a terminal; the playbooks that tests run are read by tests.
+os.environ.pop("ANSIBLE_FORCE_COLOR", None)
+os.environ["ANSIBLE_NOCOLOR"] = "1"
+
 
 @pytest.fixture(scope="session")
 def state() -> Path:
