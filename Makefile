@@ -34,7 +34,7 @@ scenarios: tools  ## the roles and the fleet, on hosts that boot
 	molecule test --all
 
 bench: tools  ## compare ways to serve a durable pixel, on this machine
-	$(BIN)/python bench/bench.py
+	PYTHONPATH=$(CURDIR)/app/src $(BIN)/python bench/bench.py
 
 load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the balancer
 	$(BIN)/python bench/load.py --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --strict
