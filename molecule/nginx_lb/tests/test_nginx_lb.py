@@ -152,6 +152,18 @@ def test_a_change_that_was_never_loaded_is_loaded(host: Any, shell: Any) -> None
     assert master(host) == before
 
 
+def test_a_reload_is_announced_to_writers(host: Any, shell: Any, curl: Any) -> None:
+    assert curl("/pixel", "POST", "a body")[1]["connection"] == "keep-alive"
+    shell("touch /run/pixel-lb/closing")
+    status, headers, body = curl("/pixel", "POST", "a body")
+    assert (status, headers["connection"], json.loads(body)["body"]) == (200, "close", "a body")
+    before = {worker.pid for worker in host.process.filter(ppid=int(master(host)))}
+    shell("systemctl reload nginx")
+    assert not host.file("/run/pixel-lb/closing").exists
+    assert {worker.pid for worker in host.process.filter(ppid=int(master(host)))} - before
+    assert curl("/pixel", "POST", "a body")[1]["connection"] == "keep-alive"
+
+
 def test_a_dead_backend_fails_no_request(host: Any, many: Any) -> None:
     host.run_expect([0], "systemctl stop backend")
     try:

@@ -10,8 +10,12 @@ the reload fails.
     pixel-lb drain NAME     give this backend no new requests (never the last one, unless --force),
                             and wait until those in flight have ended
     pixel-lb undrain NAME   give it requests again, and wait until it answers some
+    pixel-lb reload         make Nginx read its files again
     pixel-lb status         what is in force, as JSON
     pixel-lb loaded         note that Nginx has just read its files (the unit calls it)
+
+A reload is announced: for some seconds before it, answers ask clients to connect anew for their next
+request. Nginx closes idle connections when it reloads, and would lose what is just on its way there.
 
 The first three say `changed` or `unchanged`. Exit status: 0 done, 1 refused and nothing changed,
 3 refused because it is the last backend, 4 changed but the wait was in vain.
@@ -41,6 +45,8 @@ NGINX = Path("/etc/nginx")
 STATE = Path("/var/lib/pixel-lb")
 RUN = Path("/run/pixel-lb")
 RELOAD_SECONDS = 10.0
+# Longer than busy clients leave a connection idle.
+ANNOUNCE_SECONDS = 2.0
 
 
 class Refused(Exception):
@@ -70,6 +76,7 @@ class Balancer:
         self.drained_dir = state / "drained"
         self.stamp = run / "loaded"
         self.lock = run / "lock"
+        self.closing = run / "closing"
 
     # --- what is wanted ---------------------------------------------------------------------
 
@@ -140,27 +147,38 @@ class Balancer:
 
     def reload_if_needed(self) -> bool:
         """Reload Nginx if it runs with other files than there are; also after an interrupted run."""
+        if master_pid() is None or (self.stamp.exists() and self.stamp.read_text() == self.fingerprint()):
+            return False
+        self.reload()
+        return True
+
+    def reload(self) -> None:
+        """Check the files, announce the reload to clients, and see it happen."""
         wanted = self.fingerprint()
         master = master_pid()
-        if master is None or (self.stamp.exists() and self.stamp.read_text() == wanted):
-            return False
-        before = worker_pids(master)
+        if master is None:
+            raise Refused("Nginx doesn't run: systemctl start nginx")
         checked = nginx("-t", "-q")
         if checked.returncode != 0:
             raise Refused(f"nginx -t refuses, the running configuration stays:\n{checked.stderr.strip()}")
-        done = nginx("-s", "reload")
-        if done.returncode != 0:
-            raise Refused(f"Nginx did not reload: {done.stderr.strip()}")
-        # The signal is taken some time later; only new workers show that the reload happened.
-        deadline = time.monotonic() + RELOAD_SECONDS
-        while not worker_pids(master) - before:
-            if time.monotonic() > deadline:
-                raise Refused(
-                    f"no new workers within {RELOAD_SECONDS:.0f} s of the reload; see the error log"
-                )
-            time.sleep(0.02)
+        before = worker_pids(master)
+        try:
+            self.closing.touch()
+            time.sleep(ANNOUNCE_SECONDS)
+            done = nginx("-s", "reload")
+            if done.returncode != 0:
+                raise Refused(f"Nginx did not reload: {done.stderr.strip()}")
+            # The signal is taken some time later; only new workers show that the reload happened.
+            deadline = time.monotonic() + RELOAD_SECONDS
+            while not worker_pids(master) - before:
+                if time.monotonic() > deadline:
+                    raise Refused(
+                        f"no new workers within {RELOAD_SECONDS:.0f} s of the reload; see the error log"
+                    )
+                time.sleep(0.02)
+        finally:
+            self.closing.unlink(missing_ok=True)
         self.stamp.write_text(wanted)
-        return True
 
     # --- draining ---------------------------------------------------------------------------
 
@@ -339,6 +357,7 @@ def main() -> int:
     for command in (draining, returning):
         command.add_argument("name")
         command.add_argument("--wait", type=float, default=10, metavar="SECONDS", help="default 10")
+    commands.add_parser("reload", help="make Nginx read its files again")
     commands.add_parser("status", help="what is in force, as JSON")
     commands.add_parser("loaded", help="note that Nginx has just read its files")
     args = parser.parse_args()
@@ -348,7 +367,11 @@ def main() -> int:
             print(json.dumps(balancer.status(), indent=2))
             return 0
         with alone(balancer.lock):
-            if args.command == "loaded":
+            # Left by a run that was killed.
+            balancer.closing.unlink(missing_ok=True)
+            if args.command == "reload":
+                balancer.reload()
+            elif args.command == "loaded":
                 balancer.note_loaded()
             elif args.command == "install":
                 say(balancer.install())
