@@ -17,8 +17,8 @@ down:  ## remove the local fleet
 test: lint check scenarios  ## all tests
 
 lint: tools  ## style, types, and what Ansible's users expect
-	ruff check .
-	ruff format --check .
+	ruff check . app bench
+	ruff format --check . app bench
 	mypy
 	cd app && mypy
 	cd bench && mypy .

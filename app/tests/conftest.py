@@ -157,11 +157,11 @@ class Service:
             "PIXEL_REDIS_PASSWORD": PASSWORD,
             **environment,
         }
+        self.log = (self.directory / "log").open("a+")
         self.start()
 
     def start(self) -> None:
         sockets = (self.tcp.fileno(), self.unix.fileno())
-        self.log = (self.directory / "log").open("a+")
         self.process = subprocess.Popen(
             [sys.executable, "-c", _AS_SYSTEMD, *map(str, sockets), "-m", *GUNICORN],
             env=self.environment,
@@ -184,6 +184,12 @@ class Service:
         self.tcp.close()
         self.unix.close()
         shutil.rmtree(self.directory)
+
+
+def worker_pids(service: Service) -> set[int]:
+    """The processes of a service's workers."""
+    pid = service.process.pid
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 # Puts the two sockets where systemd does, 3 and 4, and becomes what it is told to.

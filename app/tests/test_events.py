@@ -40,6 +40,7 @@ class Screen:
         self.cells: Cells = {}
         self.messages: list[list[Any]] = []
         self.names: list[str] = []
+        self.statuses: list[Any] = []
 
     async def __aenter__(self) -> "Screen":
         await self._hub.prepare()
@@ -59,6 +60,9 @@ class Screen:
             if lines == [":"]:
                 continue
             fields = dict(line.split(": ", 1) for line in lines)
+            if fields.get("event") == "status":
+                self.statuses.append(json.loads(fields["data"]))
+                continue
             self.after = EventId.parse(fields["id"].encode())
             self.names.append(fields.get("event", "message"))
             changes = json.loads(fields["data"])
@@ -257,3 +261,43 @@ async def test_a_quiet_stream_has_a_heartbeat(
     await anext(stream)
     assert [await anext(stream), await anext(stream)] == [b":\n\n"] * 2
     await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_viewers_hear_how_many_they_are_and_how_much_is_written(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "STATUS", 0.2)
+    monkeypatch.setattr(events, "_LOOK", 0.02)
+    stores = [Store(redis_server.settings(instance=name)) for name in ("c5", "t2")]
+    hubs = [Hub(store) for store in stores]
+    async with Screen(hubs[0]) as one, Screen(hubs[1]), Screen(hubs[1]) as other:
+        await eventually(lambda: [s.statuses[-1:] for s in (one, other)] == [
+            [{"viewers": 3, "writes": 0.0}]] * 2
+        )  # fmt: skip
+        count = len(one.statuses)
+        await stores[1].write([Change(x, 1, 2, 3) for x in range(100)])
+        await eventually(lambda: len(one.statuses) > count + 2)
+        rates = [status["writes"] for status in one.statuses[count:]]
+        assert 0.2 * sum(rates) == pytest.approx(100, rel=0.5)
+    async with Screen(hubs[0]) as one:  # those who have left no longer count
+        await eventually(lambda: one.statuses[-1:] == [{"viewers": 1, "writes": 0.0}])
+    for hub, store in zip(hubs, stores, strict=True):
+        hub.close()
+        await asyncio.sleep(0.05)
+        store.close()
+
+
+async def test_while_redis_is_away_viewers_hear_that_nothing_is_known(
+    fragile_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "STATUS", 0.2)
+    store = Store(fragile_redis.settings())
+    hub = Hub(store)
+    async with Screen(hub) as screen:
+        fragile_redis.kill()
+        unknown = {"viewers": None, "writes": None}
+        await eventually(lambda: screen.statuses[-1:] == [unknown])
+        fragile_redis.start()
+        await eventually(lambda: screen.statuses[-1:] == [{"viewers": 1, "writes": 0.0}])
+    hub.close()
+    store.close()

@@ -29,12 +29,14 @@ def test_a_pixel_is_set_whole(client: TestClient) -> None:
     answer = client.put("/pixel/1023/1023", json={"R": 1, "G": 2, "B": 3})
     assert answer.json() == {"x": 1023, "y": 1023, "R": 1, "G": 2, "B": 3}
     assert client.get("/pixel/1023/1023").json() == answer.json()
+    assert answer.headers["x-pixel-event"] == client.get("/canvas.rgb").headers["x-pixel-event"]
 
 
 def test_a_batch_is_written_in_its_order(client: TestClient) -> None:
     batch = [GOOD | {"value": 1}, GOOD | {"channel": "G"}, GOOD | {"value": 2}]
     answer = client.post("/pixels", json=batch)
     assert answer.text == '{"status":"ok","written":3}'
+    assert answer.headers["x-pixel-event"] == client.get("/canvas.rgb").headers["x-pixel-event"]
     assert client.get("/pixel/10/20").json() == {"x": 10, "y": 20, "R": 2, "G": 255, "B": 0}
 
 

@@ -11,16 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx2 as httpx
-from conftest import GUNICORN, PASSWORD, RedisServer, Service, wait_until
+from conftest import GUNICORN, PASSWORD, RedisServer, Service, wait_until, worker_pids
 
 StartService = Callable[..., Service]
 
 PIXEL = {"x": 1, "y": 2, "channel": "G", "value": 3}
-
-
-def worker_pids(service: Service) -> set[int]:
-    pid = service.process.pid
-    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def test_it_answers_on_both_sockets_and_signs_everything(service: Service) -> None:

@@ -11,7 +11,7 @@ from conftest import RedisServer
 from pixel.canvas import TILE_BYTES, locate
 from pixel.pixel import Change, unpack
 from pixel.problems import Problem
-from pixel.store import EVENT_CHANGES, EVENTS, Store
+from pixel.store import EVENT_CHANGES, EVENTS, EventId, Store
 
 TILE_00 = "pixel:{0:0}"
 
@@ -32,13 +32,15 @@ async def fragile(fragile_redis: RedisServer) -> AsyncIterator[Store]:
     store.close()
 
 
-async def outcomes(writes: Iterable[Awaitable[None]]) -> list[str]:
+async def outcomes(writes: Iterable[Awaitable[EventId]]) -> list[str]:
     """What became of writes made at once: "ok", or the problem."""
     results = await asyncio.gather(*writes, return_exceptions=True)
     for result in results:
-        assert result is None or (isinstance(result, Problem) and result.status == 503)
-        assert result is None or result.headers == {"Retry-After": "1"}
-    return ["ok" if result is None else str(result) for result in results]
+        if not isinstance(result, EventId):
+            assert isinstance(result, Problem)
+            assert result.status == 503
+            assert result.headers == {"Retry-After": "1"}
+    return ["ok" if isinstance(result, EventId) else str(result) for result in results]
 
 
 def stored(server: RedisServer, change: Change) -> int:
@@ -57,7 +59,8 @@ async def test_a_write_is_in_redis_when_it_is_answered(
     store: Store, redis_server: RedisServer
 ) -> None:
     change = Change(1023, 300, 2, 77)
-    await store.write([change])
+    event = await store.write([change])
+    assert event == await store.last_event()
     assert stored(redis_server, change) == 77
     assert await store.colour(1023, 300) == (0, 0, 77)
     assert events(redis_server) == [[change]]
@@ -92,7 +95,8 @@ async def test_a_large_batch_is_several_events_of_one_transaction(
     store: Store, redis_server: RedisServer
 ) -> None:
     changes = [Change(n % 1000, n // 1000, 1, n % 256) for n in range(10_000)]
-    await store.write(changes)
+    event = await store.write(changes)
+    assert event == await store.last_event()
     batches = events(redis_server)
     assert max(map(len, batches)) == EVENT_CHANGES
     assert [change for batch in batches for change in batch] == changes
@@ -129,7 +133,7 @@ async def test_a_cancelled_request_leaves_its_neighbours_alone(
         task.cancel()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(result, asyncio.CancelledError) for result in results[::2])
-    assert results[1::2] == [None] * 10
+    assert all(isinstance(result, EventId) for result in results[1::2])
     assert all(stored(redis_server, Change(n, 0, 0, 0)) == 5 for n in range(1, 20, 2))
     await store.write([Change(0, 0, 0, 6)])
 

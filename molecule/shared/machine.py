@@ -21,7 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 LOCKS = {"control": ("control.txt",), "test": ("test.txt",)}
 # Commands that the tests start themselves, and the Debian packages that bring them.
-TEST_COMMANDS = {"redis-server": "redis-server", "nginx": "nginx", "wrk": "wrk", "git": "git"}
+TEST_COMMANDS = {
+    "chromium": "chromium",
+    "git": "git",
+    "nginx": "nginx",
+    "redis-server": "redis-server",
+    "wrk": "wrk",
+}
 
 _started = time.monotonic()
 

@@ -7,6 +7,7 @@ as long as everything up to the last of them is in the same message.
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import msgspec
 
 from pixel import metrics
 from pixel.canvas import CHANNELS
-from pixel.pixel import unpack
+from pixel.pixel import RECORD_BYTES, unpack
 from pixel.problems import Problem
 from pixel.store import EventId, Events, Store
 
@@ -24,6 +25,9 @@ PAUSE = 0.05
 
 HEARTBEAT = 15.0
 """Seconds after which a viewer hears something, even if nothing happens."""
+
+STATUS = 2.0
+"""Seconds from one word on viewers and writes to the next."""
 
 QUEUE_MESSAGES = 20
 QUEUE_BYTES = 1024 * 1024
@@ -58,7 +62,13 @@ class _Viewer:
         self.behind = behind
         self.arrival = asyncio.Event()
         self.waiting: deque[_Message] = deque()
+        self.status = b""
         self._size = 0
+
+    def tell_status(self, frame: bytes) -> None:
+        """Let the newest status wait for the viewer."""
+        self.status = frame
+        self.arrival.set()
 
     def tell(self, message: _Message) -> None:
         """Let a message wait for the viewer."""
@@ -109,6 +119,9 @@ class Hub:
                     viewer.behind = False
                     async for frame in self._catch_up(viewer):
                         yield frame
+                elif viewer.status:
+                    frame, viewer.status = viewer.status, b""
+                    yield frame
                 elif viewer.waiting:
                     message = viewer.take()
                     if message.last > viewer.position or not message.complete:
@@ -147,17 +160,41 @@ class Hub:
             return False
 
     async def _read(self) -> None:
-        while self._viewers:
-            try:
-                await self._store.wait_for_event(self._last, _LOOK)
-                events = await self._store.events(self._last)
-            except Problem:
-                await asyncio.sleep(_RETRY)
-                continue
-            if events.records or not events.complete:
-                self._last = events.last
-                message = _message(events)
-                for viewer in self._viewers:
-                    viewer.tell(message)
-                await asyncio.sleep(PAUSE)
-        self._reading = None
+        loop = asyncio.get_running_loop()
+        writes, since = 0, loop.time()
+        try:
+            while self._viewers:
+                if (seconds := loop.time() - since) >= STATUS:
+                    status = await self._status(writes / seconds)
+                    writes, since = 0, loop.time()
+                    for viewer in self._viewers:
+                        viewer.tell_status(status)
+                    await asyncio.sleep(PAUSE)
+                    continue
+                try:
+                    await self._store.wait_for_event(self._last, _LOOK)
+                    events = await self._store.events(self._last)
+                except Problem:
+                    await asyncio.sleep(_RETRY)
+                    continue
+                if events.records or not events.complete:
+                    self._last = events.last
+                    writes += sum(map(len, events.records)) // RECORD_BYTES
+                    message = _message(events)
+                    for viewer in self._viewers:
+                        viewer.tell(message)
+                    await asyncio.sleep(PAUSE)
+        finally:
+            self._reading = None
+            with contextlib.suppress(Problem):
+                await self._store.count_viewers(0)
+
+    async def _status(self, rate: float) -> bytes:
+        """Viewers and writes a second, of the whole fleet; unknown while Redis can't be asked."""
+        status: dict[str, float | None]
+        try:
+            viewers = await self._store.count_viewers(len(self._viewers))
+            status = {"viewers": viewers, "writes": round(rate, 1)}
+        except Problem:
+            status = {"viewers": None, "writes": None}
+        return b"event: status\ndata: %b\n\n" % msgspec.json.encode(status)

@@ -46,16 +46,25 @@ _DETAILS = {
 # The types that routes have named so far.
 _described: list[Any] = []
 
+_EVENT_HEADER = {
+    "description": "Whoever has heard up to this event has heard of these changes.",
+    "schema": {"type": "string"},
+}
+
 _INSTANCE_HEADER = {
     "description": "The instance that has answered.",
     "schema": {"type": "string"},
 }
 
 
-def answer(kind: Any, example: Any) -> dict[int | str, dict[str, Any]]:
-    """The 200 of a route that answers with JSON of a kind: a msgspec type."""
+def answer(kind: Any, example: Any, *, event: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The 200 of a route that answers with JSON of a kind: a msgspec type.
+
+    ``event`` says that the answer names the event that tells of what it wrote.
+    """
     content = {"application/json": {"schema": _schema(kind), "example": example}}
-    return {200: {"description": "OK", "content": content}}
+    headers = {"X-Pixel-Event": _EVENT_HEADER} if event else {}
+    return {200: {"description": "OK", "content": content, "headers": headers}}
 
 
 def body(kind: Any, example: Any) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class Written(msgspec.Struct, frozen=True):
 
 
 _RECORD = struct.Struct("<HHBB")
+RECORD_BYTES = _RECORD.size
 
 
 def pack(changes: Iterable[Change]) -> bytes:

@@ -14,7 +14,7 @@ from pixel.pictures import Gallery
 from pixel.pixel import Reader
 from pixel.problems import Problem
 from pixel.settings import Settings
-from pixel.store import Store
+from pixel.store import EventId, Store
 
 BODY_SECONDS = 10.0
 """How long the rest of a body may take that didn't come with its request."""
@@ -36,9 +36,15 @@ def state_of(request: Request) -> State:
     return state
 
 
-def json_response(content: msgspec.Struct) -> Response:
-    """The answer to a request that could be met."""
-    return Response(msgspec.json.encode(content), media_type="application/json")
+def json_response(content: msgspec.Struct, event: EventId | None = None) -> Response:
+    """The answer to a request that could be met, and the event that tells of what it wrote."""
+    headers = {"X-Pixel-Event": event.text().decode()} if event else None
+    return Response(msgspec.json.encode(content), headers=headers, media_type="application/json")
+
+
+def is_known(tag: str, known: str) -> bool:
+    """Whether a client has what an ETag stands for, by its ``If-None-Match``."""
+    return any(text.strip().removeprefix("W/") in ("*", tag) for text in known.split(","))
 
 
 async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:

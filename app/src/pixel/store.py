@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import os
+import time
 from collections import deque
 from collections.abc import Container, Sequence
 from time import perf_counter
@@ -22,6 +24,9 @@ EVENT_CHANGES = 1024
 
 EVENTS_AT_ONCE = 1000
 """Most entries that are read together."""
+
+VIEWERS_PERIOD = 10
+"""Seconds within which a worker says again how many viewers it has, or they count no longer."""
 
 # Makes a tile as long as it has to be, or leaves it alone: it adds nothing to its last byte.
 _GROW = ("INCRBY", "u8", (TILE_BYTES - 1) * 8, 0)
@@ -72,7 +77,7 @@ def _only_id(entries: list[Any]) -> EventId:
     return EventId.parse(entries[0][0]) if entries and entries[0] else NO_EVENT
 
 
-_Request = tuple[Sequence[Change], asyncio.Future[None]]
+_Request = tuple[Sequence[Change], asyncio.Future[EventId]]
 
 
 class _Health:
@@ -136,9 +141,10 @@ class GroupCommit:
         self._arrival = asyncio.Event()
         self._task = self._loop.create_task(self._run(), name="group commit")
 
-    def write(self, changes: Sequence[Change]) -> asyncio.Future[None]:
+    def write(self, changes: Sequence[Change]) -> asyncio.Future[EventId]:
         """Done when Redis has acknowledged the changes, which are made in their order.
 
+        The result is an event: whoever has heard up to it has heard of the changes.
         No changes at all ask whether Redis can be written to.
         Raises a 503 ``Problem`` if the queue is full, Redis refuses, or time is up.
         """
@@ -147,7 +153,7 @@ class GroupCommit:
         if not self._queue or self._queue[-1].size + len(changes) > MAX_BATCH:
             self._open_batch()
         batch = self._queue[-1]
-        future: asyncio.Future[None] = self._loop.create_future()
+        future: asyncio.Future[EventId] = self._loop.create_future()
         batch.requests.append((changes, future))
         batch.size += len(changes)
         self._depth += len(changes)
@@ -240,9 +246,11 @@ class GroupCommit:
             self._grown.clear()
         else:
             self._health.works()
-        self._answer(requests, refused)
+        newest = results[-1]
+        event = EventId.parse(newest) if isinstance(newest, bytes) else NO_EVENT
+        self._answer(requests, refused, event)
 
-    def _answer(self, requests: list[_Request], refused: Container[object]) -> None:
+    def _answer(self, requests: list[_Request], refused: Container[object], event: EventId) -> None:
         written = 0
         for changes, future in requests:
             if refused and any(locate(x, y)[0] in refused for x, y, _, _ in changes):
@@ -251,7 +259,7 @@ class GroupCommit:
             else:
                 written += len(changes)
                 if not future.done():
-                    future.set_result(None)
+                    future.set_result(event)
         metrics.WRITES.inc(written)
 
     def _commands(self, changes: list[Change]) -> list[Command]:
@@ -283,6 +291,7 @@ class _Link:
         self._health = _Health("reading from Redis")
         self._connection: Connection | None = None
         self._opening = asyncio.Lock()
+        self._closed = False
 
     async def ask(self, *commands: Command, patience: float = 0) -> list[Any]:
         """The replies; ``patience`` is for commands that wait by themselves, in seconds.
@@ -294,7 +303,7 @@ class _Link:
                 connection = await self._connected()
                 replies: list[Any] = await connection.execute(commands)
         except (OSError, ReplyError) as error:
-            self.close()
+            self._drop()
             self._health.fails(error)
             raise Problem.unavailable("Redis can't be read.") from error
         for reply in replies:
@@ -310,11 +319,17 @@ class _Link:
         return list(results)
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Let go of the connection, for good."""
+        self._closed = True
+        self._drop()
+
+    def _drop(self) -> None:
         if self._connection:
             self._connection.close()
 
     async def _connected(self) -> Connection:
+        if self._closed:
+            raise ConnectionError("closed")
         async with self._opening:
             if self._connection is None or self._connection.closed:
                 self._connection = await Connection.open(self._server)
@@ -329,6 +344,7 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         server = Server.of(settings)
+        self._worker = f"{settings.instance}/{os.getpid()}"
         self.canvas = Canvas(settings.canvas_width, settings.canvas_height)
         self._commits = GroupCommit(server, settings)
         # Pictures are megabytes, and waiting is waiting: neither is to hold up a small question.
@@ -355,6 +371,21 @@ class Store:
         [found] = await self._questions.ask(("GETRANGE", key, place, place + 2))
         red, green, blue = found.ljust(3, b"\0")
         return red, green, blue
+
+    async def count_viewers(self, viewers: int) -> int:
+        """Say how many viewers this worker has; returns how many all workers together have."""
+        period = int(time.time()) // VIEWERS_PERIOD
+        former, current = (f"pixel:{{viewers}}:{n}" for n in (period - 1, period))
+        _, _, *said = await self._questions.ask_at_once(
+            ("HSET", current, self._worker, viewers),
+            ("EXPIRE", current, 2 * VIEWERS_PERIOD),
+            ("HGETALL", former),
+            ("HGETALL", current),
+        )
+        counts: dict[bytes, bytes] = {}
+        for pairs in said:
+            counts |= dict(zip(pairs[::2], pairs[1::2], strict=True))
+        return sum(map(int, counts.values()))
 
     async def last_event(self) -> EventId:
         """The newest event; ``NO_EVENT`` if there was none yet."""

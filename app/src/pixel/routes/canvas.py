@@ -10,7 +10,7 @@ from pixel import openapi
 from pixel.canvas import Region
 from pixel.pictures import Picture
 from pixel.problems import Problem
-from pixel.requests import state_of
+from pixel.requests import is_known, state_of
 
 router = APIRouter(tags=["canvas"])
 
@@ -69,7 +69,7 @@ async def canvas_rgb(request: Request, region: WantedRegion, known: KnownTags = 
     """Three bytes (R, G, B) a pixel, row by row."""
     _bound(region, 1)
     picture = await state_of(request)["gallery"].picture(region)
-    if _is_known(picture, known):
+    if is_known(_tag(picture), known):
         return _not_modified(picture)
     return Response(picture.raw, headers=_headers(picture), media_type="application/octet-stream")
 
@@ -84,7 +84,7 @@ async def canvas_png(
     """The picture as a PNG."""
     _bound(region, scale)
     picture = await state_of(request)["gallery"].picture(region)
-    if _is_known(picture, known):
+    if is_known(_tag(picture), known):
         return _not_modified(picture)
     return Response(await picture.png(scale), headers=_headers(picture), media_type="image/png")
 
@@ -92,10 +92,6 @@ async def canvas_png(
 def _bound(region: Region, scale: int) -> None:
     if region.w * region.h * scale * scale > MOST_PIXELS:
         raise Problem.invalid("w", f"times h and scale is more than {MOST_PIXELS} pixels")
-
-
-def _is_known(picture: Picture, known: str) -> bool:
-    return any(tag.strip().removeprefix("W/") in ("*", _tag(picture)) for tag in known.split(","))
 
 
 def _tag(picture: Picture) -> str:

@@ -64,7 +64,7 @@ async def get_pixel(request: Request, x: Coordinate, y: Coordinate) -> Response:
 @router.put(
     "/pixel/{x}/{y}",
     openapi_extra=openapi.body(Colour, COLOUR),
-    responses=openapi.answer(PixelColour, {"x": 10, "y": 20} | COLOUR)
+    responses=openapi.answer(PixelColour, {"x": 10, "y": 20} | COLOUR, event=True)
     | openapi.problems(404)
     | BODY_PROBLEMS,
 )
@@ -74,22 +74,22 @@ async def put_pixel(request: Request, x: Coordinate, y: Coordinate) -> Response:
     cell = _cell(state, x, y)
     body = await read_json(request.scope, request.receive, state["settings"].body_limit)
     colour = msgspec.structs.astuple(state["reader"].colour(body))
-    await state["store"].write([Change(*cell, *channel) for channel in enumerate(colour)])
-    return json_response(PixelColour(*cell, *colour))
+    event = await state["store"].write([Change(*cell, *channel) for channel in enumerate(colour)])
+    return json_response(PixelColour(*cell, *colour), event)
 
 
 @router.post(
     "/pixels",
     openapi_extra=openapi.body(Batch, [PIXEL, PIXEL | {"channel": "G", "value": 128}]),
-    responses=openapi.answer(Written, {"status": "ok", "written": 2}) | BODY_PROBLEMS,
+    responses=openapi.answer(Written, {"status": "ok", "written": 2}, event=True) | BODY_PROBLEMS,
 )
 async def post_pixels(request: Request) -> Response:
     """Set up to 10,000 channels in their order: all of them, or none."""
     state = state_of(request)
     body = await read_json(request.scope, request.receive, BATCH_LIMIT)
     pixels = state["reader"].pixels(body)
-    await state["store"].write([pixel.change() for pixel in pixels])
-    return json_response(Written("ok", len(pixels)))
+    event = await state["store"].write([pixel.change() for pixel in pixels])
+    return json_response(Written("ok", len(pixels)), event)
 
 
 def _cell(state: State, x: str, y: str) -> tuple[int, int]:

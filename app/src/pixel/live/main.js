@@ -1,0 +1,189 @@
+// The page: its parts, and what they say to one another.
+
+import { Board } from "./board.js";
+import { Painter } from "./painter.js";
+import { Stream } from "./stream.js";
+import { View } from "./view.js";
+
+const COLOURS = {
+  black: "#000000", slate: "#515966", silver: "#b4bcc8", white: "#ffffff",
+  brown: "#7a4a2b", red: "#e5263a", orange: "#ff8c1a", yellow: "#ffd83d",
+  lime: "#9be13b", green: "#13a350", teal: "#0fa3a3", sky: "#4fc3ff",
+  blue: "#2563eb", violet: "#7c3aed", magenta: "#d946c4", pink: "#ffa3c4",
+};
+const CHANNELS = { R: 0, G: 1, B: 2 };
+const STATES = { loading: "Loading", live: "Live", lost: "Reconnecting" };
+const TOAST = 5_000; // milliseconds
+const STORED = "pixel-colour";
+
+const $ = (id) => document.getElementById(id);
+const hex = (rgb) => `#${rgb.map((value) => value.toString(16).padStart(2, "0")).join("")}`;
+const rgb = (text) => [1, 3, 5].map((start) => parseInt(text.slice(start, start + 2), 16));
+
+const number = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+
+const stage = $("stage");
+const picker = $("picker");
+const board = new Board($("board"));
+const painter = new Painter(board, (reason) => toast(`Not painted: ${reason}`));
+
+// The colour to paint in.
+
+function choose(colour) {
+  picker.value = colour;
+  let known = false;
+  for (const swatch of document.querySelectorAll("#palette [type=radio]")) {
+    swatch.checked = swatch.value === colour;
+    known ||= swatch.checked;
+  }
+  picker.classList.toggle("chosen", !known);
+  try {
+    localStorage.setItem(STORED, colour);
+  } catch {
+    // It may be forbidden, and is no more than a convenience.
+  }
+}
+
+function storedColour() {
+  try {
+    const stored = localStorage.getItem(STORED);
+    return /^#[0-9a-f]{6}$/.test(stored) ? stored : COLOURS.red;
+  } catch {
+    return COLOURS.red;
+  }
+}
+
+for (const [name, colour] of Object.entries(COLOURS)) {
+  const swatch = document.createElement("input");
+  Object.assign(swatch, { type: "radio", name: "colour", value: colour, title: name });
+  swatch.ariaLabel = name;
+  swatch.style.backgroundColor = colour;
+  swatch.addEventListener("change", () => choose(colour));
+  // Keys go on working on the canvas after a click, and move among the colours after Tab.
+  swatch.addEventListener("click", ({ detail }) => detail && stage.focus());
+  picker.before(swatch);
+}
+picker.addEventListener("input", () => choose(picker.value));
+choose(storedColour());
+
+// The view.
+
+const view = new View(stage, $("board"), $("grid"), $("cursor"), {
+  paint(x, y) {
+    if (!board.width) return;
+    painter.paint(x, y, rgb(picker.value));
+    describe(view.cursor);
+    say(`Painted ${x}, ${y}`);
+  },
+  pick(x, y) {
+    choose(hex(board.colour(board.place(x, y))));
+    say(`Colour ${picker.value}`);
+  },
+  cursor(cell, byKey) {
+    describe(cell);
+    if (byKey) say(`${$("place").textContent}, ${$("colour").textContent}`);
+  },
+  view({ x, y, zoom }) {
+    $("fit").textContent = `${number.format(zoom * 100)} %`;
+    rememberPlace(x, y, zoom);
+  },
+});
+
+function describe(cell) {
+  const colour = cell ? hex(board.colour(board.place(cell.x, cell.y))) : "";
+  $("place").textContent = cell ? `${cell.x}, ${cell.y}` : "–";
+  $("colour").textContent = colour || "\u00a0";
+  $("sample").style.backgroundColor = colour;
+}
+
+let said = 0;
+
+/** Tell those who don't see the page; not more often than can be listened to. */
+function say(text) {
+  clearTimeout(said);
+  said = setTimeout(() => ($("said").textContent = text), 200);
+}
+
+let remembering = 0;
+
+function rememberPlace(x, y, zoom) {
+  clearTimeout(remembering);
+  remembering = setTimeout(() => {
+    const hash = view.fitted ? "" : `#${x},${y},${+zoom.toFixed(3)}`;
+    history.replaceState(null, "", location.pathname + location.search + hash);
+  }, 400);
+}
+
+/** Go where the address says. */
+function goToPlace() {
+  const numbers = /^#(\d{1,5}),(\d{1,5})(?:,(\d{1,3}(?:\.\d{1,3})?))?$/.exec(location.hash);
+  if (!numbers || !board.contains(+numbers[1], +numbers[2])) return;
+  view.show(+numbers[1], +numbers[2], +(numbers[3] ?? 16));
+}
+addEventListener("hashchange", goToPlace);
+
+// Buttons and keys.
+
+stage.addEventListener("pointerdown", () => stage.focus({ preventScroll: true }));
+$("zoom-in").addEventListener("click", () => view.step(1));
+$("zoom-out").addEventListener("click", () => view.step(-1));
+$("fit").addEventListener("click", () => view.fit());
+$("show-help").addEventListener("click", () => $("help").showModal());
+addEventListener("keydown", ({ key, target }) => {
+  if ($("help").open) return;
+  if (key === "?") $("help").showModal();
+  else if (key === "Escape") stage.focus();
+});
+
+let toasting = 0;
+
+function toast(text) {
+  $("toast").textContent = text;
+  $("toast").hidden = false;
+  clearTimeout(toasting);
+  toasting = setTimeout(() => ($("toast").hidden = true), TOAST);
+}
+
+// What the server says.
+
+let connected = "loading";
+
+function showState(state, text = "") {
+  $("connection").dataset.state = state;
+  $("connection").textContent = text || STATES[state];
+}
+
+new Stream({
+  load(width, height, bytes, event) {
+    const first = !board.width;
+    board.load(width, height, bytes);
+    painter.settleAll(event);
+    view.measure(width, height);
+    if (first) goToPlace();
+    $("board").classList.add("loaded");
+    describe(view.cursor);
+  },
+  change(changes, event) {
+    for (const [x, y, channel, value] of changes) board.change(x, y, CHANNELS[channel], value);
+    painter.settle(event);
+    const { cursor } = view;
+    if (cursor && changes.length) describe(cursor);
+  },
+  status({ viewers, writes }) {
+    $("viewers").textContent = viewers === null ? "–" : number.format(viewers);
+    $("viewers-unit").textContent = viewers === 1 ? "viewer" : "viewers";
+    $("writes").textContent = writes === null ? "–" : number.format(writes);
+    if (connected !== "live") return;
+    if (writes === null) showState("lost", "Storage is away");
+    else showState("live");
+  },
+  state(state, text) {
+    if (state === "live" && connected === "live") return;
+    connected = state;
+    showState(state, text && `${STATES[state]}: ${text}`);
+    if (state === "lost") for (const id of ["viewers", "writes"]) $(id).textContent = "–";
+  },
+});
+
+// Keys work at once; the focus shows when one is used.
+stage.focus({ preventScroll: true, focusVisible: false });

@@ -1,0 +1,331 @@
+// What part of the board is to be seen, how large, and the gestures and keys that change it.
+
+const STEPS = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64]; // pixels of the screen
+const GRID_FROM = 10; // from this zoom on, a grid helps
+const CURSOR_SIZE = 9; // at least
+const SLACK = { mouse: 4, touch: 10, pen: 6 }; // how far a click may slip without being a drag
+
+const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
+
+/**
+ * Lengths are CSS pixels, measured from the stage's upper left corner. `on` is told of
+ *
+ * - paint(x, y), pick(x, y): what a pixel is clicked for,
+ * - cursor(cell, byKey): the pixel {x, y} under the cursor has become another one; null if none,
+ * - view({x, y, zoom}): the pixel in the middle of the stage, and the size of a pixel.
+ */
+export class View {
+  #stage;
+  #canvas;
+  #grid;
+  #mark;
+  #on;
+  #width = 0; // of the canvas, in pixels
+  #height = 0;
+  #zoom = 1; // as it is shown, at whole pixels of the screen
+  #wanted = 1; // as a gesture wants it
+  #left = 0;
+  #top = 0;
+  #size = { width: 0, height: 0 }; // of the stage
+  #fitted = true; // until somebody zooms or moves
+  #cursor = null;
+  #pointers = new Map(); // pressed ones
+  #click = null; // where one began that may become a click
+  #frame = 0;
+
+  constructor(stage, canvas, grid, mark, on) {
+    [this.#stage, this.#canvas, this.#grid, this.#mark, this.#on] = [stage, canvas, grid, mark, on];
+    new ResizeObserver(() => this.#resize()).observe(stage);
+    for (const type of ["down", "move", "up", "cancel", "leave"]) {
+      stage.addEventListener(`pointer${type}`, (event) => this[`_${type}`](event));
+    }
+    stage.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
+    stage.addEventListener("contextmenu", (event) => {
+      event.preventDefault();
+      this.#click = null;
+      const cell = this.#cell(this.#point(event));
+      if (cell) on.pick(cell.x, cell.y);
+    });
+    stage.addEventListener("keydown", (event) => this.#key(event));
+  }
+
+  /** Whether all of the canvas is shown, wherever the window's edges are. */
+  get fitted() {
+    return this.#fitted;
+  }
+
+  get cursor() {
+    return this.#cursor;
+  }
+
+  /** The canvas has this many pixels. */
+  measure(width, height) {
+    if (width === this.#width && height === this.#height) return;
+    [this.#width, this.#height] = [width, height];
+    if (this.#fitted) this.fit();
+  }
+
+  /** Show all of it. */
+  fit() {
+    this.#fitted = true;
+    this.#zoomTo(this.#fitting(), { x: 0, y: 0 });
+    this.#left = (this.#size.width - this.#width * this.#zoom) / 2;
+    this.#top = (this.#size.height - this.#height * this.#zoom) / 2;
+  }
+
+  /** Show a pixel in the middle, at a zoom. */
+  show(x, y, zoom) {
+    this.#fitted = false;
+    this.#zoomTo(zoom, { x: 0, y: 0 });
+    this.#left = this.#size.width / 2 - (x + 0.5) * this.#zoom;
+    this.#top = this.#size.height / 2 - (y + 0.5) * this.#zoom;
+    this.#moveBy(0, 0);
+  }
+
+  /** The next zoom, larger (1) or smaller (-1), around a point: the middle by default. */
+  step(direction, at = this.#middle()) {
+    this.#fitted = false;
+    const now = this.#zoom * devicePixelRatio;
+    const steps = [0.125, 0.25, 0.5, ...STEPS];
+    const next =
+      direction > 0
+        ? steps.find((size) => size > now * 1.01)
+        : steps.findLast((size) => size < now * 0.99);
+    if (next) this.#zoomTo(next / devicePixelRatio, at);
+  }
+
+  #fitting() {
+    const sides = [this.#size.width / this.#width, this.#size.height / this.#height];
+    const size = Math.min(...sides) * 0.96 * devicePixelRatio;
+    return (size < 1 ? size : Math.floor(size)) / devicePixelRatio;
+  }
+
+  #middle() {
+    return { x: this.#size.width / 2, y: this.#size.height / 2 };
+  }
+
+  #zoomTo(wanted, at) {
+    const least = Math.min(this.#fitting() / 2, 1 / devicePixelRatio);
+    this.#wanted = clamp(wanted, least, STEPS.at(-1) / devicePixelRatio);
+    // All pixels are equally large where one covers several of the screen's.
+    const size = this.#wanted * devicePixelRatio;
+    const zoom = (size < 1 ? size : Math.round(size)) / devicePixelRatio;
+    const ratio = zoom / this.#zoom;
+    this.#zoom = zoom;
+    this.#left = at.x - (at.x - this.#left) * ratio;
+    this.#top = at.y - (at.y - this.#top) * ratio;
+    this.#moveBy(0, 0);
+  }
+
+  #moveBy(x, y) {
+    // The middle of the stage stays on the canvas.
+    const { x: middleX, y: middleY } = this.#middle();
+    this.#left = clamp(this.#left + x, middleX - this.#width * this.#zoom, middleX);
+    this.#top = clamp(this.#top + y, middleY - this.#height * this.#zoom, middleY);
+    this.#render();
+  }
+
+  #resize() {
+    const { clientWidth: width, clientHeight: height } = this.#stage;
+    this.#left += (width - this.#size.width) / 2;
+    this.#top += (height - this.#size.height) / 2;
+    this.#size = { width, height };
+    if (!this.#width) return;
+    if (this.#fitted) this.fit();
+    else this.#moveBy(0, 0);
+  }
+
+  #render() {
+    this.#frame ||= requestAnimationFrame(() => {
+      this.#frame = 0;
+      const zoom = this.#zoom;
+      const [left, top] = [this.#left, this.#top].map(
+        (length) => Math.round(length * devicePixelRatio) / devicePixelRatio,
+      );
+      this.#canvas.style.transform = `translate(${left}px, ${top}px) scale(${zoom})`;
+      this.#canvas.classList.toggle("reduced", zoom * devicePixelRatio < 1);
+      this.#renderGrid(left, top);
+      this.#renderCursor(left, top);
+      const { x, y } = this.#middle();
+      this.#on.view({
+        x: clamp(Math.floor((x - left) / zoom), 0, this.#width - 1),
+        y: clamp(Math.floor((y - top) / zoom), 0, this.#height - 1),
+        zoom,
+      });
+    });
+  }
+
+  #renderGrid(left, top) {
+    const { style } = this.#grid;
+    this.#grid.hidden = this.#zoom < GRID_FROM;
+    if (this.#grid.hidden) return;
+    // Only of the part that is to be seen, which begins at a pixel's edge.
+    const [x, y] = [left, top].map((length) => (length < 0 ? length % this.#zoom : length));
+    style.transform = `translate(${x}px, ${y}px)`;
+    style.width = `${Math.min(this.#size.width, left + this.#width * this.#zoom) - x}px`;
+    style.height = `${Math.min(this.#size.height, top + this.#height * this.#zoom) - y}px`;
+    style.backgroundSize = `${this.#zoom}px ${this.#zoom}px`;
+  }
+
+  #renderCursor(left, top) {
+    const { style } = this.#mark;
+    this.#mark.hidden = !this.#cursor;
+    if (!this.#cursor) return;
+    const size = Math.max(this.#zoom, CURSOR_SIZE);
+    const [x, y] = [
+      left + (this.#cursor.x + 0.5) * this.#zoom - size / 2,
+      top + (this.#cursor.y + 0.5) * this.#zoom - size / 2,
+    ];
+    style.transform = `translate(${x}px, ${y}px)`;
+    style.width = style.height = `${size}px`;
+  }
+
+  /** The pixel {x, y} at a point, or null. */
+  #cell(point) {
+    const x = Math.floor((point.x - this.#left) / this.#zoom);
+    const y = Math.floor((point.y - this.#top) / this.#zoom);
+    return x >= 0 && y >= 0 && x < this.#width && y < this.#height ? { x, y } : null;
+  }
+
+  #point(event) {
+    const { left, top } = this.#stage.getBoundingClientRect();
+    return { x: event.clientX - left, y: event.clientY - top };
+  }
+
+  #setCursor(cell, byKey = false) {
+    this.#cursor = cell;
+    this.#on.cursor(cell, byKey);
+    this.#render();
+  }
+
+  // Pointers.
+
+  _down(event) {
+    this.#stage.setPointerCapture(event.pointerId);
+    this.#pointers.set(event.pointerId, this.#point(event));
+    const alone = this.#pointers.size === 1 && event.button === 0;
+    this.#click = alone ? this.#point(event) : null;
+  }
+
+  _move(event) {
+    const point = this.#point(event);
+    const before = this.#pointers.get(event.pointerId);
+    if (!before) {
+      this.#setCursor(this.#cell(point));
+      return;
+    }
+    if (this.#click) {
+      const slip = Math.hypot(point.x - this.#click.x, point.y - this.#click.y);
+      if (slip <= (SLACK[event.pointerType] ?? SLACK.pen)) return;
+      this.#click = null;
+    }
+    this.#fitted = false;
+    this.#stage.classList.add("panning");
+    const other = [...this.#pointers].find(([id]) => id !== event.pointerId)?.[1];
+    this.#pointers.set(event.pointerId, point);
+    if (!other) {
+      this.#moveBy(point.x - before.x, point.y - before.y);
+      return;
+    }
+    // A pinch: what lies between two fingers stays there, and grows as they part.
+    const [was, is] = [before, point].map((end) => ({
+      x: (end.x + other.x) / 2,
+      y: (end.y + other.y) / 2,
+      length: Math.hypot(end.x - other.x, end.y - other.y) || 1,
+    }));
+    this.#moveBy(is.x - was.x, is.y - was.y);
+    this.#zoomTo((this.#wanted * is.length) / was.length, is);
+  }
+
+  _up(event) {
+    if (!this.#pointers.delete(event.pointerId) || this.#pointers.size) return;
+    this.#stage.classList.remove("panning");
+    const cell = this.#click && this.#cell(this.#click);
+    this.#click = null;
+    if (!cell) return;
+    this.#setCursor(cell);
+    // A finger can't hit what is smaller than itself by far: it first gets a closer look.
+    if (event.pointerType === "touch" && this.#zoom < 4) this.show(cell.x, cell.y, 16);
+    else this.#on.paint(cell.x, cell.y);
+  }
+
+  _cancel(event) {
+    this.#pointers.delete(event.pointerId);
+    this.#click = null;
+    this.#stage.classList.remove("panning");
+  }
+
+  _leave(event) {
+    if (event.pointerType === "mouse" && !this.#pointers.size) this.#setCursor(null);
+  }
+
+  #wheel(event) {
+    event.preventDefault();
+    const point = this.#point(event);
+    if (event.deltaMode || (Math.abs(event.deltaY) >= 50 && !event.ctrlKey)) {
+      this.step(-Math.sign(event.deltaY), point); // a notch of a wheel
+    } else {
+      this.#fitted = false;
+      const speed = event.ctrlKey ? 0.01 : 0.004; // a pinch on a touchpad comes as a wheel with Ctrl
+      this.#zoomTo(this.#wanted * Math.exp(-event.deltaY * speed), point);
+    }
+    this.#setCursor(this.#cell(point));
+  }
+
+  // Keys.
+
+  #key(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[
+      event.key
+    ];
+    if (arrow && event.shiftKey) this.#pan(...arrow);
+    else if (arrow) this.#walk(...arrow);
+    else if (event.key === "+" || event.key === "=") this.step(1, this.#cursorPoint());
+    else if (event.key === "-" || event.key === "_") this.step(-1, this.#cursorPoint());
+    else if (event.key === "0") this.fit();
+    else if (event.key === " " || event.key === "Enter") this.#useCursor("paint");
+    else if (event.key === "c" || event.key === "C") this.#useCursor("pick");
+    else return;
+    event.preventDefault();
+  }
+
+  #pan(x, y) {
+    this.#fitted = false;
+    this.#moveBy((-x * this.#size.width) / 5, (-y * this.#size.height) / 5);
+  }
+
+  #useCursor(name) {
+    if (!this.#cursor) this.#walk(0, 0);
+    else this.#on[name](this.#cursor.x, this.#cursor.y);
+  }
+
+  /** Move the cursor, which begins in the middle, and the view after it. */
+  #walk(x, y) {
+    const from = this.#cursor ?? this.#cell(this.#middle());
+    if (!from) return;
+    const steps = this.#cursor ? 1 : 0;
+    this.#setCursor(
+      {
+        x: clamp(from.x + x * steps, 0, this.#width - 1),
+        y: clamp(from.y + y * steps, 0, this.#height - 1),
+      },
+      true,
+    );
+    const { x: right, y: down } = this.#cursorPoint();
+    const edge = Math.max(2 * this.#zoom, 24);
+    const shift = (at, length) => clamp(at, edge, length - edge) - at;
+    const [byX, byY] = [shift(right, this.#size.width), shift(down, this.#size.height)];
+    if (!byX && !byY) return;
+    this.#fitted = false;
+    this.#moveBy(byX, byY);
+  }
+
+  #cursorPoint() {
+    if (!this.#cursor) return this.#middle();
+    return {
+      x: this.#left + (this.#cursor.x + 0.5) * this.#zoom,
+      y: this.#top + (this.#cursor.y + 0.5) * this.#zoom,
+    };
+  }
+}

@@ -1,0 +1,472 @@
+"""The live page in a real browser: what people do with it, and what goes wrong around it."""
+
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from conftest import RedisServer, Service, wait_until, worker_pids
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
+from starlette.testclient import TestClient
+
+from pixel.routes import live
+from pixel.store import EVENTS
+
+PARTS = sorted(f"/live/{name}" for name in live._FILES)
+
+RED, BLUE, WHITE = (229, 38, 58), (37, 99, 235), (255, 255, 255)
+
+# Nothing of the browser's own is to leave the machine.
+FLAGS = [
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+def test_the_page_is_asked_for_again_each_time_and_sent_if_it_is_another(
+    client: TestClient,
+) -> None:
+    for path in ("/", *PARTS):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert answer.headers["cache-control"] == "no-cache"
+        tag = answer.headers["etag"]
+        again = client.get(path, headers={"If-None-Match": tag})
+        assert (again.status_code, again.content) == (304, b"")
+        assert again.headers["content-security-policy"]
+    assert client.get("/live/nothing.js").status_code == 404
+    assert client.get("/live/..%2Fapp.py").status_code == 404
+
+
+def test_the_page_needs_nothing_from_outside_and_nothing_inline(client: TestClient) -> None:
+    policy = client.get("/").headers["content-security-policy"]
+    assert "unsafe" not in policy
+    assert "default-src 'none'" in policy
+    for path in ("/", *PARTS):
+        text = client.get(path).text.replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?://|//[a-z]+\.[a-z]+|\bstyle=|\son[a-z]+=|<style", text), path
+        assert not re.search(r"<script(?![^>]*\ssrc=)", text), path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    # For this module only: Playwright keeps an event loop in the thread, which other tests need.
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def faults() -> Iterator[list[str]]:
+    """What a page complains of beside what a test expects. Nothing, in the end."""
+    faults: list[str] = []
+    yield faults
+    assert faults == []
+
+
+@pytest.fixture
+def open_page(browser: Browser, faults: list[str]) -> Iterator[Callable[..., Page]]:
+    """Opens the page of a service, with a profile of its own, and waits until it is live."""
+    contexts: list[BrowserContext] = []
+    desktop = {"viewport": {"width": 1000, "height": 700}}
+
+    def open_one(url: str, **options: Any) -> Page:
+        contexts.append(browser.new_context(**desktop | options))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on(
+            "console",
+            # The browser itself tells of every answer that is no success.
+            lambda message: (
+                message.type == "error"
+                and "Failed to load resource" not in message.text
+                and faults.append(message.text)
+            ),
+        )
+        page.goto(url)
+        is_live(page)
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def canvas(service: Service, redis_server: RedisServer) -> str:
+    """The address of a service with an empty canvas."""
+    return service.url
+
+
+def becomes(page: Page, script: str) -> None:
+    """Return when a script says true. (Playwright's own way needs what the policy forbids.)"""
+    wait_until(lambda: page.evaluate(script))
+
+
+def is_live(page: Page) -> None:
+    expect(page.locator("#connection")).to_have_text("Live", timeout=20_000)
+
+
+def put(url: str, x: int, y: int, rgb: tuple[int, int, int]) -> None:
+    answer = httpx.put(f"{url}/pixel/{x}/{y}", json=dict(zip("RGB", rgb, strict=True)))
+    assert answer.status_code == 200
+
+
+def stored(url: str, x: int, y: int) -> tuple[int, ...]:
+    answer = httpx.get(f"{url}/pixel/{x}/{y}").json()
+    return tuple(answer[channel] for channel in "RGB")
+
+
+def shown(page: Page, x: int, y: int) -> tuple[int, ...]:
+    """The colour that a page shows, read from what it has drawn."""
+    script = "([x, y]) => [...board.getContext('2d').getImageData(x, y, 1, 1).data.slice(0, 3)]"
+    return tuple(page.evaluate(script, [x, y]))
+
+
+def sees(page: Page, x: int, y: int, rgb: tuple[int, int, int]) -> None:
+    """Return when the page shows a pixel in a colour."""
+    wait_until(lambda: shown(page, x, y) == rgb)
+
+
+def differences(page: Page) -> int:
+    """How many bytes of what the page shows aren't as the server has them."""
+    return int(
+        page.evaluate(
+            """async () => {
+              const answer = await fetch("canvas.rgb", { cache: "no-store" });
+              const stored = new Uint8Array(await answer.arrayBuffer());
+              const { width, height } = board;
+              const shown = board.getContext("2d").getImageData(0, 0, width, height).data;
+              let found = width * height * 3 - stored.length;
+              for (let i = 0; i < width * height; i++)
+                for (let c = 0; c < 3; c++) found += shown[i * 4 + c] !== stored[i * 3 + c];
+              return found;
+            }"""
+        )
+    )
+
+
+def point(page: Page, x: int, y: int) -> tuple[float, float]:
+    """Where on the screen a pixel lies."""
+    script = """([x, y]) => {
+      const { left, top, width } = board.getBoundingClientRect();
+      const zoom = width / board.width;
+      return [left + (x + 0.5) * zoom, top + (y + 0.5) * zoom];
+    }"""
+    across, down = page.evaluate(script, [x, y])
+    return across, down
+
+
+def zoom_of(page: Page) -> float:
+    return float(page.evaluate("board.getBoundingClientRect().width / board.width"))
+
+
+def zoom_until(page: Page, least: float) -> None:
+    """Turn the wheel over the middle until pixels are so large."""
+    box = page.locator("#stage").bounding_box()
+    assert box
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    for _ in range(30):
+        if zoom_of(page) >= least:
+            return
+        page.mouse.wheel(0, -120)
+        page.wait_for_timeout(30)
+    raise AssertionError("the wheel doesn't zoom")
+
+
+def test_a_pixel_painted_in_one_window_appears_in_another(
+    canvas: str, open_page: Callable[..., Page]
+) -> None:
+    asked: list[str] = []
+    one, other = open_page(canvas), open_page(canvas)
+    one.on("request", lambda request: asked.append(request.url))
+    zoom_until(one, 8)
+    one.get_by_label("blue").click()
+    one.mouse.click(*point(one, 512, 510))
+    sees(other, 512, 510, BLUE)
+    sees(one, 512, 510, BLUE)
+    assert stored(canvas, 512, 510) == BLUE
+    put(canvas, 0, 1023, WHITE)
+    sees(one, 0, 1023, WHITE)
+    sees(other, 0, 1023, WHITE)
+    assert all(url.startswith(canvas) for url in asked)
+    expect(one.locator("#viewers")).to_have_text("2")
+    assert int(one.locator("#writes").inner_text()) >= 0
+
+
+def test_the_pointer_shows_what_is_under_it_and_moves_the_view(
+    canvas: str, open_page: Callable[..., Page]
+) -> None:
+    put(canvas, 500, 512, RED)
+    page = open_page(canvas)
+    zoom_until(page, 12)
+    page.mouse.move(*point(page, 500, 512))
+    expect(page.locator("#place")).to_have_text("500, 512")
+    expect(page.locator("#colour")).to_have_text("#e5263a")
+    put(canvas, 500, 512, BLUE)
+    expect(page.locator("#colour")).to_have_text("#2563eb")
+    before = point(page, 500, 512)
+    page.mouse.down()
+    page.mouse.move(before[0] + 60, before[1] - 40, steps=4)
+    page.mouse.up()
+    page.wait_for_timeout(50)
+    after = point(page, 500, 512)
+    assert (after[0] - before[0], after[1] - before[1]) == pytest.approx((60, -40), abs=1)
+    assert stored(canvas, 500, 512) == BLUE  # a drag is no click
+    page.mouse.click(*point(page, 500, 512), button="right")
+    expect(page.locator("#picker")).to_have_value("#2563eb")
+    becomes(page, "/^#[0-9]+,[0-9]+,[0-9]+$/.test(location.hash)")
+    again = open_page(page.url)
+    assert point(again, 500, 512) == pytest.approx(after, abs=zoom_of(page))
+    again.get_by_label("Show all").click()
+    becomes(again, "board.getBoundingClientRect().top >= stage.getBoundingClientRect().top")
+
+
+def test_all_of_it_can_be_done_by_keys(canvas: str, open_page: Callable[..., Page]) -> None:
+    page = open_page(canvas)
+    keys = page.keyboard
+    for _ in range(8):
+        keys.press("+")
+    becomes(page, "board.getBoundingClientRect().width > 5 * board.width")
+    keys.press("ArrowRight")  # the cursor appears, in the middle
+    expect(page.locator("#place")).to_have_text("512, 512")
+    keys.press("ArrowRight")
+    keys.press("ArrowUp")
+    keys.press("Space")
+    wait_until(lambda: stored(canvas, 513, 511) == RED)
+    expect(page.locator("#said")).to_have_text("Painted 513, 511")
+    for _ in range(150):  # the view follows
+        keys.press("ArrowLeft")
+    expect(page.locator("#place")).to_have_text("363, 511")
+    assert point(page, 363, 511)[0] > 0
+    keys.press("Shift+ArrowLeft")
+    keys.press("Tab")  # the colours
+    while page.evaluate("document.activeElement.type") != "radio":
+        keys.press("Tab")
+    keys.press("ArrowRight")
+    expect(page.locator("#picker")).to_have_value("#ff8c1a")
+    keys.press("Escape")
+    keys.press("Enter")
+    wait_until(lambda: stored(canvas, 363, 511) == (255, 140, 26))
+    keys.press("?")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    keys.press("Enter")
+    expect(page.get_by_role("dialog")).not_to_be_visible()
+    keys.press("0")
+    becomes(page, "board.getBoundingClientRect().width < board.width")
+
+
+def test_it_works_on_a_phone(canvas: str, open_page: Callable[..., Page]) -> None:
+    page = open_page(
+        canvas,
+        viewport={"width": 390, "height": 800},
+        has_touch=True,
+        is_mobile=True,
+        device_scale_factor=3,
+        color_scheme="dark",
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(25, 27, 34)"
+    touch = page.context.new_cdp_session(page)
+
+    def fingers(kind: str, *places: tuple[float, float]) -> None:
+        points = [{"x": x, "y": y, "id": n} for n, (x, y) in enumerate(places)]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    x, y = point(page, 512, 512)
+    before = zoom_of(page)
+    fingers("touchStart", (x - 10, y))
+    fingers("touchStart", (x - 10, y), (x + 10, y))
+    for spread in range(20, 121, 10):
+        fingers("touchMove", (x - spread, y), (x + spread, y))
+    fingers("touchEnd")
+    page.wait_for_timeout(50)
+    assert zoom_of(page) == pytest.approx(12 * before, rel=0.1)
+    assert point(page, 512, 512) == pytest.approx((x, y), abs=zoom_of(page))
+    assert stored(canvas, 512, 512) == (0, 0, 0)  # a pinch is no tap
+
+    page.touchscreen.tap(*point(page, 500, 500))
+    sees(page, 500, 500, RED)
+    wait_until(lambda: stored(canvas, 500, 500) == RED)
+
+    page.get_by_label("Show all").tap()
+    becomes(page, "board.getBoundingClientRect().width <= 390")
+    page.touchscreen.tap(*point(page, 700, 300))  # a closer look first
+    becomes(page, "board.getBoundingClientRect().width > 9000")
+    page.touchscreen.tap(195, 400)
+    assert stored(canvas, 700, 300) == (0, 0, 0)
+
+
+def test_a_refused_pixel_is_taken_back(
+    fragile_redis: RedisServer,
+    start_service: Callable[..., Service],
+    open_page: Callable[..., Page],
+) -> None:
+    service = start_service(fragile_redis.url, PIXEL_WORKERS="1")
+    page = open_page(service.url)
+    put(service.url, 512, 512, BLUE)
+    sees(page, 512, 512, BLUE)
+    zoom_until(page, 8)
+    fragile_redis.pause()
+    page.mouse.click(*point(page, 512, 512))
+    sees(page, 512, 512, RED)  # at once
+    expect(page.locator("#toast")).to_contain_text("Not painted: Redis")
+    sees(page, 512, 512, BLUE)
+    expect(page.locator("#connection")).not_to_have_text("Live", timeout=10_000)
+    fragile_redis.resume()
+    is_live(page)
+    page.mouse.click(*point(page, 513, 512))
+    wait_until(lambda: stored(service.url, 513, 512) == RED)
+    page.wait_for_timeout(100)
+    assert differences(page) == 0
+
+
+def test_what_one_paints_stays_until_it_is_known_what_came_of_it(
+    canvas: str, open_page: Callable[..., Page]
+) -> None:
+    page = open_page(canvas)
+    zoom_until(page, 8)
+    held: list[Route] = []
+    page.route("**/pixel/*/*", lambda route: held.append(route))
+    page.mouse.click(*point(page, 512, 512))
+    page.get_by_label("blue").click()
+    page.mouse.click(*point(page, 512, 512))
+    wait_until(lambda: page.wait_for_timeout(10) or held)
+    put(canvas, 512, 512, WHITE)  # another's, which comes first
+    put(canvas, 400, 400, WHITE)
+    sees(page, 400, 400, WHITE)
+    assert shown(page, 512, 512) == BLUE
+    held.pop().continue_()
+    wait_until(lambda: page.wait_for_timeout(10) or held)  # the second waits for the first
+    held.pop().continue_()
+    wait_until(lambda: stored(canvas, 512, 512) == BLUE)
+    assert shown(page, 512, 512) == BLUE
+    put(canvas, 512, 512, WHITE)
+    sees(page, 512, 512, WHITE)
+    assert differences(page) == 0
+
+
+class Painters:
+    """Others who paint all the time, whatever becomes of it."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._paint)
+
+    def __enter__(self) -> "Painters":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _paint(self) -> None:
+        with httpx.Client() as client:
+            number = 0
+            while not self._stop.is_set():
+                number += 1
+                pixels = [
+                    {"x": (number * 37 + n) % 1024, "y": n, "channel": "G", "value": number % 256}
+                    for n in range(50)
+                ]
+                try:
+                    client.post(f"{self._url}/pixels", json=pixels, timeout=5)
+                except httpx.TransportError:
+                    time.sleep(0.05)
+                time.sleep(0.005)
+
+
+def test_a_lost_connection_heals_without_a_reload_and_without_a_missing_pixel(
+    fragile_redis: RedisServer,
+    start_service: Callable[..., Service],
+    open_page: Callable[..., Page],
+) -> None:
+    service = start_service(fragile_redis.url)
+    pages = [open_page(service.url), open_page(service.url)]
+    for page in pages:
+        page.evaluate("window.same = true")
+
+    def heal() -> None:
+        answer = httpx.Response(503)
+        while answer.status_code != 200:
+            try:
+                answer = httpx.put(f"{service.url}/pixel/9/999", json={"R": 1, "G": 2, "B": 3})
+            except httpx.TransportError:
+                time.sleep(0.05)
+        for page in pages:
+            is_live(page)
+            sees(page, 9, 999, (1, 2, 3))
+            wait_until(lambda page=page: differences(page) == 0)
+        put(service.url, 9, 999, (0, 0, 0))
+
+    with Painters(service.url):
+        time.sleep(0.3)
+        fragile_redis.kill()
+        time.sleep(0.3)
+        fragile_redis.start()
+        time.sleep(0.3)
+    heal()
+
+    with Painters(service.url):
+        for pid in worker_pids(service):
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.5)
+    heal()
+
+    with Painters(service.url):
+        service.stop()  # as in a deploy: the sockets stay
+        service.start()
+        time.sleep(0.5)
+    heal()
+
+    # Redis has forgotten what came before: the pages have to begin anew.
+    with fragile_redis.admin() as admin:
+        admin.delete(EVENTS)
+    heal()
+    assert all(page.evaluate("window.same") for page in pages)
+
+
+def test_it_is_of_use_while_a_thousand_pixels_a_second_change(
+    canvas: str, open_page: Callable[..., Page]
+) -> None:
+    page = open_page(canvas)
+    stop = threading.Event()
+
+    def write_on() -> None:
+        with httpx.Client() as client:
+            number = 0
+            while not stop.is_set():
+                number += 1
+                pixels = [
+                    {"x": (number * 613 + n * 97) % 1024, "y": (number * 31 + n * 61) % 1024,
+                     "channel": "RGB"[n % 3], "value": number % 256}
+                    for n in range(50)
+                ]  # fmt: skip
+                client.post(f"{canvas}/pixels", json=pixels)
+                time.sleep(0.05)
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    try:
+        expect(page.locator("#writes")).to_have_text(re.compile("[1-9]"))
+        zoom_until(page, 8)
+        page.mouse.click(*point(page, 512, 512))
+        sees(page, 512, 512, RED)
+    finally:
+        stop.set()
+        writer.join()
+    wait_until(lambda: differences(page) == 0)
