@@ -221,15 +221,15 @@ def test_the_pointer_shows_what_is_under_it_and_moves_the_view(
     page.mouse.down()
     page.mouse.move(before[0] + 60, before[1] - 40, steps=4)
     page.mouse.up()
-    page.wait_for_timeout(50)
+    moved = pytest.approx((before[0] + 60, before[1] - 40), abs=1)
+    wait_until(lambda: point(page, 500, 512) == moved)
     after = point(page, 500, 512)
-    assert (after[0] - before[0], after[1] - before[1]) == pytest.approx((60, -40), abs=1)
     assert stored(canvas, 500, 512) == BLUE  # a drag is no click
     page.mouse.click(*point(page, 500, 512), button="right")
     expect(page.locator("#picker")).to_have_value("#2563eb")
     becomes(page, "/^#[0-9]+,[0-9]+,[0-9]+$/.test(location.hash)")
     again = open_page(page.url)
-    assert point(again, 500, 512) == pytest.approx(after, abs=zoom_of(page))
+    wait_until(lambda: point(again, 500, 512) == pytest.approx(after, abs=zoom_of(page)))
     again.get_by_label("Show all").click()
     becomes(again, "board.getBoundingClientRect().top >= stage.getBoundingClientRect().top")
 
@@ -250,7 +250,7 @@ def test_all_of_it_can_be_done_by_keys(canvas: str, open_page: Callable[..., Pag
     for _ in range(150):  # the view follows
         keys.press("ArrowLeft")
     expect(page.locator("#place")).to_have_text("363, 511")
-    assert point(page, 363, 511)[0] > 0
+    wait_until(lambda: point(page, 363, 511)[0] > 0)
     keys.press("Shift+ArrowLeft")
     keys.press("Tab")  # the colours
     while page.evaluate("document.activeElement.type") != "radio":
@@ -292,8 +292,7 @@ def test_it_works_on_a_phone(canvas: str, open_page: Callable[..., Page]) -> Non
     for spread in range(20, 121, 10):
         fingers("touchMove", (x - spread, y), (x + spread, y))
     fingers("touchEnd")
-    page.wait_for_timeout(50)
-    assert zoom_of(page) == pytest.approx(12 * before, rel=0.1)
+    wait_until(lambda: zoom_of(page) == pytest.approx(12 * before, rel=0.1))
     assert point(page, 512, 512) == pytest.approx((x, y), abs=zoom_of(page))
     assert stored(canvas, 512, 512) == (0, 0, 0)  # a pinch is no tap
 
@@ -329,8 +328,7 @@ def test_a_refused_pixel_is_taken_back(
     is_live(page)
     page.mouse.click(*point(page, 513, 512))
     wait_until(lambda: stored(service.url, 513, 512) == RED)
-    page.wait_for_timeout(100)
-    assert differences(page) == 0
+    wait_until(lambda: differences(page) == 0)
 
 
 def test_what_one_paints_stays_until_it_is_known_what_came_of_it(
@@ -355,7 +353,7 @@ def test_what_one_paints_stays_until_it_is_known_what_came_of_it(
     assert shown(page, 512, 512) == BLUE
     put(canvas, 512, 512, WHITE)
     sees(page, 512, 512, WHITE)
-    assert differences(page) == 0
+    wait_until(lambda: differences(page) == 0)
 
 
 class Painters:
