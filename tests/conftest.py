@@ -4,4 +4,5 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "molecule" / "shared"), str(ROOT / "roles" / "nginx_lb" / "files")]
+FOLDERS = ("molecule/shared", "roles/nginx_lb/files", "roles/redis/files")
+sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]

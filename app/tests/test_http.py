@@ -115,7 +115,7 @@ def test_the_instance_says_who_it_is(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     ready = client.get("/readyz").json()
     assert ready.pop("redis_ms") < 800
-    assert ready == {"instance": "c5", "port": 8000, "release": "r1", "redis": "ok"}
+    assert ready == {"instance": "c5", "port": 8000, "release": "r1", "redis": "ok", "crashes": 0}
 
 
 def test_readiness_is_being_able_to_write(client: TestClient, redis_server: RedisServer) -> None:

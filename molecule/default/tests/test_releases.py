@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,11 +59,8 @@ def requests(fleet: dict[str, Any], tmp_path: Path) -> Iterator[None]:
     assert re.search(r"failed +0\b", output), output
 
 
-def test_a_deploy_a_bad_one_and_a_rollback_fail_no_request(
-    host: Any, fleet: dict[str, Any], releases: Any, tmp_path: Path
-) -> None:
+def test_a_bad_release_is_not_tried_again(host: Any, releases: Any, tmp_path: Path) -> None:
     before = releases()
-    assert len(set(before.values())) == 1
     broken = tmp_path / "app"
     shutil.copytree(ROOT / "app", broken, ignore=shutil.ignore_patterns(".*", "__pycache__"))
     health = broken / "src/pixel/routes/health.py"
@@ -69,28 +68,73 @@ def test_a_deploy_a_bad_one_and_a_rollback_fail_no_request(
     start = text.index("async def readyz")
     body = text.index(":\n", text.index(")", start)) + 2
     health.write_text(text[:body] + '    raise RuntimeError("broken for a test")\n' + text[body:])
+    arguments = ("-e", f"pixel_app_source={broken}", "-e", "pixel_app_ready_timeout=5")
 
-    with requests(fleet, tmp_path):
-        good = play("pixel_app", "-e", "pixel_app_release=next")
-        after_good = releases()
-        arguments = ("-e", f"pixel_app_source={broken}", "-e", "pixel_app_ready_timeout=5")
-        bad = play("pixel_app", *arguments, "-e", "pixel_app_release=broken")
-        after_bad = releases()
-        again = play("pixel_app", *arguments, "-e", "pixel_app_release=broken")
-        back = play("rollback")
-        after_back = releases()
+    bad = play("pixel_app", *arguments, "-e", "pixel_app_release=broken")
+    again = play("pixel_app", *arguments, "-e", "pixel_app_release=broken")
 
-    assert good.returncode == 0, good.stdout
-    assert set(after_good.values()) == {"next"}
     assert bad.returncode != 0
     assert "Release broken failed when it was tried on" in bad.stdout
-    assert set(after_bad.values()) == {"next"}
     assert again.returncode != 0
     assert "Release broken failed on" in again.stdout
+    assert releases() == before
+
+
+def interrupt(task: str, signum: int, name: str, *arguments: str) -> None:
+    """Begin a playbook, and end it and all that it started as soon as it comes to a task."""
+    playing = subprocess.Popen(
+        ["ansible-playbook", f"playbooks/{name}.yml", *arguments],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert playing.stdout is not None
+    for line in playing.stdout:
+        if task in line:
+            break
+    else:
+        raise AssertionError(f"it never came to {task!r}")
+    os.killpg(playing.pid, signum)
+    playing.stdout.read()
+    assert playing.wait(timeout=30) != 0
+
+
+def test_an_interrupted_deploy_is_finished_by_the_next(
+    fleet: dict[str, Any], releases: Any, tmp_path: Path
+) -> None:
+    before = releases()
+    release = ("-e", "pixel_app_release=cut-off")
+    with requests(fleet, tmp_path):
+        interrupt("Install from the wheelhouse alone", signal.SIGINT, "pixel_app", *release)
+        # On the first host: settings and units are the new ones, what runs is not.
+        interrupt("Make it the current release", signal.SIGKILL, "pixel_app", *release)
+        half_way = releases()
+        finished = play("pixel_app", *release)
+        after = releases()
+        # What ran before the switch was kept before the interruption, not after it.
+        back = play("rollback")
+    assert half_way == before
+    assert finished.returncode == 0, finished.stdout
+    assert set(after.values()) == {"cut-off"}
     assert back.returncode == 0, back.stdout
-    assert after_back == before
-    # What the rollback undid is not what the sources say.
-    assert play("status").returncode == 0
+    assert releases() == before
+
+
+def test_one_host_alone_is_deployed_to_without_a_refusal(
+    fleet: dict[str, Any], client: Any, releases: Any, tmp_path: Path
+) -> None:
+    """As in a fleet of one: what arrives during its restart waits in the sockets."""
+    assert play("drain", "-e", "host=t2").returncode == 0
+    try:
+        with requests(fleet, tmp_path):
+            deployed = play("pixel_app", "--limit", "c5", "-e", "pixel_app_release=alone")
+        assert deployed.returncode == 0, deployed.stdout
+        assert client.read_from("c5", "/ping")["release"] == "alone"
+    finally:
+        assert play("undrain", "-e", "host=t2").returncode == 0
+    assert play("pixel_app").returncode == 0
+    assert len(set(releases().values())) == 1
 
 
 def test_a_second_operator_is_told_of_the_first(host: Any, shell: Any) -> None:

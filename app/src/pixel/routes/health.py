@@ -6,7 +6,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from pixel import metrics, openapi
+from pixel import crashes, metrics, openapi
 from pixel.problems import Problem
 from pixel.requests import State, json_response, state_of
 
@@ -30,9 +30,13 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class Readiness(Identity, frozen=True):
-    """An instance that can write, and how long Redis took just now, in milliseconds."""
+    """An instance that can write, and how long Redis took just now, in milliseconds.
+
+    ``crashes`` are those of the last ten minutes.
+    """
 
     redis: Literal["ok", "unavailable"]
+    crashes: int
     redis_ms: float | None = None
 
 
@@ -55,19 +59,19 @@ async def healthz() -> Response:
 
 @router.get(
     "/readyz",
-    responses=openapi.answer(Readiness, EXAMPLE | {"redis": "ok", "redis_ms": 0.6})
+    responses=openapi.answer(Readiness, EXAMPLE | {"redis": "ok", "crashes": 0, "redis_ms": 0.6})
     | openapi.problems(503),
 )
 async def readyz(request: Request) -> Response:
     """Redis has just acknowledged a write, one that changes nothing; 503 if it has not."""
     state = state_of(request)
-    identity = msgspec.structs.asdict(_identity(state))
+    known = msgspec.structs.asdict(_identity(state)) | {"crashes": crashes.lately()}
     try:
         seconds = await state["store"].probe()
     except Problem as problem:
-        problem.members = identity | {"redis": "unavailable"}
+        problem.members = known | {"redis": "unavailable"}
         raise
-    return json_response(Readiness(**identity, redis="ok", redis_ms=round(seconds * 1000, 3)))
+    return json_response(Readiness(**known, redis="ok", redis_ms=round(seconds * 1000, 3)))
 
 
 @router.get(
