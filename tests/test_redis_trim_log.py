@@ -37,7 +37,7 @@ def test_a_part_of_the_last_transaction_goes(folder: Path, cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", SET, WHOLE, WHOLE + SET, WHOLE * 3, SET * CHUNK, WHOLE + SET * CHUNK]
+    "content", [b"", SET, WHOLE, WHOLE + SET, WHOLE * 3, SET * 200_000, WHOLE + SET * 200_000]
 )
 def test_what_is_whole_stays(folder: Path, content: bytes) -> None:
     assert trimmed(folder, content) == content
