@@ -5,12 +5,9 @@ import json
 
 import pytest
 from conftest import RedisServer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from pixel import requests
-from pixel.app import create_api
 from pixel.pixel import Reader
 from pixel.problems import Problem
 
@@ -138,45 +135,6 @@ def test_the_documentation_asks_nobody_outside(client: TestClient) -> None:
     for path in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png"):
         assert f'"/docs/static/{path}"' in page
         assert client.get(f"/docs/static/{path}").status_code == 200
-
-
-HEADERS = st.sampled_from(
-    [{"content-type": "application/json"}] * 4 + [{"content-type": "text/plain"}, {}]
-)
-VALUES = st.sampled_from(
-    ["0", "10", "1023", "1024", "-1", "-0", "255", "256", "1.0", "1e2", "NaN", "true", "null",
-     '"R"', '"G"', '"B"', '"r"', '"10"', "[]", "{}", "9" * 30, '"\\ud800"']
-)  # fmt: skip
-NAMES = st.sampled_from(["x", "y", "channel", "value", "value", "z", r"\u0078"])
-NEARLY = st.lists(st.tuples(NAMES, VALUES), max_size=6).map(
-    lambda fields: "{" + ",".join(f'"{name}":{value}' for name, value in fields) + "}"
-)
-PIXELS = st.fixed_dictionaries({
-    "x": st.integers(-1, 1025),
-    "y": st.integers(-1, 1025),
-    "channel": st.sampled_from(["R", "G", "B", "A"]),
-    "value": st.integers(-1, 256),
-}).map(json.dumps)  # fmt: skip
-BODIES = (NEARLY | PIXELS).map(str.encode) | st.binary(max_size=50) | st.just(b" " * 2000)
-
-
-@settings(max_examples=300)
-@given(body=BODIES, headers=HEADERS)
-def test_the_hot_path_and_fastapi_answer_alike(
-    both: tuple[TestClient, TestClient], body: bytes, headers: dict[str, str]
-) -> None:
-    hot, documented = (client.post("/pixel", content=body, headers=headers) for client in both)
-    assert hot.status_code == documented.status_code
-    assert hot.status_code in (200, 400, 413, 415, 422)
-    assert hot.content == documented.content
-    assert sorted(hot.headers.items()) == sorted(documented.headers.items())
-
-
-@pytest.fixture
-def both(client: TestClient, redis_server: RedisServer) -> object:
-    """Clients of the whole application, and of FastAPI's part alone."""
-    with TestClient(create_api(redis_server.settings())) as documented:
-        yield client, documented
 
 
 def test_a_body_that_never_ends_is_a_408(

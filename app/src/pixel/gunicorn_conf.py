@@ -59,7 +59,7 @@ class Worker(UvicornWorker):  # type: ignore[misc]
 
     CONFIG_KWARGS = {  # noqa: RUF012 - declared so by the base class
         "loop": "uvloop",
-        "http": "httptools",
+        "http": "pixel.protocol:PixelProtocol",  # and so httptools
         "ws": "none",
         "lifespan": "on",
         "access_log": False,

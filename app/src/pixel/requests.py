@@ -1,6 +1,7 @@
 """What requests have in common: the state that they are served with, their bodies, the answers."""
 
 import asyncio
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import TypedDict
 
@@ -52,19 +53,35 @@ async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
 
     Raises a ``Problem`` (408, 413, 415), or ClientDisconnect.
     """
-    content_type: bytes = dict(scope["headers"]).get(b"content-type", b"")
-    if content_type.partition(b";")[0].strip().lower() != b"application/json":
-        raise Problem(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be sent as application/json."
-        )
+    check_type(scope["headers"])
     body, more = _part(await receive())
     if more:
         body = await _read_rest(receive, body, limit)
+    check_size(body, limit)
+    return body
+
+
+def check_type(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Raise a ``Problem`` (415) unless the headers say that the body is JSON."""
+    content_type = b""
+    for name, value in headers:
+        if name == b"content-type":
+            content_type = value
+    if (
+        content_type != b"application/json"
+        and content_type.partition(b";")[0].strip().lower() != b"application/json"
+    ):
+        raise Problem(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be sent as application/json."
+        )
+
+
+def check_size(body: bytes, limit: int) -> None:
+    """Raise a ``Problem`` (413) if a body has more bytes than it may."""
     if len(body) > limit:
         raise Problem(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body is larger than {limit} bytes."
         )
-    return body
 
 
 async def _read_rest(receive: Receive, body: bytes, limit: int) -> bytes:

@@ -1,0 +1,353 @@
+"""The short way of ``POST /pixel``, byte by byte, and that nobody can tell it from the other."""
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator
+
+import pytest
+from conftest import RedisServer
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from starlette.types import Receive, Scope, Send
+from uvicorn import Config, Server
+
+from pixel import requests
+from pixel.app import create_app
+from pixel.pixel import Reader
+from pixel.protocol import PixelProtocol
+from pixel.settings import Settings
+
+GOOD = b'{"x":10,"y":20,"channel":"R","value":255}'
+OK = {"status": "ok", "received": json.loads(GOOD)}
+
+
+class Served:
+    """The application behind Uvicorn in this process, and what came as far as to ASGI."""
+
+    def __init__(self, settings: Settings, keep_alive: int = 75) -> None:
+        self.came: list[str] = []
+        self._clients: list[Client] = []
+        self._app = create_app(settings)
+        self.server = Server(
+            Config(
+                self._count,
+                interface="asgi3",
+                port=0,
+                http=PixelProtocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                headers=[("X-Pixel-Instance", "c5")],
+                timeout_keep_alive=keep_alive,
+            )
+        )
+
+    async def _count(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self.came.append(f"{scope['method']} {scope['path']}")
+        await self._app(scope, receive, send)
+
+    async def connect(self) -> "Client":
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self._clients.append(Client(*await asyncio.open_connection("127.0.0.1", port)))
+        return self._clients[-1]
+
+    def stop(self) -> None:
+        for client in self._clients:
+            client.writer.close()
+        self.server.should_exit = True
+
+
+class Answer:
+    def __init__(self, head: bytes, body: bytes) -> None:
+        first, *lines = head.decode().strip().split("\r\n")
+        self.status = int(first.split()[1])
+        self.first = first
+        self.headers = sorted(tuple(line.lower().split(": ", 1)) for line in lines)
+        self.body = body
+
+    def __eq__(self, other: object) -> bool:
+        """But for the date, which may have changed in between."""
+        assert isinstance(other, Answer)
+        mine, theirs = (
+            (answer.first, [h for h in answer.headers if h[0] != "date"], answer.body)
+            for answer in (self, other)
+        )
+        return mine == theirs
+
+
+class Client:
+    """A client who decides which bytes go when."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def send(self, first: bytes, *parts: bytes) -> None:
+        self.writer.write(first)
+        for part in parts:
+            await asyncio.sleep(0.002)
+            self.writer.write(part)
+
+    async def answer(self) -> Answer:
+        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 5)
+        length = re.search(rb"content-length: (\d+)", head)
+        assert length
+        return Answer(head, await self.reader.readexactly(int(length[1])))
+
+    async def ask(self, *parts: bytes) -> Answer:
+        await self.send(*parts)
+        return await self.answer()
+
+    async def ended(self) -> bool:
+        return await asyncio.wait_for(self.reader.read(), 5) == b""
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: Settings, keep_alive: int = 75) -> AsyncIterator[Served]:
+    served = Served(settings, keep_alive)
+    task = asyncio.create_task(served.server.serve())
+    while not (served.server.started or task.done()):  # noqa: ASYNC110 - it has no event for it
+        await asyncio.sleep(0.01)
+    try:
+        yield served
+    finally:
+        served.stop()
+        await task
+
+
+@pytest.fixture
+async def served(redis_server: RedisServer) -> AsyncIterator[Served]:
+    async with serving(redis_server.settings(instance="c5")) as served:
+        yield served
+
+
+def head(length: int, *lines: str, first: str = "POST /pixel HTTP/1.1") -> bytes:
+    own = [first, "Host: c5", "Content-Type: application/json", f"Content-Length: {length}"]
+    return "\r\n".join([*own, *lines, "", ""]).encode()
+
+
+async def test_a_write_that_comes_whole_goes_the_short_way(served: Served) -> None:
+    client = await served.connect()
+    for value in range(3):
+        body = GOOD.replace(b"255", b"%d" % value)
+        answer = await client.ask(head(len(body)) + body)
+        assert (answer.status, json.loads(answer.body)["received"]["value"]) == (200, value)
+    assert [name for name, _ in answer.headers] == [
+        "content-length", "content-type", "date", "x-pixel-instance"
+    ]  # fmt: skip
+    assert served.came == []
+    assert (await client.ask(head(0, first="GET /pixel/10/20 HTTP/1.1"))).body.endswith(
+        b'"R":2,"G":0,"B":0}'
+    )
+    assert served.came == ["GET /pixel/10/20"]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [head(len(GOOD)), GOOD],
+        [head(len(GOOD)) + GOOD[:7], GOOD[7:]],
+        [head(len(GOOD)) + GOOD[:7], GOOD[7:9], GOOD[9:]],
+        [head(len(GOOD), "Expect: 100-continue")],
+        [head(len(GOOD), first="POST /pixel? HTTP/1.1") + GOOD],
+        [head(len(GOOD), first="POST http://c5/pixel HTTP/1.1") + GOOD],
+    ],
+)
+async def test_what_is_out_of_the_ordinary_goes_the_other_way(
+    served: Served, parts: list[bytes]
+) -> None:
+    client = await served.connect()
+    short = await client.ask(head(len(GOOD)) + GOOD)
+    await client.send(*parts)
+    if b"Expect" in parts[0]:
+        assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await client.send(GOOD)
+    assert await client.answer() == short
+    assert served.came == ["POST /pixel"]
+    assert await client.ask(head(len(GOOD)) + GOOD) == short
+    assert served.came == ["POST /pixel"]
+
+
+async def test_a_request_may_come_byte_by_byte(served: Served) -> None:
+    client = await served.connect()
+    request = head(len(GOOD)) + GOOD
+    assert (await client.ask(*(request[n : n + 1] for n in range(len(request))))).status == 200
+
+
+async def test_a_chunked_write_that_comes_whole_is_a_write(served: Served) -> None:
+    client = await served.connect()
+    request = head(0, "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")
+    request += b"5\r\n" + GOOD[:5] + b"\r\n%x\r\n" % len(GOOD[5:]) + GOOD[5:] + b"\r\n0\r\n\r\n"
+    assert json.loads((await client.ask(request)).body) == OK
+    assert served.came == []
+
+
+async def test_pipelined_requests_are_answered_in_their_order(served: Served) -> None:
+    client = await served.connect()
+    bodies = [GOOD.replace(b"255", b"%d" % value) for value in range(20)]
+    everything = b"".join(head(len(body)) + body for body in bodies)
+    everything += head(0, first="GET /ping HTTP/1.1") + head(len(GOOD)) + GOOD
+    await client.send(everything)
+    for body in bodies:
+        assert json.loads((await client.answer()).body)["received"] == json.loads(body)
+    assert json.loads((await client.answer()).body)["instance"] == "c5"
+    assert json.loads((await client.answer()).body) == OK
+    assert json.loads((await client.ask(head(len(GOOD)) + GOOD)).body) == OK
+
+
+@pytest.mark.parametrize(
+    ("first", "lines"),
+    [("POST /pixel HTTP/1.1", ["Connection: close"]), ("POST /pixel HTTP/1.0", [])],
+)
+async def test_a_connection_that_is_to_be_closed_is(
+    served: Served, first: str, lines: list[str]
+) -> None:
+    client = await served.connect()
+    answer = await client.ask(head(len(GOOD), *lines, first=first) + GOOD)
+    assert answer.status == 200
+    assert ("connection", "close") in answer.headers
+    assert await client.ended()
+
+
+async def test_what_is_not_http_is_a_400(served: Served) -> None:
+    client = await served.connect()
+    assert (await client.ask(head(len(GOOD)) + GOOD)).status == 200
+    assert (await client.ask(b"no HTTP at all\r\n\r\n")).status == 400
+    assert await client.ended()
+
+
+async def test_a_body_that_never_comes_is_a_408(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "BODY_SECONDS", 0.05)
+    client = await served.connect()
+    assert (await client.ask(head(len(GOOD)) + GOOD[:5])).status == 408
+
+
+async def test_a_client_who_leaves_is_no_harm_to_others(
+    fragile_redis: RedisServer,
+) -> None:
+    async with serving(fragile_redis.settings()) as served:
+        leaving, staying = await served.connect(), await served.connect()
+        await staying.ask(head(len(GOOD)) + GOOD)
+        fragile_redis.pause()
+        await leaving.send(head(len(GOOD)) + GOOD)
+        await staying.send(head(len(GOOD)) + GOOD)
+        await asyncio.sleep(0.05)
+        leaving.writer.transport.abort()
+        await asyncio.sleep(0.05)
+        fragile_redis.resume()
+        assert json.loads((await staying.answer()).body) == OK
+        assert served.came == []
+
+
+async def test_a_write_in_doubt_is_a_503_that_says_so(
+    fragile_redis: RedisServer,
+) -> None:
+    async with serving(fragile_redis.settings()) as served:
+        client, other = await served.connect(), await served.connect()
+        await client.ask(head(len(GOOD)) + GOOD)
+        fragile_redis.pause()
+        await client.send(head(len(GOOD)) + GOOD)
+        await asyncio.sleep(0.05)
+        await other.send(head(len(GOOD)) + GOOD)
+        fragile_redis.kill()
+        answer = await client.answer()
+        assert answer.first == "HTTP/1.1 503 Service Unavailable"
+        assert {("retry-after", "1"), ("content-type", "application/problem+json"),
+                ("x-pixel-instance", "c5")} < set(answer.headers)  # fmt: skip
+        assert json.loads(answer.body)["detail"].endswith("the write may have been made.")
+        fragile_redis.start()
+        assert (await other.answer()).status == 200
+        assert (await client.ask(head(len(GOOD)) + GOOD)).status == 200
+        assert served.came == []
+
+
+async def test_who_waits_when_the_service_stops_is_answered_first(
+    fragile_redis: RedisServer,
+) -> None:
+    async with serving(fragile_redis.settings()) as served:
+        idle, waiting = await served.connect(), await served.connect()
+        for client in (idle, waiting):
+            assert (await client.ask(head(len(GOOD)) + GOOD)).status == 200
+        fragile_redis.pause()
+        await waiting.send(head(len(GOOD)) + GOOD)
+        await asyncio.sleep(0.05)
+        served.server.should_exit = True
+        assert await idle.ended()
+        fragile_redis.resume()
+        answer = await waiting.answer()
+        assert json.loads(answer.body) == OK
+        assert ("connection", "close") in answer.headers
+        assert await waiting.ended()
+
+
+async def test_an_idle_connection_ends_and_a_busy_one_does_not(
+    fragile_redis: RedisServer,
+) -> None:
+    async with serving(fragile_redis.settings(), keep_alive=1) as served:
+        idle, active = await served.connect(), await served.connect()
+        loop = asyncio.get_running_loop()
+        await idle.ask(head(len(GOOD)) + GOOD)
+        began = loop.time()
+        while loop.time() < began + 1.5:
+            assert (await active.ask(head(len(GOOD)) + GOOD)).status == 200
+            await asyncio.sleep(0.1)
+        assert await idle.ended()
+        assert loop.time() < began + 1.6
+        assert (await active.ask(head(0, first="GET /ping HTTP/1.1"))).status == 200
+        assert await active.ended()
+        assert 2.4 < loop.time() - began < 3
+
+
+async def test_our_own_fault_is_a_500_and_logged(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Reader, "pixel", lambda *_: 1 / 0)
+    client = await served.connect()
+    answer = await client.ask(head(len(GOOD), "X-Request-ID: r-17") + GOOD)
+    assert answer.status == 500
+    assert [getattr(record, "request_id", "") for record in caplog.records] == ["r-17"]
+
+
+VALUES = st.sampled_from(
+    ["0", "10", "1023", "1024", "-1", "-0", "255", "256", "1.0", "1e2", "NaN", "true", "null",
+     '"R"', '"G"', '"B"', '"r"', '"10"', "[]", "{}", "9" * 30, '"\\ud800"']
+)  # fmt: skip
+NAMES = st.sampled_from(["x", "y", "channel", "value", "value", "z", r"\u0078"])
+NEARLY = st.lists(st.tuples(NAMES, VALUES), max_size=6).map(
+    lambda fields: "{" + ",".join(f'"{name}":{value}' for name, value in fields) + "}"
+)
+PIXELS = st.fixed_dictionaries({
+    "x": st.integers(-1, 1025),
+    "y": st.integers(-1, 1025),
+    "channel": st.sampled_from(["R", "G", "B", "A"]),
+    "value": st.integers(-1, 256),
+}).map(json.dumps)  # fmt: skip
+BODIES = (NEARLY | PIXELS).map(str.encode) | st.binary(max_size=50) | st.just(b" " * 2000)
+TYPES = st.sampled_from(
+    [["application/json"]] * 4
+    + [["text/plain"], [], ["Application/JSON ; charset=utf-8"]]
+    + [["application/json", "text/plain"], ["text/plain", "application/json"]]
+)
+
+
+@hypothesis_settings(max_examples=300)
+@given(body=BODIES, types=TYPES)
+async def test_both_ways_answer_alike(served: Served, body: bytes, types: list[str]) -> None:
+    client = await served.connect()
+    lines = ["POST /pixel HTTP/1.1", "Host: c5", f"Content-Length: {len(body)}"]
+    request = "\r\n".join([*lines, *(f"Content-Type: {each}" for each in types), "", ""]).encode()
+    short = await client.ask(request + body)
+    assert short.status in (200, 400, 413, 415, 422)
+    assert (short.status == 200) == (served.came == [])
+    assert await client.ask(request, body) == short
+    assert served.came.pop() == "POST /pixel"
+    served.came.clear()
+    client.writer.close()
