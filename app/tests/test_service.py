@@ -1,5 +1,6 @@
 """The service as a whole: Gunicorn, its workers, systemd's sockets, and the signals."""
 
+import asyncio
 import json
 import re
 import signal
@@ -11,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx2 as httpx
+import pytest
 from conftest import GUNICORN, PASSWORD, RedisServer, Service, wait_until, worker_pids
+
+from pixel import metrics
 
 StartService = Callable[..., Service]
 
@@ -50,6 +54,26 @@ def test_metrics_are_of_all_workers(service: Service) -> None:
     assert float(counts['method="POST",route="/pixel",status="200"']) >= 20
     assert float(counts['method="GET",route="/pixel/{x}/{y}",status="200"']) >= 1
     assert len(list((service.directory / "metrics").glob("counter_*.db"))) == 2
+
+
+async def test_answers_are_counted_by_their_time() -> None:
+    for seconds in (0.0, 0.001, 0.0011, 3, 60, 60):
+        metrics.observe("PATCH", "/test", 200, seconds)
+    await asyncio.sleep(0)
+    metrics.observe("BREW", "/test", 200, 0.3)
+    await asyncio.sleep(0)
+    found = re.findall(
+        r'^pixel_request_seconds_(\w+)\{(?:le="(.*?)",)?method="other",route="/test",'
+        r'status="200"\} ([0-9.]+)$',
+        metrics.exposition().decode(),
+        re.MULTILINE,
+    )
+    counted = {le or name: float(value) for name, le, value in found}
+    assert [counted[le] for le in ("0.001", "0.002", "0.2", "0.5", "5.0", "10.0", "+Inf")] == [
+        2, 3, 3, 4, 5, 5, 7
+    ]  # fmt: skip
+    assert counted["count"] == 7
+    assert counted["sum"] == pytest.approx(123.3021)
 
 
 def test_the_password_is_nowhere_to_be_seen(service: Service) -> None:

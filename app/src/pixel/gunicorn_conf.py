@@ -86,6 +86,7 @@ logconfig_dict = logs.config(settings)
 proc_name = "pixel"
 control_socket_disable = True
 # The workers' signs of life are writes to a file, which must not wait for a busy disk.
+# S108 warns of names that others could guess: Gunicorn makes up an own one, and unlinks it at once.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 
 
