@@ -4,6 +4,7 @@
 Only the standard library is used, so that this runs on a fresh Debian or Ubuntu.
 
     machine.py control    what `site.yml` needs: ansible-core
+    machine.py aws        that, and what `playbooks/provision.yml` needs: the collection amazon.aws
     machine.py test       that, and what all the tests need
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
-LOCKS = {"control": ("control.txt",), "test": ("test.txt",)}
+LOCKS = {"control": ("control.txt",), "aws": ("aws.txt",), "test": ("test.txt",)}
 # Commands that the tests start themselves, and the Debian packages that bring them.
 TEST_COMMANDS = {
     "chromium": "chromium",

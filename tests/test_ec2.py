@@ -1,0 +1,555 @@
+"""EC2 from nothing to a fleet and back, against moto's server on loopback: no account, no outside traffic."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import boto3
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.prefix, "bin")
+REGION = "eu-central-1"
+DEBIAN = {
+    "ami_id": "ami-0debian12",
+    "name": "debian-12-amd64-20260923-2610",
+    "owner_id": "136693071363",
+    "architecture": "x86_64",
+    "root_device_name": "/dev/xvda",
+    "root_device_type": "ebs",
+    "virtualization_type": "hvm",
+}
+# Whatever a playbook's Python asks for outside is noted, and refused. moto gives addresses in 127/8, too.
+GUARD = """
+import os, socket
+
+connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
+
+def judge(host):
+    if host not in ("127.0.0.1", "localhost"):
+        with open(os.environ["GUARD_LOG"], "a") as log:
+            log.write(f"{host}\\n")
+        raise socket.gaierror(f"{host} is outside")
+
+def guarded_connect(self, address):
+    if self.family != socket.AF_UNIX:
+        judge(address[0])
+    return connect(self, address)
+
+def guarded_getaddrinfo(host, *arguments, **options):
+    judge(host)
+    return getaddrinfo(host, *arguments, **options)
+
+socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_getaddrinfo
+"""
+
+
+class Front(BaseHTTPRequestHandler):
+    """Hands requests on to moto; notes their actions, and refuses what it is told to."""
+
+    server: Aws
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        service = self.headers["Authorization"].split("/")[3]
+        action = f"{service}:{parse_qs(body.decode())['Action'][0]}"
+        self.server.actions.append(action)
+        if refusal := self.server.refuse(action):
+            status, answer = 400, refusal.encode()
+        else:
+            moto = http.client.HTTPConnection("127.0.0.1", self.server.moto_port)
+            moto.request("POST", self.path, body, dict(self.headers))
+            response = moto.getresponse()
+            status, answer = response.status, response.read()
+            moto.close()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Aws(ThreadingHTTPServer):
+    """An AWS account."""
+
+    def __init__(self, moto_port: int) -> None:
+        super().__init__(("127.0.0.1", 0), Front)
+        self.moto_port = moto_port
+        self.actions: list[str] = []
+        # How often an action is granted before AWS says that the quota is used up.
+        self.quota: dict[str, int] = {}
+
+    def refuse(self, action: str) -> str | None:
+        if action not in self.quota:
+            return None
+        self.quota[action] -= 1
+        if self.quota[action] >= 0:
+            return None
+        return (
+            "<Response><Errors><Error><Code>VcpuLimitExceeded</Code>"
+            "<Message>You have requested more vCPU capacity than your current limit allows.</Message>"
+            "</Error></Errors></Response>"
+        )
+
+    def ec2(self) -> Any:
+        return boto3.client(
+            "ec2",
+            region_name=REGION,
+            endpoint_url=f"http://127.0.0.1:{self.moto_port}",
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+        )
+
+    def reset(self) -> None:
+        moto = http.client.HTTPConnection("127.0.0.1", self.moto_port)
+        moto.request("POST", "/moto-api/reset")
+        assert moto.getresponse().status == 200
+        moto.close()
+        self.quota.clear()
+
+
+@pytest.fixture(scope="module")
+def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
+    folder = tmp_path_factory.mktemp("moto")
+    (folder / "amis.json").write_text(json.dumps([DEBIAN]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (folder / "log").open("w") as log:
+        moto = subprocess.Popen(
+            [BIN / "moto_server", "--host", "127.0.0.1", "--port", str(port)],
+            env=os.environ | {"MOTO_AMIS_PATH": str(folder / "amis.json")},
+            stdout=log,
+            stderr=log,
+        )
+    front = Aws(port)
+    threading.Thread(target=front.serve_forever, daemon=True).start()
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                front.reset()
+                break
+            except ConnectionRefusedError:
+                assert moto.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline, "moto_server doesn't answer"
+                time.sleep(0.2)
+        yield front
+    finally:
+        front.shutdown()
+        front.server_close()
+        moto.terminate()
+        moto.wait(10)
+
+
+class Operator:
+    """Somebody with an inventory of their own, who types commands."""
+
+    def __init__(self, aws: Aws, home: Path) -> None:
+        aws.reset()
+        self.aws = aws
+        self.home = home
+        self.inventory = home / "aws"
+        shutil.copytree(ROOT / "inventory" / "aws", self.inventory)
+        (home / "guard").mkdir()
+        (home / "guard" / "sitecustomize.py").write_text(GUARD)
+        for name in ("ssh", "scp", "sftp"):
+            stub = home / "guard" / name
+            stub.write_text(f'#!/bin/sh\necho {name} "$@" >>"$GUARD_LOG"; exit 255\n')
+            stub.chmod(0o755)
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
+            "PATH": f"{home / 'guard'}:{os.environ['PATH']}",
+            "PYTHONPATH": str(home / "guard"),
+            "GUARD_LOG": str(home / "guard.log"),
+            "ANSIBLE_NOCOLOR": "1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{aws.server_port}",
+            "AWS_ACCESS_KEY_ID": "AKIAOPERATOR",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_CONFIG_FILE": str(home / "none"),
+            "AWS_SHARED_CREDENTIALS_FILE": str(home / "none"),
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        # moto's hosts can't be reached, so nobody waits for them; and nobody asks outside where we come from.
+        self.set(aws_wait_for_ssh=False, aws_ssh_from=["198.51.100.7/32"])
+
+    def set(self, **variables: Any) -> None:
+        path = self.inventory / "group_vars" / "all.yml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | variables))
+
+    def count(self, name: str, count: int) -> None:
+        rows = yaml.safe_load((self.inventory / "group_vars" / "all.yml").read_text())["aws_hosts"]
+        self.set(aws_hosts=[row | ({"count": count} if row["name"] == name else {}) for row in rows])
+
+    def type(self, *command: str, **environment: str) -> tuple[int, str]:
+        """Status and output, its lines joined."""
+        program, *arguments = command
+        done = subprocess.run(
+            [BIN / program, "-i", self.inventory, *arguments],
+            cwd=ROOT,
+            env=self.environment | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=300,
+            check=False,
+        )
+        return done.returncode, " ".join(done.stdout.split())
+
+    def provision(self, *arguments: str) -> tuple[int, str]:
+        return self.type("ansible-playbook", "playbooks/provision.yml", *arguments)
+
+    def teardown(self, *arguments: str) -> tuple[int, str]:
+        return self.type("ansible-playbook", "playbooks/teardown.yml", *arguments)
+
+    def went_outside(self) -> str:
+        log = self.home / "guard.log"
+        return log.read_text() if log.exists() else ""
+
+
+@pytest.fixture
+def operator(aws: Aws, tmp_path: Path) -> Operator:
+    return Operator(aws, tmp_path)
+
+
+def tags(**values: str) -> list[dict[str, str]]:
+    return [{"Key": name, "Value": value} for name, value in values.items()]
+
+
+def tagged(thing: dict[str, Any]) -> dict[str, str]:
+    return {tag["Key"]: tag["Value"] for tag in thing.get("Tags", [])}
+
+
+OURS = {"Project": "pixel", "Environment": "production"}
+
+
+def account(ec2: Any, *, ours: bool) -> dict[str, Any]:
+    """All that the account holds: what carries our tags, or the rest."""
+    found = {
+        "instances": [
+            instance
+            for reservation in ec2.describe_instances()["Reservations"]
+            for instance in reservation["Instances"]
+            if instance["State"]["Name"] != "terminated"
+        ],
+        "groups": ec2.describe_security_groups()["SecurityGroups"],
+        "keys": ec2.describe_key_pairs()["KeyPairs"],
+        "addresses": ec2.describe_addresses()["Addresses"],
+        "volumes": ec2.describe_volumes()["Volumes"],
+        "vpcs": ec2.describe_vpcs()["Vpcs"],
+    }
+    return {
+        kind: [thing for thing in things if (tagged(thing).items() >= OURS.items()) == ours]
+        for kind, things in found.items()
+    }
+
+
+def settle(ec2: Any) -> dict[str, Any]:
+    """Neighbours that are easily taken for ours, and then what there is."""
+    vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
+    subnet = ec2.describe_subnets()["Subnets"][0]["SubnetId"]
+    other = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
+
+    def instance(**values: str) -> None:
+        ec2.run_instances(
+            ImageId=DEBIAN["ami_id"],
+            InstanceType="c5.xlarge",
+            MinCount=1,
+            MaxCount=1,
+            SubnetId=subnet,
+            TagSpecifications=[{"ResourceType": "instance", "Tags": tags(**values)}],
+        )
+
+    instance(Name="c5-1")
+    instance(Name="c5-1", Role="redis", Project="pixel", Environment="staging")
+    instance(Name="t2-1", Role="pixel_app", Project="voxel", Environment="production")
+    ec2.create_security_group(GroupName="pixel-production-fleet", Description="another's", VpcId=other)
+    ec2.create_security_group(GroupName="another", Description="another's", VpcId=vpc)
+    ec2.create_key_pair(KeyName="pixel")
+    address = ec2.allocate_address(Domain="vpc")["AllocationId"]
+    ec2.create_tags(Resources=[address], Tags=tags(Name="c5-1"))
+    ec2.create_volume(AvailabilityZone=f"{REGION}a", Size=1)
+    return account(ec2, ours=False)
+
+
+def hosts(ec2: Any) -> dict[str, dict[str, Any]]:
+    return {tagged(instance)["Name"]: instance for instance in account(ec2, ours=True)["instances"]}
+
+
+def states(ec2: Any) -> dict[str, str]:
+    return {name: instance["State"]["Name"] for name, instance in hosts(ec2).items()}
+
+
+def test_from_nothing_to_a_fleet_and_back(operator: Operator) -> None:
+    aws, ec2 = operator.aws, operator.aws.ec2()
+    aws.actions.clear()
+    neighbours = settle(ec2)
+
+    # A dry run says what would be, and makes nothing, here or there.
+    status, output = operator.provision("--check")
+    assert status == 0, output
+    assert "make: c5-1, t2-1" in output
+    assert account(ec2, ours=False) == neighbours
+    assert not any(account(ec2, ours=True).values())
+    assert not (operator.inventory / "credentials").exists()
+
+    # The quota ends after the first host.
+    aws.quota["ec2:RunInstances"] = 1
+    status, output = operator.provision()
+    assert status == 2
+    assert "VcpuLimitExceeded" in output
+    assert "Service Quotas" in output
+    assert states(ec2) == {"c5-1": "running"}
+
+    # The next run goes on from there.
+    aws.quota.clear()
+    status, output = operator.provision()
+    assert status == 0, output
+    assert "make: t2-1" in output
+    assert states(ec2) == {"c5-1": "running", "t2-1": "running"}
+    check_what_was_made(operator, ec2)
+
+    check_inventory(operator)
+
+    # One more, one that was stopped and made lax, an address that stays, and the operator has moved.
+    t2 = hosts(ec2)["t2-1"]
+    ec2.stop_instances(InstanceIds=[t2["InstanceId"]])
+    ec2.modify_instance_metadata_options(InstanceId=t2["InstanceId"], HttpTokens="optional")
+    ec2.create_tags(Resources=[t2["InstanceId"]], Tags=tags(CostCenter="7"))
+    operator.count("t2", 2)
+    operator.set(aws_elastic_ip=True, aws_ssh_from=["198.51.100.8/32"])
+    status, output = operator.provision()
+    assert status == 0, output
+    assert "start: t2-1" in output
+    assert states(ec2) == {"c5-1": "running", "t2-1": "running", "t2-2": "running"}
+    now = hosts(ec2)
+    assert now["t2-1"]["InstanceId"] == t2["InstanceId"]
+    assert tagged(now["t2-1"])["CostCenter"] == "7"
+    assert now["t2-1"]["MetadataOptions"]["HttpTokens"] == "required"
+    assert "198.51.100.7" not in json.dumps(account(ec2, ours=True)["groups"])
+    [address] = account(ec2, ours=True)["addresses"]
+    assert f"c5-1: {address['PublicIp']} " in output
+
+    # A second run changes nothing; one fewer goes when that is asked for, and not before.
+    operator.count("t2", 1)
+    status, output = operator.provision()
+    assert "remove: t2-2 (only with -e remove=true)" in output
+    assert "changed=0 unreachable=0 failed=0" in output
+    status, output = operator.provision("-e", "remove=true")
+    assert states(ec2) == {"c5-1": "running", "t2-1": "running"}
+
+    # Back to nothing, when it is meant.
+    status, output = operator.teardown()
+    assert status == 2
+    assert "Nothing was removed" in output
+    assert "-e confirm=pixel" in output
+    status, output = operator.teardown("-e", "confirm=pixel")
+    assert status == 0, output
+    assert not any(account(ec2, ours=True).values())
+    status, output = operator.teardown("-e", "confirm=pixel")
+    assert "changed=0 unreachable=0 failed=0" in output
+
+    assert account(ec2, ours=False) == neighbours
+    assert operator.went_outside() == ""
+    check_policy(set(aws.actions))
+
+
+def check_what_was_made(operator: Operator, ec2: Any) -> None:
+    made = account(ec2, ours=True)
+    key = operator.inventory / "credentials" / "id_ed25519"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    [pair] = made["keys"]
+    assert pair["KeyName"] == "pixel-production"
+
+    groups = {group["GroupName"]: group for group in made["groups"]}
+    fleet, public = groups["pixel-production-fleet"], groups["pixel-production-public"]
+    rules = {
+        (
+            rule["FromPort"],
+            *(r["CidrIp"] for r in rule["IpRanges"]),
+            *(g["GroupId"] for g in rule["UserIdGroupPairs"]),
+        )
+        for rule in fleet["IpPermissions"]
+    }
+    within = {(port, fleet["GroupId"]) for port in (8000, 6379, 9090, 9093, 9100, 9113, 9121)}
+    assert rules == {(22, "198.51.100.7/32")} | within
+    assert {(rule["FromPort"], rule["IpRanges"][0]["CidrIp"]) for rule in public["IpPermissions"]} == {
+        (80, "0.0.0.0/0"),
+        (443, "0.0.0.0/0"),
+    }
+
+    instances = hosts(ec2)
+    assert {name: (host["InstanceType"], tagged(host)["Role"]) for name, host in instances.items()} == {
+        "c5-1": ("c5.xlarge", "redis pixel_app nginx_lb"),
+        "t2-1": ("t2.xlarge", "pixel_app"),
+    }
+    for name, host in instances.items():
+        assert host["ImageId"] == DEBIAN["ami_id"]
+        assert host["KeyName"] == "pixel-production"
+        assert host["MetadataOptions"]["HttpTokens"] == "required"
+        assert host["Monitoring"]["State"] in ("enabled", "pending")
+        wanted = {fleet["GroupId"]} | ({public["GroupId"]} if name == "c5-1" else set())
+        assert {group["GroupId"] for group in host["SecurityGroups"]} == wanted
+    for volume in made["volumes"]:
+        assert volume["Encrypted"]
+        assert volume["VolumeType"] == "gp3"
+        assert volume["Size"] == 20
+    assert len(made["volumes"]) == 2
+
+
+def check_inventory(operator: Operator) -> None:
+    status, output = operator.type("ansible-inventory", "--list")
+    assert status == 0, output
+    listing = json.loads(output[output.index('{ "_meta"') :])
+    variables = listing.pop("_meta")["hostvars"]
+    assert {name: set(group["hosts"]) for name, group in listing.items() if "hosts" in group} == {
+        "aws_ec2": {"c5-1", "t2-1"},
+        "fleet": {"c5-1", "t2-1"},
+        "redis": {"c5-1"},
+        "pixel_app": {"c5-1", "t2-1"},
+        "nginx_lb": {"c5-1"},
+        "c5": {"c5-1"},
+        "t2": {"t2-1"},
+    }
+    plain = {name: json.loads(json.dumps(values), object_hook=unwrap) for name, values in variables.items()}
+    made = hosts(operator.aws.ec2())
+    for name, values in plain.items():
+        assert values["ansible_host"] == made[name]["PublicIpAddress"]
+        assert values["private_address"] == made[name]["PrivateIpAddress"]
+        assert values["instance_type"] == made[name]["InstanceType"]
+        assert values["ansible_user"] == "admin"
+
+    status, output = operator.type("ansible-playbook", "site.yml", "--list-hosts")
+    assert status == 0, output
+    for play, there in (("Redis", "c5-1"), ("Prepare the app", "c5-1 t2-1"), ("Balancer", "c5-1")):
+        listed = re.search(rf": {play} TAGS.*?hosts \(\d\): (.*?)(?= play #|$)", output)
+        assert listed
+        assert sorted(listed[1].split()) == there.split()
+
+    # The first play reads the inventory; the second would ask the hosts, and here they are deaf.
+    deaf = {"ansible_connection": "local", "ansible_python_interpreter": "/nonexistent"}
+    status, output = operator.type("ansible-playbook", "playbooks/validate.yml", "-e", json.dumps(deaf))
+    first, found, _ = output.partition("PLAY [Validate the hosts]")
+    assert found, output
+    assert "fatal" not in first
+
+
+def unwrap(values: dict[str, Any]) -> Any:
+    """What came from outside is marked as such in the listing."""
+    return values.get("__ansible_unsafe", values)
+
+
+def check_policy(used: set[str]) -> None:
+    policy = json.loads((ROOT / "docs" / "aws-policy.json").read_text())
+    named = [action for statement in policy["Statement"] for action in statement["Action"]]
+    # Everybody may ask who they are.
+    assert set(named) == used - {"sts:GetCallerIdentity"}
+
+
+FORM = [
+    {"name": "c5", "type": "c5.xlarge", "count": 1, "roles": ["redis", "web"]},
+    {"name": "t2", "count": "many", "roles": ["pixel_app"]},
+]
+SENSE = [
+    {"name": "c5", "type": "c5.xlarge", "count": 2, "roles": ["redis", "pixel_app"], "credits": "standard"},
+    {"name": "c5", "type": "t2.xlarge", "count": 0, "roles": ["pixel_app"]},
+    {"name": "C 5", "type": "xlarge", "count": 1, "roles": []},
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (FORM, ["Got no match for: web", "missing required arguments: type", "'count'"]),
+        (
+            SENSE,
+            [
+                "two rows have the same name",
+                "lower-case letters, digits and -",
+                "a type is written like c5.xlarge",
+                "a count is 1 to 100",
+                "a row without roles does nothing: C 5",
+                "2 hosts have the role redis",
+                "no host has the role nginx_lb",
+                "a row of a T type says what happens without credits",
+                "only T types have credits",
+            ],
+        ),
+    ],
+)
+def test_a_wrong_table_is_told_before_anything_is_made(
+    operator: Operator, rows: list[dict[str, Any]], says: list[str]
+) -> None:
+    operator.set(aws_hosts=rows)
+    operator.aws.actions.clear()
+    status, output = operator.provision()
+    assert status == 2
+    assert [one for one in says if one not in output] == [], output
+    assert set(operator.aws.actions) == {"ec2:DescribeInstances"}
+
+
+def test_what_is_somebody_elses_or_cannot_be_is_told_before_anything_is_made(operator: Operator) -> None:
+    ec2 = operator.aws.ec2()
+    vpc = ec2.describe_subnets()["Subnets"][0]["VpcId"]
+    ec2.create_security_group(GroupName="pixel-production-fleet", Description="another's", VpcId=vpc)
+    ec2.create_key_pair(KeyName="pixel-production")
+    for name, kind, role in (("c5-1", "c5.large", "redis"), ("old-1", "c5.xlarge", "redis pixel_app")):
+        ec2.run_instances(
+            ImageId=DEBIAN["ami_id"],
+            InstanceType=kind,
+            MinCount=1,
+            MaxCount=1,
+            TagSpecifications=[{"ResourceType": "instance", "Tags": tags(**OURS, Name=name, Role=role)}],
+        )
+    before = account(ec2, ours=True), account(ec2, ours=False)
+    operator.set(aws_image="debian-12-amd64-latest")
+    status, output = operator.provision("-e", "remove=true")
+    assert status == 2
+    says = [
+        "has 0 images 'debian-12-amd64-latest' of 136693071363",
+        "c5-1 c5.large: there as another type",
+        "old-1 holds the canvas",
+        "without our tags Project and Environment",
+        "put the private key there that the hosts were made with",
+    ]
+    assert [one for one in says if one not in output] == [], output
+
+    # Two of a name.
+    ec2.create_tags(Resources=[one["InstanceId"] for one in before[0]["instances"]], Tags=tags(Name="c5-1"))
+    before = account(ec2, ours=True), account(ec2, ours=False)
+    status, output = operator.provision()
+    assert status == 2
+    assert "without a name, or two with the same: c5-1 i-" in output
+    assert (account(ec2, ours=True), account(ec2, ours=False)) == before
+
+
+def test_no_credentials_and_a_wrong_region_are_told(operator: Operator) -> None:
+    status, output = operator.type(
+        "ansible-inventory", "--list", AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY=""
+    )
+    assert status != 0
+    assert "Unable to locate credentials" in output
+    path = operator.inventory / "aws_ec2.yml"
+    path.write_text(path.read_text().replace(REGION, "nowhere-1"))
+    status, output = operator.type("ansible-playbook", "playbooks/provision.yml", AWS_ENDPOINT_URL="")
+    assert status != 0
+    assert "https://ec2.nowhere-1.amazonaws.com" in output
+    assert set(operator.went_outside().split()) == {"ec2.nowhere-1.amazonaws.com"}
