@@ -212,6 +212,7 @@ class Operator:
             timeout=300,
             check=False,
         )
+        assert "PRIVATE KEY" not in done.stdout
         return done.returncode, " ".join(done.stdout.split())
 
     def provision(self, *arguments: str) -> tuple[int, str]:
@@ -332,7 +333,10 @@ def test_from_nothing_to_a_fleet_and_back(operator: Operator) -> None:
     # One more, one that was stopped and made lax, an address that stays, and the operator has moved.
     t2 = hosts(ec2)["t2-1"]
     ec2.stop_instances(InstanceIds=[t2["InstanceId"]])
-    ec2.modify_instance_metadata_options(InstanceId=t2["InstanceId"], HttpTokens="optional")
+    options = {name: value for name, value in t2["MetadataOptions"].items() if name != "State"}
+    ec2.modify_instance_metadata_options(
+        InstanceId=t2["InstanceId"], **(options | {"HttpTokens": "optional"})
+    )
     ec2.create_tags(Resources=[t2["InstanceId"]], Tags=tags(CostCenter="7"))
     operator.count("t2", 2)
     operator.set(aws_elastic_ip=True, aws_ssh_from=["198.51.100.8/32"])

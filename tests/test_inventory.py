@@ -45,6 +45,15 @@ def test_a_good_one_passes(tmp_path: Path) -> None:
     assert "fatal" not in validate(tmp_path, GOOD)
 
 
+def test_a_managed_redis_takes_the_place_of_the_group(tmp_path: Path) -> None:
+    managed = {name: group for name, group in GOOD.items() if name != "redis"}
+    managed["pixel_app"] = {
+        "hosts": {"a": {"private_address": "10.0.0.1"}, "b": {"private_address": "10.0.0.2"}},
+        "vars": {"pixel_app_redis_url": "rediss://redis.example:6379/0"},
+    }
+    assert "fatal" not in validate(tmp_path, managed)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
