@@ -76,7 +76,12 @@ def start_redis(stack: Stack, place: Place) -> int:
 def start_nginx(stack: Stack, place: Place, site: str, lua: bool = False, **names: object) -> None:
     stack.port = free_port()
     site_file = render(
-        site, place.directory / site, port=stack.port, peers=PEERS.resolve(), **names
+        site,
+        place.directory / site,
+        port=stack.port,
+        directory=place.directory,
+        peers=PEERS.resolve(),
+        **names,
     )
     preamble = []
     if lua:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 testinfra_hosts = ["c5"]
+
+ROOT = Path(__file__).resolve().parents[3]
 
 PIXEL = {"x": 10, "y": 20, "channel": "R", "value": 255}
 
@@ -54,6 +59,15 @@ def test_the_upstream_is_the_inventorys(host: Any, fleet: dict[str, Any]) -> Non
     assert "server unix:/run/pixel.sock weight=3 max_fails=10 fail_timeout=1s; # c5" in config
     address = fleet["hosts"]["t2"]["address"]
     assert f"server {address}:8000 weight=2 max_fails=10 fail_timeout=1s; # t2" in config
+
+
+def test_two_thousand_connections_are_held_and_served(fleet: dict[str, Any]) -> None:
+    """`load.py` writes on all of them by turns, and ends with 1 if one write failed or was lost."""
+    load = [sys.executable, ROOT / "bench" / "load.py", "--url", fleet["url"], "--strict"]
+    plan = ["--connections", "2000", "--rate", "500", "--seconds", "10"]
+    done = subprocess.run([*load, *plan], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2000 opened, 0 closed by the service" in done.stdout
 
 
 def test_the_metrics_are_not_the_publics(client: Any) -> None:

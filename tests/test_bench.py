@@ -1,0 +1,39 @@
+"""The bench measures what the roles deploy: its Nginx passes on and logs as role nginx_lb's does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+from jinja2 import Template
+
+ROOT = Path(__file__).resolve().parents[1]
+ROLE = ROOT / "roles" / "nginx_lb"
+PEERS = ROOT / "bench" / "peers"
+
+
+def directives(template: str) -> set[str]:
+    """Those of a part of the role's configuration, with its defaults filled in."""
+    defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
+    lines = [line.strip() for line in Template(template).render(defaults).splitlines()]
+    return {line for line in lines if line and not line.startswith(("#", "include"))}
+
+
+def part(name: str, pattern: str) -> str:
+    """What a pattern finds in one of the role's templates."""
+    found = re.search(pattern, (ROLE / "templates" / name).read_text(), re.DOTALL)
+    assert found, f"{name} is written otherwise than this test expects it"
+    return found[0]
+
+
+def test_the_benchs_nginx_passes_writes_on_as_the_roles_does() -> None:
+    wanted = directives((ROLE / "templates" / "proxy.conf.j2").read_text())
+    wanted |= directives(part("server.conf.j2", r"(?<=pass_write\(\) %}).*?(?={%-? endmacro)"))
+    wanted |= directives("keepalive {{ nginx_lb_keepalive }};")
+    assert len(wanted) > 15
+    assert wanted <= directives((PEERS / "site_proxy.conf").read_text())
+
+
+def test_the_benchs_nginx_logs_as_the_roles_does() -> None:
+    assert part("nginx.conf.j2", r"log_format pixel .*?;\n") in (PEERS / "nginx.conf").read_text()
