@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable
+from itertools import pairwise
 
 import pytest
 import redis
@@ -11,6 +12,7 @@ from conftest import RedisServer
 from pixel.canvas import TILE_BYTES, locate
 from pixel.pixel import Change, unpack
 from pixel.problems import Problem
+from pixel.resp import Connection, Server
 from pixel.store import EVENT_CHANGES, EVENTS, EventId, Store
 
 TILE_00 = "pixel:{0:0}"
@@ -246,6 +248,28 @@ async def test_no_redis_at_all_is_a_503_within_a_second(fragile_redis: RedisServ
     assert time.monotonic() - started < 1.2
     fragile_redis.start()
     await asyncio.sleep(0.5)
+    await store.write([Change(0, 0, 0, 1)])
+    store.close()
+
+
+async def test_it_tries_to_connect_ever_more_rarely(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[float] = []
+
+    async def refuse(server: Server) -> Connection:
+        attempts.append(time.monotonic())
+        raise ConnectionRefusedError
+
+    store = Store(redis_server.settings())
+    with monkeypatch.context() as away:
+        away.setattr(Connection, "open", refuse)
+        assert await outcomes([store.write([Change(0, 0, 0, 1)])]) != ["ok"]
+        await asyncio.sleep(1)
+    pauses = [after - before for before, after in pairwise(attempts)]
+    assert 4 <= len(pauses) <= 8
+    assert pauses[:4] == sorted(pauses[:4])
+    assert pauses[0] < 0.1 < pauses[-1]
     await store.write([Change(0, 0, 0, 1)])
     store.close()
 
