@@ -70,6 +70,11 @@ def test_it_is_ready(ask: Any, host: Any) -> None:
     assert ready["instance"] == host.backend.hostname
 
 
+def test_redis_is_asked_as_its_address_says(host: Any) -> None:
+    port = {"debian12": 6379, "debian13": 6380}[host.backend.hostname]
+    assert "gunicorn" in host.check_output(f"ss -tnp state established dst :{port}")
+
+
 def test_workers_are_as_many_as_told_and_unprivileged(host: Any) -> None:
     master = main_pid(host)
     workers = host.process.filter(ppid=master)
