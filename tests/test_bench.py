@@ -16,7 +16,9 @@ PEERS = ROOT / "bench" / "peers"
 def directives(template: str) -> set[str]:
     """Those of a part of the role's configuration, with its defaults filled in."""
     defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
-    lines = [line.strip() for line in Template(template).render(defaults).splitlines()]
+    # Without clusters and stickiness, as is the default, all goes to one upstream.
+    values = defaults | {"_nginx_lb_upstream": "pixel"}
+    lines = [line.strip() for line in Template(template).render(values).splitlines()]
     return {line for line in lines if line and not line.startswith(("#", "include"))}
 
 

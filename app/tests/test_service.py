@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
@@ -54,6 +55,23 @@ def test_metrics_are_of_all_workers(service: Service) -> None:
     assert float(counts['method="POST",route="/pixel",status="200"']) >= 20
     assert float(counts['method="GET",route="/pixel/{x}/{y}",status="200"']) >= 1
     assert len(list((service.directory / "metrics").glob("counter_*.db"))) == 2
+
+
+def test_metrics_tell_what_the_hosts_cpu_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOST_PROC", str(tmp_path))
+    (tmp_path / "stat").write_text("cpu  100 2 30 4000 5 0 7 800 50 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+    (family,) = metrics.HOST_CPU.collect()
+    seconds = {sample.labels["mode"]: sample.value for sample in family.samples}
+    modes = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
+    ticks = os.sysconf("SC_CLK_TCK")
+    assert seconds == {
+        mode: count / ticks
+        for mode, count in zip(modes, (100, 2, 30, 4000, 5, 0, 7, 800), strict=True)
+    }
+    (tmp_path / "stat").unlink()
+    assert next(iter(metrics.HOST_CPU.collect())).samples == []
 
 
 async def test_answers_are_counted_by_their_time() -> None:

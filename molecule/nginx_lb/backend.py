@@ -6,9 +6,32 @@ import os
 import socketserver
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 NAME, TCP, UNIX = sys.argv[1:4]
+
+
+def cpu() -> bytes:
+    """The CPU counters that were recorded as long after the record's start as this is after its own."""
+    try:
+        began = os.stat("/run/stat").st_mtime
+        with open("/run/stat") as file:
+            lines = file.read().split("\n\n")
+    except FileNotFoundError:
+        return b""
+    # At its end it goes on as it went on last.
+    at = (time.time() - began) / 2
+    first, last = (list(map(int, line.split()[1:9])) for line in lines[-2:])
+    if at < len(lines) - 1:
+        first, last = (list(map(int, line.split()[1:9])) for line in lines[int(at) : int(at) + 2])
+        at -= int(at)
+    else:
+        at -= len(lines) - 2
+    ticks = [one + (other - one) * at for one, other in zip(first, last, strict=True)]
+    modes = zip(("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal"), ticks, strict=True)
+    text = (f'pixel_host_cpu_seconds_total{{mode="{mode}"}} {count / 100}\n' for mode, count in modes)
+    return "".join(text).encode()
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -24,9 +47,16 @@ class Echo(BaseHTTPRequestHandler):
             "body": self.rfile.read(length).decode(),
         }
         content = json.dumps(seen).encode()
-        self.send_response(200)
+        status = 200
+        if self.path == "/readyz":
+            status = 503 if os.path.exists("/run/unready") else 200
+        elif self.path == "/metrics":
+            content = cpu()
+        time.sleep({"/slow": 0.05, f"/slow/{NAME}": 0.2}.get(self.path, 0))
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("X-Pixel-Instance", NAME)
+        self.send_header("X-Seen", json.dumps(seen))
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
@@ -38,8 +68,13 @@ class Echo(BaseHTTPRequestHandler):
         return "peer"
 
 
+class TcpServer(ThreadingHTTPServer):
+    request_queue_size = 1024
+
+
 class UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
+    request_queue_size = 1024
 
 
 if os.path.exists(UNIX):
@@ -48,4 +83,4 @@ over_unix = UnixServer(UNIX, Echo)
 os.chmod(UNIX, 0o666)
 threading.Thread(target=over_unix.serve_forever, daemon=True).start()
 host, port = TCP.rsplit(":", 1)
-ThreadingHTTPServer((host, int(port)), Echo).serve_forever()
+TcpServer((host, int(port)), Echo).serve_forever()

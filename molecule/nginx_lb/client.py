@@ -2,27 +2,45 @@
 """Ask the balancer on this host; curl isn't part of a minimal Debian.
 
 client.py one PATH [METHOD [BODY [HEADER…]]]   prints [status, headers, body] as JSON
-client.py many COUNT                           prints who answered each of so many GETs, or the status
+client.py many COUNT PATH [AT_ONCE]            prints who answered each of so many GETs, or the status
+client.py each PATH…                           prints who answered each of these
 """
 
 import http.client
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+
+
+def connect() -> http.client.HTTPConnection:
+    return http.client.HTTPConnection("127.0.0.1", 80, timeout=10)
+
+
+def ask(paths: list[str]) -> list[str]:
+    """Who answers each of these, asked on one connection."""
+    connection = connect()
+    seen = []
+    for path in paths:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        response.read()
+        seen.append(response.headers.get("X-Pixel-Instance") or str(response.status))
+    return seen
+
 
 kind, subject, *rest = sys.argv[1:]
-connection = http.client.HTTPConnection("127.0.0.1", 80, timeout=10)
 if kind == "one":
     method, body, *headers = [*rest, *["GET", ""][len(rest) :]]
     fields = dict(header.split(": ", 1) for header in headers)
+    connection = connect()
     connection.request(method, subject, body.encode() or None, fields)
     response = connection.getresponse()
     received = {name.lower(): value for name, value in response.getheaders()}
     print(json.dumps([response.status, received, response.read().decode()]))
+elif kind == "each":
+    print(json.dumps(ask([subject, *rest])))
 else:
-    seen = []
-    for _ in range(int(subject)):
-        connection.request("GET", "/who")
-        response = connection.getresponse()
-        response.read()
-        seen.append(response.headers.get("X-Pixel-Instance") or response.status)
-    print(json.dumps(seen))
+    path, at_once = rest[0], int(rest[1]) if rest[1:] else 1
+    with ThreadPoolExecutor(at_once) as pool:
+        answers = pool.map(lambda _: ask([path] * (int(subject) // at_once)), range(at_once))
+    print(json.dumps([name for several in answers for name in several]))

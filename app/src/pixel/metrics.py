@@ -8,7 +8,9 @@ import asyncio
 import os
 from bisect import bisect_left
 from collections import Counter as Counts
+from collections.abc import Iterator
 from functools import cache, partial
+from pathlib import Path
 
 from prometheus_client import REGISTRY as PROCESS
 from prometheus_client import (
@@ -19,7 +21,9 @@ from prometheus_client import (
     generate_latest,
     values,
 )
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
     # A worker imports this after the fork: it need not ask for its process id at every count,
@@ -45,6 +49,32 @@ WRITES = Counter("pixel_writes", "Channel writes that Redis has acknowledged.")
 COMMIT_SECONDS = Histogram(
     "pixel_commit_seconds", "Time until Redis acknowledged a batch.", buckets=_SECONDS
 )
+
+_CPU_MODES = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
+
+
+class HostCpu(Collector):
+    """What the host's processors did, steal included, which is what a balancer has to know.
+
+    ``HOST_PROC`` is where the host's ``/proc`` is, for a sandbox may show another one.
+    """
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        path = Path(os.environ.get("HOST_PROC", "/proc"), "stat")
+        family = CounterMetricFamily(
+            "pixel_host_cpu_seconds", "Time of all processors of the host.", labels=["mode"]
+        )
+        try:
+            ticks = path.read_text().split("\n", 1)[0].split()[1:]
+        except OSError:  # Not everybody may read it, and it isn't worth more than its absence.
+            ticks = []
+        for mode, count in zip(_CPU_MODES, ticks, strict=False):
+            family.add_metric([mode], int(count) / os.sysconf("SC_CLK_TCK"))
+        yield family
+
+
+HOST_CPU = HostCpu()
+PROCESS.register(HOST_CPU)
 
 
 class _Answers:
@@ -96,5 +126,6 @@ def _registry() -> CollectorRegistry:
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return PROCESS
     registry = CollectorRegistry()
+    registry.register(HOST_CPU)
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return registry

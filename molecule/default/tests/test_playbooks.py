@@ -68,6 +68,10 @@ def test_a_run_that_has_nothing_to_do_changes_nothing(arguments: tuple[str, ...]
         ("nginx_lb_keepalive", 0),
         ("nginx_lb_local_socket", "run/pixel.sock"),
         ("nginx_lb_factors", {"c5": 0}),
+        ("nginx_lb_weights", "guessed"),
+        ("nginx_lb_reload_interval", 5),
+        ("nginx_lb_dead_band", 5),
+        ("nginx_lb_health_fails", 0),
     ],
 )
 def test_a_wrong_variable_stops_the_play_before_anything_is_done(variable: str, value: Any) -> None:

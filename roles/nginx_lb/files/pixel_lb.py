@@ -1,16 +1,17 @@
 #!/usr/bin/python3
 """The balancer's upstreams: which backends take requests, at what weight.
 
-What the inventory says lies in `backends.json`, what an operator or a deploy has taken out in
-`drained/`; together they make `upstreams.conf`. Nginx never sees a file that `nginx -t` refuses:
-the new configuration is staged and checked, then put in place, and the former one comes back if
-the reload fails.
+What the inventory says lies in `backends.json`, what an operator has taken out in `drained/`, what
+the controller thinks of each backend in `shares.json`; together they make `upstreams.conf`. Nginx
+never sees a file that `nginx -t` refuses: the new configuration is staged and checked, then put in
+place, and the former one comes back if the reload fails.
 
     pixel-lb install        put the staged configuration in force
     pixel-lb drain NAME     give this backend no new requests (never the last one, unless --force),
                             and wait until those in flight have ended
     pixel-lb undrain NAME   give it requests again, and wait until it answers some
     pixel-lb reload         make Nginx read its files again
+    pixel-lb watch          the controller: look at the backends, and keep shares.json (see watch.py)
     pixel-lb status         what is in force, as JSON
     pixel-lb loaded         note that Nginx has just read its files (the unit calls it)
 
@@ -30,6 +31,8 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
+import os
 import re
 import socket
 import subprocess
@@ -41,12 +44,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from controller import Share
+
 NGINX = Path("/etc/nginx")
 STATE = Path("/var/lib/pixel-lb")
 RUN = Path("/run/pixel-lb")
 RELOAD_SECONDS = 10.0
 # Longer than busy clients leave a connection idle.
 ANNOUNCE_SECONDS = 2.0
+WHOLE = Share(1.0, False)
 
 
 class Refused(Exception):
@@ -74,6 +80,8 @@ class Balancer:
         self.nginx = nginx
         self.staged = nginx / "staged"
         self.drained_dir = state / "drained"
+        self.shares_file = state / "shares.json"
+        self.status_file = run / "status.json"
         self.stamp = run / "loaded"
         self.lock = run / "lock"
         self.closing = run / "closing"
@@ -81,30 +89,52 @@ class Balancer:
     # --- what is wanted ---------------------------------------------------------------------
 
     def backends(self, root: Path) -> dict[str, Any]:
-        """The inventory's view: `{"upstreams": {name: {"lines": […], "servers": [{…}]}}}`."""
+        """The inventory's view: `{"probe": URL, "upstreams": {name: {"lines": {…}, "servers": [{…}]}}}`.
+
+        Upstream `pixel` has all the servers; others have some of them, or choose in another way.
+        """
         loaded: dict[str, Any] = json.loads((root / "pixel" / "backends.json").read_text())
         return loaded
 
     def drained(self) -> list[str]:
         return sorted(path.name for path in self.drained_dir.glob("*"))
 
-    def names(self, backends: dict[str, Any]) -> list[str]:
-        servers = (server for upstream in backends["upstreams"].values() for server in upstream["servers"])
-        return sorted({server["name"] for server in servers})
+    def hosts(self, backends: dict[str, Any]) -> list[str]:
+        return sorted({server["host"] for server in backends["upstreams"]["pixel"]["servers"]})
+
+    def shares(self) -> dict[str, Share]:
+        """What the controller gives each server, of its base weight; the whole where it says nothing."""
+        content = _read(self.shares_file)
+        return {name: Share(*share) for name, share in json.loads(content or b"{}").items()}
+
+    def out(self, backends: dict[str, Any]) -> set[str]:
+        """The hosts that get no requests: drained, or not ready."""
+        shares = self.shares()
+        servers = backends["upstreams"]["pixel"]["servers"]
+        up = {each["host"] for each in servers if not shares.get(each["name"], WHOLE).down}
+        return set(self.drained()) | (set(self.hosts(backends)) - up)
 
     def render(self, backends: dict[str, Any]) -> str:
         """The text of `upstreams.conf`."""
-        drained = set(self.drained())
-        parts = ["# Written by pixel-lb from backends.json; what is drained is marked down.\n"]
+        drained, shares = set(self.drained()), self.shares()
+        parts = ["# Written by pixel-lb from backends.json; what is drained or not ready is marked down.\n"]
         for name, upstream in backends["upstreams"].items():
+            servers = upstream["servers"]
+            given = [shares.get(server["name"], WHOLE) for server in servers]
+            # On a ring, a weight is how many items a server has; they are to stay where they are.
+            weights = weigh(servers, [WHOLE] * len(servers) if upstream["ring"] else given)
+            # Where nobody would be left, who isn't drained stays in.
+            sparing = all(
+                share.down or server["host"] in drained for server, share in zip(servers, given, strict=True)
+            )
             parts.append(f"upstream {name} {{\n")
             parts += [f"    {line};\n" for line in upstream["lines"]["first"]]
-            for server in upstream["servers"]:
-                down = " down" if server["name"] in drained else ""
+            for server, share, weight in zip(servers, given, weights, strict=True):
+                down = server["host"] in drained or (share.down and not sparing)
+                flags = " backup" * server["backup"] + " down" * down
                 parts.append(
-                    f"    server {server['address']} weight={server['weight']}"
-                    f" max_fails={server['max_fails']} fail_timeout={server['fail_timeout']}{down};"
-                    f" # {server['name']}\n"
+                    f"    server {server['address']} weight={weight} max_fails={server['max_fails']}"
+                    f" fail_timeout={server['fail_timeout']}{flags}; # {server['name']}\n"
                 )
             parts += [f"    {line};\n" for line in upstream["lines"]["last"]]
             parts.append("}\n")
@@ -123,15 +153,12 @@ class Balancer:
         wanted = {file: (self.staged / file).read_bytes() for file in files}
         differs = former != wanted
         for file, content in wanted.items():
-            _replace(self.nginx / file, content)
+            replace(self.nginx / file, content)
         try:
             reloaded = self.reload_if_needed()
         except Refused:
             for file, content_before in former.items():
-                if content_before is None:
-                    (self.nginx / file).unlink()
-                else:
-                    _replace(self.nginx / file, content_before)
+                _restore(self.nginx / file, content_before)
             raise
         return differs or reloaded
 
@@ -186,7 +213,7 @@ class Balancer:
         """Mark it down. True if that is new."""
         backends = self.backends(self.nginx)
         self._known(name, backends)
-        left = [other for other in self.names(backends) if other != name and other not in self.drained()]
+        left = set(self.hosts(backends)) - self.out(backends) - {name}
         if not left and not force:
             raise LastBackend(
                 f"{name} is the last backend that takes requests; --force drains it all the same"
@@ -201,8 +228,18 @@ class Balancer:
         (self.drained_dir / name).unlink(missing_ok=True)
         return self._apply(backends)
 
+    def give(self, shares: dict[str, Share]) -> None:
+        """Put the controller's shares in force; the former ones stay if Nginx doesn't take them."""
+        former = _read(self.shares_file)
+        replace(self.shares_file, json.dumps(shares, indent=1).encode())
+        try:
+            self._apply(self.backends(self.nginx))
+        except Refused:
+            _restore(self.shares_file, former)
+            raise
+
     def _known(self, name: str, backends: dict[str, Any]) -> None:
-        names = self.names(backends)
+        names = self.hosts(backends)
         if name not in names:
             raise Refused(f"there is no backend {name!r}; there are {', '.join(names)}")
 
@@ -211,12 +248,11 @@ class Balancer:
         former = _read(path)
         text = self.render(backends).encode()
         if former != text:
-            _replace(path, text)
+            replace(path, text)
         try:
             return self.reload_if_needed()
         except Refused:
-            if former is not None:
-                _replace(path, former)
+            _restore(path, former)
             raise
 
     def wait_until_idle(self, name: str, seconds: float) -> None:
@@ -233,9 +269,11 @@ class Balancer:
 
     def wait_until_seen(self, name: str, seconds: float) -> None:
         """Wait until it has answered a request that came through Nginx."""
-        url = self.backends(self.nginx)["probe"]
+        backends = self.backends(self.nginx)
+        url = backends["probe"]
+        servers = {each["name"] for each in backends["upstreams"]["pixel"]["servers"] if each["host"] == name}
         deadline = time.monotonic() + seconds
-        while ask(url) != name:
+        while ask(url) not in servers:
             if time.monotonic() > deadline:
                 raise InVain(f"{name} has answered none of the requests to {url} within {seconds:.0f} s")
             time.sleep(0.02)
@@ -243,22 +281,38 @@ class Balancer:
     def _addresses(self, name: str) -> set[str]:
         upstreams = self.backends(self.nginx)["upstreams"].values()
         servers = (server for upstream in upstreams for server in upstream["servers"])
-        return {server["address"] for server in servers if server["name"] == name}
+        return {server["address"] for server in servers if server["host"] == name}
 
     def status(self) -> dict[str, Any]:
         """Backends with address, weight and state, and whether Nginx runs with these files."""
-        backends = {}
-        for upstream, spec in self.backends(self.nginx)["upstreams"].items():
-            for server in spec["servers"]:
-                backends[server["name"]] = {
-                    "upstream": upstream,
-                    "address": server["address"],
-                    "weight": server["weight"],
-                    "state": "drained" if server["name"] in self.drained() else "up",
-                    "connections": connections(server["address"]),
-                }
+        drained, shares = self.drained(), self.shares()
+        content = _read(self.status_file)
+        thoughts = {each["name"]: each["why"] for each in json.loads(content or b"{}").get("backends", [])}
+        servers = self.backends(self.nginx)["upstreams"]["pixel"]["servers"]
+        given = [shares.get(server["name"], WHOLE) for server in servers]
+        backends = {
+            server["name"]: {
+                "address": server["address"],
+                "base": server["weight"],
+                "weight": weight,
+                "state": "drained" if server["host"] in drained else "down" if share.down else "up",
+                "why": "taken out by hand" if server["host"] in drained else thoughts.get(server["name"], ""),
+                "connections": connections(server["address"]),
+            }
+            for server, share, weight in zip(servers, given, weigh(servers, given), strict=True)
+        }
         loaded = self.stamp.exists() and self.stamp.read_text() == self.fingerprint()
         return {"backends": backends, "running": master_pid() is not None, "loaded": loaded}
+
+
+def weigh(servers: list[dict[str, Any]], shares: list[Share]) -> list[int]:
+    """Weights for Nginx: the base weights, or, where shares differ, whole numbers in their ratio."""
+    base = [int(server["weight"]) for server in servers]
+    if all(share.factor == 1 for share in shares):
+        return base
+    weights = [max(1, round(100 * one * share.factor)) for one, share in zip(base, shares, strict=True)]
+    divisor = math.gcd(*weights)
+    return [weight // divisor for weight in weights]
 
 
 # --- connections ------------------------------------------------------------------------------
@@ -325,13 +379,20 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes) -> None:
     """Whole or not at all; untouched if it is so already."""
     if _read(path) == content:
         return
     half = path.with_name(path.name + ".new")
     half.write_bytes(content)
     half.replace(path)
+
+
+def _restore(path: Path, content: bytes | None) -> None:
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        replace(path, content)
 
 
 @contextlib.contextmanager
@@ -359,8 +420,13 @@ def main() -> int:
         command.add_argument("--wait", type=float, default=10, metavar="SECONDS", help="default 10")
     commands.add_parser("reload", help="make Nginx read its files again")
     commands.add_parser("status", help="what is in force, as JSON")
+    watching = commands.add_parser("watch", help="the controller; runs until it is stopped")
+    watching.add_argument("--dry-run", action="store_true", help="say what it would do, and do nothing")
     commands.add_parser("loaded", help="note that Nginx has just read its files")
     args = parser.parse_args()
+    if args.command == "watch":
+        program = str(Path(__file__).resolve().with_name("watch.py"))
+        os.execv(sys.executable, [sys.executable, program, *["--dry-run"] * args.dry_run])
     balancer = Balancer()
     try:
         if args.command == "status":

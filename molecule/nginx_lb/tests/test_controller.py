@@ -1,0 +1,162 @@
+"""The controller on both balancers, before two backends that are as ready and busy as they are told to be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+RECORDS = ROOT / "tests" / "data"
+BOTH = ("debian12", "debian13")
+testinfra_hosts = ["debian12"]
+
+
+def play(**variables: Any) -> None:
+    command = ["ansible-playbook", "--inventory", "molecule/shared/inventory", "playbooks/nginx_lb.yml"]
+    subprocess.run(
+        [*command, "--extra-vars", json.dumps(variables)],
+        cwd=ROOT,
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
+        check=True,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def controlled() -> Iterator[None]:
+    play(nginx_lb_weights="adaptive", nginx_lb_slow_start=30)
+    yield
+    play(nginx_lb_health_checks=False)
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
+        time.sleep(1)
+
+
+@pytest.fixture
+def backends(shell: Any) -> Callable[[str], dict[str, Any]]:
+    """What a balancer says of the backends."""
+
+    def status(balancer: str = "debian12") -> dict[str, Any]:
+        while not (said := json.loads(shell("pixel-lb status", on=balancer)))["loaded"]:
+            time.sleep(0.5)  # What is written is about to be in force.
+        found: dict[str, Any] = said["backends"]
+        return found
+
+    return status
+
+
+@pytest.fixture
+def seen(shell: Any) -> Callable[[], dict[str, Any]]:
+    """What /lb/status says on the balancer's own host."""
+    return lambda: json.loads(json.loads(shell("client one /lb/status"))[2])
+
+
+def test_both_controllers_run_in_a_sandbox(host: Any, shell: Any) -> None:
+    for balancer in BOTH:
+        assert shell("systemctl is-active pixel-lb; systemctl is-enabled pixel-lb", on=balancer).split() == [
+            "active",
+            "enabled",
+        ]
+    score = re.search(
+        r"level for pixel-lb.service: ([0-9.]+)", host.run("systemd-analyze security pixel-lb").stdout
+    )
+    assert score is not None
+    assert float(score[1]) < 3
+
+
+def test_a_second_run_changes_nothing_although_weights_are_the_controllers(shell: Any) -> None:
+    """Whatever it has moved by then."""
+    before = shell("cat /etc/nginx/pixel/upstreams.conf")
+    play(nginx_lb_weights="adaptive", nginx_lb_slow_start=30)
+    assert shell("cat /etc/nginx/pixel/upstreams.conf") == before
+
+
+def test_who_is_not_ready_is_taken_out_and_comes_back_in_steps(shell: Any, backends: Any, seen: Any) -> None:
+    shell("touch /run/unready", on="debian13")
+    try:
+        until(lambda: all(backends(each)["debian13"]["state"] == "down" for each in BOTH), 30)
+        assert set(json.loads(shell("client many 20 /who"))) == {"debian12"}
+        (out,) = (each for each in seen()["backends"] if each["name"] == "debian13")
+        assert out["why"].startswith("out: /readyz answers 503")
+        refused = shell("pixel-lb drain debian12; echo $?")
+        assert refused.strip() == "3"
+    finally:
+        shell("rm /run/unready", on="debian13")
+    weights = []
+
+    def back() -> bool:
+        said = backends()
+        if said["debian13"]["state"] == "up":
+            weights.append((said["debian12"]["weight"], said["debian13"]["weight"]))
+        return weights[-1:] == [(3, 2)]
+
+    until(back, 90)
+    # Base weights are 3 to 2: half of that first.
+    assert (3, 1) in weights
+    assert Counter(json.loads(shell("client many 50 /who"))) == {"debian12": 30, "debian13": 20}
+
+
+def test_where_nobody_is_ready_nobody_is_out(shell: Any, backends: Any, seen: Any) -> None:
+    for name in BOTH:
+        shell("touch /run/unready", on=name)
+    try:
+        until(lambda: seen()["alarm"] != "", 30)
+        assert {each["state"] for each in backends().values()} == {"up"}
+        assert set(json.loads(shell("client many 20 /who"))) == set(BOTH)
+    finally:
+        for name in BOTH:
+            shell("rm /run/unready", on=name)
+    assert "NO BACKEND IS READY" in shell("journalctl --unit=pixel-lb --output=cat")
+    until(lambda: seen()["alarm"] == "", 30)
+
+
+def test_a_host_whose_cpu_is_stolen_gets_less(shell: Any, backends: Any, seen: Any) -> None:
+    for name, record in (("debian12", "working"), ("debian13", "throttled")):
+        content = (RECORDS / f"stat-{record}").read_text()
+        shell(f"cat >/run/stat <<'END'\n{content}END", on=name)
+    try:
+        until(lambda: all("stolen" in backends(each)["debian13"]["why"] for each in BOTH), 90)
+        said = backends()
+        assert said["debian13"]["weight"] / said["debian12"]["weight"] < 0.8 * 2 / 3
+        (slow,) = (each for each in seen()["backends"] if each["name"] == "debian13")
+        assert slow["cpu_steal"] > 0.5
+        assert slow["cpu_busy"] < 0.3
+    finally:
+        for name in BOTH:
+            shell("rm /run/stat", on=name)
+    # No word of it any more: the base weights, after half a minute.
+    until(lambda: backends()["debian13"]["weight"] == 2, 75)
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(shell: Any, backends: Any) -> None:
+    shell("systemctl stop pixel-lb; touch /run/unready", on="debian12")
+    try:
+        said = shell("timeout 12 pixel-lb watch --dry-run 2>&1")
+    finally:
+        shell("rm /run/unready; systemctl start pixel-lb", on="debian12")
+    assert "debian12 is taken out: /readyz answers 503" in said
+    assert "would give debian12 nothing" in said
+    assert {each["state"] for each in backends().values()} == {"up"}
+
+
+def test_what_nginx_would_refuse_leaves_the_last_good_file(shell: Any, backends: Any) -> None:
+    before = shell("cat /etc/nginx/pixel/upstreams.conf")
+    shell("echo 'nonsense;' >>/etc/nginx/pixel/server.conf; touch /run/unready", on="debian12")
+    try:
+        until(lambda: "the last good configuration stays" in shell("journalctl -u pixel-lb -o cat"), 30)
+        assert shell("cat /etc/nginx/pixel/upstreams.conf") == before
+        assert len(json.loads(shell("client many 20 /who"))) == 20
+    finally:
+        shell("sed -i '/^nonsense;$/d' /etc/nginx/pixel/server.conf; rm /run/unready", on="debian12")

@@ -1,0 +1,116 @@
+"""Role nginx_lb with other variables: methods that go by a key, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+testinfra_hosts = ["debian12", "debian13"]
+
+
+def play(*arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+    command = ["ansible-playbook", "--inventory", "molecule/shared/inventory", "playbooks/nginx_lb.yml"]
+    return subprocess.run(
+        [*command, *arguments, "--extra-vars", json.dumps(variables)],
+        cwd=ROOT,
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+def changes(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {host: int(count) for host, count in re.findall(r"^(\S+)\s+: .*changed=(\d+)", done.stdout, re.M)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sticky() -> Iterator[None]:
+    changes(
+        play(
+            nginx_lb_sticky=True,
+            nginx_lb_method="hash",
+            nginx_lb_hash_key="$http_x_own",
+            nginx_lb_health_checks=False,
+        )
+    )
+    yield
+    changes(play(nginx_lb_health_checks=False))
+
+
+ITEMS = [f"/pixel/{x}/{x * 7 % 100}" for x in range(60)]
+
+
+def owners(host: Any) -> dict[str, str]:
+    """Which instance answers for each item; a second request has to be answered by the same one."""
+    words = " ".join(ITEMS * 2)
+    seen = json.loads(host.check_output(f"client each {words}"))
+    assert seen[: len(ITEMS)] == seen[len(ITEMS) :]
+    return dict(zip(ITEMS, seen, strict=False))
+
+
+def test_an_item_keeps_its_instance_and_only_a_leavers_items_move(host: Any) -> None:
+    before = owners(host)
+    assert set(before.values()) == {"debian12", "debian13"}
+    host.check_output("pixel-lb drain debian13")
+    try:
+        while_away = owners(host)
+    finally:
+        host.check_output("pixel-lb undrain debian13 --wait=0 || true")
+    assert set(while_away.values()) == {"debian12"}
+    assert owners(host) == before
+
+
+def test_balancers_agree_on_an_items_instance(host: Any, state: Path) -> None:
+    before = owners(host)
+    (other,) = {"debian12", "debian13"} - {host.backend.hostname}
+    ask = ["ssh", "-F", str(state / "ssh_config"), other, "client", "each", *ITEMS]
+    done = subprocess.run(ask, text=True, capture_output=True, check=True)
+    assert json.loads(done.stdout) == list(before.values())
+
+
+def test_a_hash_key_decides(host: Any) -> None:
+    def who(value: str) -> str:
+        said = json.loads(host.check_output(f"client one /who GET '' 'X-Own: {value}'"))
+        instance: str = said[1]["x-pixel-instance"]
+        return instance
+
+    values = [f"value-{number}" for number in range(20)]
+    first = [who(value) for value in values]
+    assert set(first) == {"debian12", "debian13"}
+    assert [who(value) for value in values] == first
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"nginx_lb_method": "fastest"}, "nginx_lb_method"),
+        ({"nginx_lb_method": "hash", "nginx_lb_hash_key": "a b;"}, "nginx_lb_hash_key"),
+        ({"nginx_lb_clusters": {"x/y": "c5"}}, "can't be part of a path: x/y"),
+        ({"nginx_lb_clusters": {"big": "m5"}}, "names m5, of which there is no backend"),
+        ({"nginx_lb_weights": "explicit"}, "nginx_lb_weight: set one"),
+        ({"nginx_lb_weights": "measured"}, "run playbooks/calibrate.yml"),
+        (
+            {"nginx_lb_backup": "{{ inventory_hostname == 'debian13' }}", "nginx_lb_method": "hash"},
+            "nginx_lb_method hash knows no backups, and debian13 has nginx_lb_backup",
+        ),
+        (
+            {"nginx_lb_backup": "{{ inventory_hostname == 'debian13' }}", "nginx_lb_sticky": True},
+            "nginx_lb_sticky knows no backups",
+        ),
+        ({"nginx_lb_backup": True}, "at least one host must not be a backup"),
+    ],
+)
+def test_what_cannot_be_is_told(variables: dict[str, Any], says: str) -> None:
+    done = play("--tags", "preflight", **variables)
+    assert done.returncode != 0
+    assert says in " ".join(done.stdout.split())
