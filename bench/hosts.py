@@ -80,6 +80,14 @@ class Fleet:
         if status != 0:
             raise FleetError(f"power {host} {state}: {tail(output)}")
 
+    async def throttle(self, host: str, processors: float | None) -> None:
+        """Lets a host use so many processors; None for all that there are."""
+        program = str(ROOT / "molecule" / "shared" / "fleet.py")
+        number = "all" if processors is None else str(processors)
+        status, output = await self._run(sys.executable, program, "cpus", host, number, patience=30)
+        if status != 0:
+            raise FleetError(f"cpus {host} {number}: {tail(output)}")
+
     async def _run(self, *command: str, patience: float, text: str = "") -> tuple[int, str]:
         """Runs a program, and gives its exit status and all that it said.
 

@@ -53,6 +53,18 @@ def test_an_honest_service_is_clean(service: StandIn, whole_canvas: bool) -> Non
         assert report.connections_opened == 8
 
 
+def test_reads_change_nothing(service: StandIn) -> None:
+    async def session() -> tuple[Report, bytes, bytes]:
+        target = Target.parse(service.url)
+        before = await read_canvas(target, WIDTH, HEIGHT, [])
+        report = await run(target, Plan(500, 0.2, 8, 5, reads=True), Ledger(WIDTH, HEIGHT))
+        return report, before, await read_canvas(target, WIDTH, HEIGHT, [])
+
+    report, before, after = asyncio.run(session())
+    assert (report.acknowledged, report.failed) == (WRITES, 0)
+    assert before == after
+
+
 def test_requests_leave_on_time(service: StandIn) -> None:
     report, _ = drive(service)
     assert len(report.lags) == WRITES

@@ -9,6 +9,7 @@ installed. Everything about one fleet lies in `.fleet/<name>/` of the repository
     fleet.py up                      engine, image, hosts c5 and t2, site.yml, a pixel there and back
     fleet.py create HOST[:SUITE]...  engine, image and these hosts only
     fleet.py power HOST on|off|reboot
+    fleet.py cpus HOST NUMBER|all    how many processors a host may use, 0.05 being a twentieth of one
     fleet.py destroy                 hosts, network and state; the image stays for the next fleet
     fleet.py down                    the same, and the images that no other fleet uses
 
@@ -538,6 +539,11 @@ def power(docker: Docker, fleet: Fleet, host: Host, state: str) -> None:
     _wait_for_ssh(fleet, host)
 
 
+def cpus(docker: Docker, fleet: Fleet, host: Host, number: float | None) -> None:
+    """Throttle a host to so many processors, or to none fewer than there are."""
+    docker("update", "--cpus", str(number or os.cpu_count()), fleet.container(host))
+
+
 def destroy(docker: Docker, fleet: Fleet) -> None:
     """Remove the fleet's containers, network and state; nothing of another fleet."""
     for name in _containers(docker, fleet):
@@ -656,6 +662,9 @@ def main() -> None:
     switching = commands.add_parser("power", help="cut, give back, or cycle a host's power")
     switching.add_argument("host")
     switching.add_argument("state", choices=("on", "off", "reboot"))
+    throttling = commands.add_parser("cpus", help="how many processors a host may use")
+    throttling.add_argument("host")
+    throttling.add_argument("number", type=_processors, metavar="NUMBER|all")
     commands.add_parser("destroy", help="remove hosts, network and state")
     commands.add_parser("down", help="destroy, and remove unused host images")
     args = parser.parse_args()
@@ -672,7 +681,9 @@ def main() -> None:
             if args.command == "create":
                 create(docker, fleet)
             elif args.command == "power":
-                _power_named(docker, fleet, args.host, args.state)
+                power(docker, fleet, _named(fleet, args.host), args.state)
+            elif args.command == "cpus":
+                cpus(docker, fleet, _named(fleet, args.host), args.number)
             else:
                 destroy(docker, fleet)
                 if args.command == "down":
@@ -684,11 +695,21 @@ def main() -> None:
         fail("interrupted; run it again to go on from here, or `make down` to remove what is there.")
 
 
-def _power_named(docker: Docker, fleet: Fleet, name: str, state: str) -> None:
+def _named(fleet: Fleet, name: str) -> Host:
     hosts = {host.name: host for host in fleet.hosts}
     if name not in hosts:
         raise Problem(f"fleet {fleet.name} has no host {name!r}; it has {', '.join(hosts)}.")
-    power(docker, fleet, hosts[name], state)
+    return hosts[name]
+
+
+def _processors(text: str) -> float | None:
+    """A number of processors that this machine has; None for all of them."""
+    if text == "all":
+        return None
+    number = float(text)
+    if not 0.01 <= number <= (os.cpu_count() or 1):
+        raise argparse.ArgumentTypeError(f"{text} is not 0.01 to {os.cpu_count()}, nor all")
+    return number
 
 
 def fail(text: str) -> NoReturn:
