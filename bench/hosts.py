@@ -168,7 +168,9 @@ class Fleet:
             await self.ssh(host, "systemctl kill --signal=CONT pixel.service || true")
         await self.join()
         drained = [
-            host for host, said in (await self.balancer_status()).items() if said["state"] != "up"
+            host
+            for host, said in (await self.balancer_status()).items()
+            if said["state"] == "drained"
         ]
         for host in drained:
             await self.ssh(BALANCER, f"pixel-lb undrain {host}")
