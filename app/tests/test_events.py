@@ -185,6 +185,29 @@ async def test_picture_and_later_events_are_the_canvas_exactly(
         await screen.__aexit__()
 
 
+async def test_who_resumes_while_others_write_on_has_the_same_reader_as_all(
+    store: Store, hub: Hub, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "STATUS", 0.2)
+    first = await store.write([Change(0, 0, 0, 1)])
+
+    async def write_on() -> None:
+        while True:
+            await store.write([Change(1, 1, 1, 1)])
+            await asyncio.sleep(0.01)
+
+    writer = asyncio.create_task(write_on())
+    screens = [await Screen(hub, first).__aenter__() for _ in range(10)]
+    await eventually(lambda: all(screen.statuses for screen in screens))
+    with redis_server.admin() as admin:
+        admin.config_resetstat()
+        await asyncio.sleep(0.5)
+        assert admin.info("commandstats")["cmdstat_xrange"]["calls"] <= 15
+    writer.cancel()
+    for screen in screens:
+        await screen.__aexit__()
+
+
 async def test_a_slow_viewer_is_bounded_and_misses_nothing(
     store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,10 +255,13 @@ async def test_a_redis_that_was_away_costs_no_viewer_a_change(fragile_redis: Red
         await store.write([Change(1, 1, 0, 1)])
         await screen.sees({(1, 1, "R"): 1})
         fragile_redis.kill()
-        fragile_redis.start()
-        await asyncio.sleep(0.05)
-        await store.write([Change(2, 2, 0, 2)])
-        await screen.sees({(2, 2, "R"): 2})
+        async with Screen(hub, screen.after) as late:
+            await asyncio.sleep(0.1)
+            fragile_redis.start()
+            await asyncio.sleep(0.05)
+            await store.write([Change(2, 2, 0, 2)])
+            await screen.sees({(2, 2, "R"): 2})
+            await late.sees({(2, 2, "R"): 2})
         assert set(screen.names) == {"message"}
         # It comes back with less than it had.
         with fragile_redis.admin() as admin:

@@ -117,7 +117,7 @@ class Hub:
                 if viewer.behind:
                     # What is read from now on reaches the queue, what came before is in Redis.
                     viewer.behind = False
-                    async for frame in self._catch_up(viewer):
+                    async for frame in self._catch_up(viewer, self._last):
                         yield frame
                 elif viewer.status:
                     frame, viewer.status = viewer.status, b""
@@ -141,14 +141,21 @@ class Hub:
         for viewer in self._viewers:
             viewer.arrival.set()
 
-    async def _catch_up(self, viewer: _Viewer) -> AsyncIterator[bytes]:
+    async def _catch_up(self, viewer: _Viewer, last: EventId) -> AsyncIterator[bytes]:
+        """What a viewer has to hear until it knows of an event that is the last, or later."""
         while not self._closed:
-            events = await self._store.events(viewer.position)
+            try:
+                events = await self._store.events(viewer.position)
+            except Problem:
+                await asyncio.sleep(_RETRY)
+                continue
             if events.complete and not events.records:
                 return
             viewer.position = events.last
             yield _message(events).frame
             await asyncio.sleep(PAUSE)
+            if viewer.position >= last:
+                return
 
     async def _wait(self, viewer: _Viewer) -> bool:
         """Whether something has come for the viewer before a heartbeat is due."""
