@@ -42,8 +42,9 @@ load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the bala
 drill: tools  ## break the local fleet in thirteen ways under load, and count what users notice
 	$(BIN)/python bench/drill.py
 
-docs: tools  ## write the roles' READMEs from their argument specs
+docs: tools  ## write the roles' READMEs from their argument specs, and the API's answers
 	for role in roles/*; do aar-doc --output-file README.md $$role markdown; done
+	cd app && PYTHONPATH=src python tests/test_docs.py
 
 control:
 	@$(PYTHON) molecule/shared/machine.py control

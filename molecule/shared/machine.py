@@ -24,6 +24,7 @@ LOCKS = {"control": ("control.txt",), "aws": ("aws.txt",), "test": ("test.txt",)
 # Commands that the tests start themselves, and the Debian packages that bring them.
 TEST_COMMANDS = {
     "chromium": "chromium",
+    "curl": "curl",
     "git": "git",
     "nginx": "nginx",
     "redis-server": "redis-server",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,40 @@ def test_the_metrics_are_not_the_publics(client: Any) -> None:
 def test_the_documentation_is_there(client: Any) -> None:
     assert client.ask("/docs")[0] == 200
     assert "/pixel" in json.loads(client.ask("/openapi.json")[2])["paths"]
+
+
+def test_a_pixel_is_seen_at_once_through_the_other_host(client: Any, viewer: Any) -> None:
+    """Posted through the balancer to one host, seen through the balancer in the stream of the other."""
+    with ExitStack() as stack:
+        viewers: dict[str, Any] = {}
+        for _ in range(20):
+            if len(viewers) == 2:
+                break
+            opened = stack.enter_context(viewer())
+            viewers[opened.instances[0]] = opened
+        seen = set()
+        for number in range(20):
+            before = time.monotonic()
+            pixel = PIXEL | {"x": 200, "y": number, "value": 1 + time.time_ns() % 255}
+            status, headers, _ = client.ask("/pixel", json.dumps(pixel).encode())
+            assert status == 200
+            poster = headers["X-Pixel-Instance"]
+            other = viewers["t2" if poster == "c5" else "c5"]
+            other.sees(lambda it, y=number, to=pixel["value"]: it.channel(200, y, "R") == to, 1)
+            assert time.monotonic() - before < 1
+            seen.add(poster)
+    assert seen == set(viewers) == {"c5", "t2"}
+
+
+def test_the_live_page_is_the_same_from_all_hosts(client: Any) -> None:
+    tags: Counter[tuple[str, str]] = Counter()
+    for _ in range(10):
+        status, headers, _ = client.ask("/live/main.js")
+        assert status == 200
+        assert headers["Cache-Control"] == "no-cache"
+        tags[headers["ETag"], headers["X-Pixel-Instance"]] += 1
+    assert len({tag for tag, _ in tags}) == 1
+    assert {instance for _, instance in tags} == {"c5", "t2"}
+    _, headers, page = client.ask("/")
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert 'id="board"' in page
