@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -41,6 +42,68 @@ def test_it_answers_on_both_sockets_and_signs_everything(service: Service) -> No
             assert [answer.status_code for answer in answers] == [200, 422, 200, 404, 405]
             assert all(answer.headers["x-pixel-instance"] == "c5" for answer in answers)
             assert all("server" not in answer.headers for answer in answers)
+
+
+BAD_BODIES = [
+    b"",
+    b"x=1&y=2",
+    b'{"x":1,"y":2,"channel":"R","value":',
+    b'{"x":NaN,"y":2,"channel":"R","value":3}',
+    b'{"x":-0,"y":2,"channel":"R","value":3}',
+    b'{"x":1e0,"y":2,"channel":"R","value":3}',
+    b'{"x":1,"y":2,"channel":"R","value":3,"value":4}',
+    b'{"x":1,"y":2,"channel":"R","value":3,"alpha":4}',
+    b'{"x":1,"y":2,"channel":"\xff","value":3}',
+    b'{"x":1,"y":2,"channel":"R","value":%s}' % (b"9" * 500),
+    b'{"R":1,"G":2,"B":-0}',
+    b'{"R":1,"G":2,"B":3,"B":4}',
+    b"[" * 1000,
+    b"[" * 500_000 + b"]" * 500_000,
+    b'{"x":' * 200_000,
+    b" " * 3_000_000,
+]
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=lambda body: repr(body[:40]))
+def test_a_bad_body_is_refused_and_nothing_is_written(service: Service, body: bytes) -> None:
+    good = json.dumps(PIXEL | {"value": 77}).encode()
+    with httpx.Client(base_url=service.url, timeout=20) as client:
+        before = client.get("/canvas.rgb").headers["x-pixel-event"]
+        for method, path, content in (
+            ("POST", "/pixel", body),
+            ("PUT", "/pixel/1/2", body),
+            ("POST", "/pixels", body),
+            ("POST", "/pixels", b"[%b,%b]" % (good, body)),
+        ):
+            headers = {"content-type": "application/json"}
+            answer = client.request(method, path, content=content, headers=headers)
+            assert answer.status_code in (400, 413, 422), (method, path, answer.text)
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.json()["detail"]
+        assert client.get("/canvas.rgb").headers["x-pixel-event"] == before
+
+
+def test_slow_clients_hold_nobody_up(
+    shared_redis: RedisServer, start_service: StartService
+) -> None:
+    service = start_service(shared_redis.url, PIXEL_WORKERS="1")
+    httpx.get(f"{service.url}/readyz", timeout=20)
+    head = (
+        b"POST /pixels HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 900\r\n\r\n"
+    )
+    slow = [socket.create_connection(service.tcp.getsockname()) for _ in range(200)]
+    try:
+        for number, connection in enumerate(slow):
+            # Some stop within the head, some within the body.
+            connection.sendall(head[: 1 + number % len(head)] if number % 2 else head + b"[{")
+        started = time.monotonic()
+        for _ in range(20):
+            assert httpx.post(f"{service.url}/pixel", json=PIXEL).status_code == 200
+        assert time.monotonic() - started < 5
+    finally:
+        for connection in slow:
+            connection.close()
 
 
 def test_metrics_are_of_all_workers(service: Service) -> None:
