@@ -116,3 +116,21 @@ def test_the_live_page_is_the_same_from_all_hosts(client: Any) -> None:
     _, headers, page = client.ask("/")
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert 'id="board"' in page
+
+
+def test_a_restart_ends_streams_cleanly_and_they_go_on_elsewhere(
+    client: Any, watched: Any, state: Path
+) -> None:
+    """As in a deploy: host by host, while others write. The viewer misses nothing, and is never cut off."""
+    number = 0
+    with watched() as viewer:
+        for name in ("c5", "t2"):
+            restart = subprocess.Popen(
+                ["ssh", "-F", str(state / "ssh_config"), name, "sudo systemctl restart pixel"]
+            )
+            while restart.poll() is None:
+                number += 1
+                batch = [PIXEL | {"x": number % 1024, "y": y, "value": number % 256} for y in range(50)]
+                assert client.ask("/pixels", json.dumps(batch).encode())[0] == 200
+            assert restart.returncode == 0
+        assert len(viewer.instances) > 1
