@@ -82,22 +82,22 @@ def test_a_bad_release_is_not_tried_again(host: Any, releases: Any, tmp_path: Pa
 
 def interrupt(task: str, signum: int, name: str, *arguments: str) -> None:
     """Begin a playbook, and end it and all that it started as soon as it comes to a task."""
-    playing = subprocess.Popen(
+    with subprocess.Popen(
         ["ansible-playbook", f"playbooks/{name}.yml", *arguments],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
         start_new_session=True,
-    )
-    assert playing.stdout is not None
-    for line in playing.stdout:
-        if task in line:
-            break
-    else:
-        raise AssertionError(f"it never came to {task!r}")
-    os.killpg(playing.pid, signum)
-    playing.stdout.read()
-    assert playing.wait(timeout=30) != 0
+    ) as playing:
+        assert playing.stdout is not None
+        for line in playing.stdout:
+            if task in line:
+                break
+        else:
+            raise AssertionError(f"it never came to {task!r}")
+        os.killpg(playing.pid, signum)
+        playing.stdout.read()
+    assert playing.returncode != 0
 
 
 def test_an_interrupted_deploy_is_finished_by_the_next(
