@@ -27,14 +27,15 @@ CALM = 10.0
 LAST = 30.0
 CONNECTIONS = 256
 OUTPUT = ROOT / "bench" / "out" / "throttle.jsonl"
-FIXED = {
+ROUND_ROBIN = {"nginx_lb_method": "round_robin"}
+FIXED = ROUND_ROBIN | {
     "nginx_lb_weights": "explicit",
     "nginx_lb_weight": "{{ 3 if inventory_hostname == 'c5' else 2 }}",
 }
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "explicit weights 3:2": FIXED,
     "least_conn": FIXED | {"nginx_lb_method": "least_conn"},
-    "adaptive": {"nginx_lb_weights": "adaptive"},
+    "adaptive": ROUND_ROBIN | {"nginx_lb_weights": "adaptive"},
     "adaptive and least_conn": {"nginx_lb_weights": "adaptive", "nginx_lb_method": "least_conn"},
 }
 

@@ -136,9 +136,9 @@ def method(host: Any, shell: Any) -> Iterator[Any]:
     path = "/etc/nginx/staged/pixel/backends.json"
     staged = json.loads(host.file(path).content_string)
 
-    def choose(line: str) -> None:
+    def choose(*lines: str) -> None:
         other = json.loads(json.dumps(staged))
-        other["upstreams"]["pixel"]["lines"]["first"][1:] = [line]
+        other["upstreams"]["pixel"]["lines"]["first"][1:] = lines
         shell(f"cat >{path} <<'END'\n{json.dumps(other)}\nEND")
         assert host.check_output("pixel-lb install") == "changed"
 
@@ -147,9 +147,14 @@ def method(host: Any, shell: Any) -> Iterator[Any]:
     assert host.check_output("pixel-lb install") == "changed"
 
 
-def test_least_conn_prefers_who_is_idle(host: Any, method: Any, many: Any) -> None:
-    method("least_conn")
-    assert Counter(many(100)) == {"debian12": 60, "debian13": 40}
+def test_round_robin_follows_the_weights_exactly(method: Any, many: Any) -> None:
+    method()
+    seen = many(100)
+    assert Counter(seen) == {"debian12": 60, "debian13": 40}
+    assert seen[:50] == seen[50:]
+
+
+def test_least_conn_prefers_who_is_idle(host: Any) -> None:
     # A slow host has its requests in flight for longer, and so gets fewer; by weight it would be 80.
     seen = Counter(json.loads(host.check_output("client many 200 /slow/debian13 20")))
     assert 0 < seen["debian13"] < 50
