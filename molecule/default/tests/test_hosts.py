@@ -60,6 +60,13 @@ def test_an_unprivileged_user_cannot_read_the_password(host: Any) -> None:
     assert "Permission denied" in done.stderr
 
 
+def test_redis_and_the_app_listen_where_they_are_needed(host: Any, address: str) -> None:
+    listening = {line.split()[3] for line in host.check_output("ss -Hltn").splitlines()}
+    redis = {one for one in listening if one.endswith(":6379")}
+    assert redis == ({f"{address}:6379", "127.0.0.1:6379"} if host.backend.hostname == "c5" else set())
+    assert {one for one in listening if one.endswith(":8000")} == {f"{address}:8000"}
+
+
 def test_redis_refuses_a_stranger_on_the_network(host: Any, fleet: dict[str, Any]) -> None:
     program = (
         "import socket, sys\n"

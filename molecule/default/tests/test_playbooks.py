@@ -72,6 +72,11 @@ def test_a_run_that_has_nothing_to_do_changes_nothing(arguments: tuple[str, ...]
         ("nginx_lb_reload_interval", 5),
         ("nginx_lb_dead_band", 5),
         ("nginx_lb_health_fails", 0),
+        ("nginx_lb_limit_rate", -1),
+        ("nginx_lb_limit_burst", "many"),
+        ("nginx_lb_body_timeout", 0),
+        ("nginx_lb_admin_networks", ["10.0.0.0/33"]),
+        ("nginx_lb_trusted_proxies", ["0.0.0.0/0"]),
     ],
 )
 def test_a_wrong_variable_stops_the_play_before_anything_is_done(variable: str, value: Any) -> None:
