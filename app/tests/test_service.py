@@ -231,6 +231,23 @@ def test_every_line_of_the_log_is_json(service: Service) -> None:
     assert any(line["message"] == "connected to Redis" for line in lines)
 
 
+def test_at_level_debug_each_answer_is_logged_with_its_id_and_without_its_body(
+    shared_redis: RedisServer, start_service: StartService
+) -> None:
+    service = start_service(shared_redis.url, PIXEL_WORKERS="1", PIXEL_LOG_LEVEL="debug")
+    httpx.get(f"{service.url}/readyz", timeout=20)
+    name = {"X-Request-ID": "0123456789abcdef"}
+    assert httpx.post(f"{service.url}/pixel", json=PIXEL, headers=name).status_code == 200
+    httpx.post(f"{service.url}/pixel?key=hidden", content=b"hidden", headers=name)
+    wait_until(lambda: service.output().count("0123456789abcdef") == 2)
+    lines = [json.loads(line) for line in service.output().splitlines()]
+    logged = [line for line in lines if line.get("request_id") == "0123456789abcdef"]
+    said = [line["message"] for line in logged]
+    assert said == ["POST /pixel was answered 200", "POST /pixel was answered 415"]
+    assert all(0 < line["seconds"] < 1 for line in logged)
+    assert "hidden" not in service.output()
+
+
 def test_a_reload_replaces_the_workers_and_fails_nobody(
     shared_redis: RedisServer, start_service: StartService
 ) -> None:

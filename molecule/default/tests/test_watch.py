@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -40,10 +41,10 @@ def wait_until(found: Callable[[], Any], seconds: float = 60) -> Any:
     return result
 
 
-def play(*arguments: str, **variables: Any) -> tuple[str, dict[str, int]]:
-    """Run playbooks/monitoring.yml: its output, and how much it changed on each host."""
+def play(name: str, *arguments: str, **variables: Any) -> tuple[str, dict[str, int]]:
+    """Run a playbook: its output, and how much it changed on each host."""
     done = subprocess.run(
-        ["ansible-playbook", "playbooks/monitoring.yml", *arguments, "--extra-vars", json.dumps(variables)],
+        ["ansible-playbook", f"playbooks/{name}.yml", *arguments, "--extra-vars", json.dumps(variables)],
         cwd=ROOT,
         env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
         text=True,
@@ -113,7 +114,7 @@ def test_the_rules_are_loaded_and_work(ask: Any) -> None:
 def test_it_listens_at_the_private_address_only(host: Any, address: str) -> None:
     listening = host.socket.get_listening_sockets()
     for port in PACKAGES.values():
-        assert [socket for socket in listening if socket.endswith(f":{port}")] == [f"tcp://{address}:{port}"]
+        assert [place for place in listening if place.endswith(f":{port}")] == [f"tcp://{address}:{port}"]
     assert "tcp://127.0.0.1:8090" in listening
 
 
@@ -169,7 +170,7 @@ def test_an_alert_reaches_the_operators(
     host: Any, shell: Any, webhook: tuple[str, list[dict[str, Any]]]
 ) -> None:
     url, posted = webhook
-    said, changes = play("--diff", monitoring_webhook_url=url, monitoring_webhook_token=TOKEN)
+    said, changes = play("monitoring", "--diff", monitoring_webhook_url=url, monitoring_webhook_token=TOKEN)
     assert changes == {"c5": 2, "t2": 0}  # the file, and the reload
     assert TOKEN not in said
     host.run_expect([0], "systemctl stop prometheus-nginx-exporter")
@@ -186,17 +187,80 @@ def test_an_alert_reaches_the_operators(
         assert TOKEN not in shell(place), place
 
 
+SECRET = "nobody-logs-what-is-in-a-body"
+
+
+DEBUG = """
+mkdir -p /run/systemd/system/pixel.service.d
+echo PIXEL_LOG_LEVEL=debug >/run/pixel-debug.env
+printf '[Service]\\nEnvironmentFile=/run/pixel-debug.env\\n' >/run/systemd/system/pixel.service.d/debug.conf
+systemctl daemon-reload && systemctl restart pixel
+"""
+AS_BEFORE = """
+rm /run/pixel-debug.env /run/systemd/system/pixel.service.d/debug.conf
+systemctl daemon-reload && systemctl restart pixel
+"""
+
+
+def test_a_request_is_followed_over_the_hosts(client: Any, shell: Any) -> None:
+    def ask() -> tuple[str, str]:
+        status, headers, _ = client.ask("/pixels", json.dumps([{"x": SECRET}]).encode())
+        assert status == 422
+        return headers["X-Pixel-Instance"], headers["X-Request-ID"]
+
+    shell(DEBUG, on="t2")
+    try:
+        request_id = wait_until(lambda: found[1] if (found := ask())[0] == "t2" else None)
+        wait_until(lambda: request_id in shell("cat /var/log/nginx/access.log"))
+        said, _ = play("logs", id=request_id)
+    finally:
+        shell(AS_BEFORE, on="t2")
+    of_nginx, of_the_app = re.findall(r"^ok: \[(?:c5|t2)\] => \n((?:    .*\n)+)", said, re.M)[-2:]
+    assert f"id: {request_id}" in of_nginx
+    assert "uri: /pixels" in of_nginx
+    assert f"request_id: {request_id}" in of_the_app
+    assert "POST /pixels was answered 422" in of_the_app
+    for host in ("c5", "t2"):
+        for place in ("cat /var/log/nginx/*.log", "journalctl --no-pager"):
+            assert SECRET not in shell(place, on=host), (host, place)
+
+
+def test_logs_are_bounded_in_size(host: Any, client: Any, shell: Any) -> None:
+    assert "SystemMaxUse=1000M" in shell("systemd-analyze cat-config systemd/journald.conf")
+    assert host.service("logrotate.timer").is_running
+    shell("head -c 101M /dev/zero >>/var/log/nginx/error.log; systemctl start logrotate.service")
+    assert int(shell("stat -c %s /var/log/nginx/error.log")) < 1000
+    assert client.ask("/ping")[0] == 200
+    shell("rm /var/log/nginx/error.log.1")
+
+
+def test_logs_reach_a_collector(fleet: dict[str, Any], client: Any) -> None:
+    received = b""
+    gateway = fleet["subnet"].rpartition(".")[0] + ".1"
+    with socket.create_server((gateway, 0)) as collector:
+        collector.settimeout(30)
+        port = collector.getsockname()[1]
+        play("monitoring", "--tags", "logs", "--limit", "c5", logs_forward_to=f"{gateway}:{port}")
+        request_id = client.ask("/ping")[1]["X-Request-ID"]
+        connection, _ = collector.accept()
+        with connection:
+            connection.settimeout(30)
+            while not (f'"id":"{request_id}"'.encode() in received and b" sudo " in received):
+                received += connection.recv(65536)
+    play("monitoring", "--tags", "logs", "--limit", "c5")
+
+
 def test_it_can_be_removed(host: Any) -> None:
-    _, changes = play(monitoring_state="absent")
+    _, changes = play("monitoring", monitoring_state="absent")
     assert all(changes.values())
     assert not any(
-        socket.endswith(tuple(f":{port}" for port in PACKAGES.values()))
-        for socket in host.socket.get_listening_sockets()
+        place.endswith(tuple(f":{port}" for port in PACKAGES.values()))
+        for place in host.socket.get_listening_sockets()
     )
     left = host.run(
         "ls -d /etc/prometheus* /var/lib/prometheus* /etc/systemd/system/prometheus* /usr/bin/prom*"
     )
     assert left.stdout == ""
     assert host.run("dpkg -l 'prometheus*' | grep ^ii").stdout == ""
-    _, changes = play(monitoring_state="absent")
+    _, changes = play("monitoring", monitoring_state="absent")
     assert not any(changes.values())
