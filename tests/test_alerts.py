@@ -1,7 +1,8 @@
-"""The alert rules, by Prometheus' own tools: each fires when it should, and only then."""
+"""The alert rules and the dashboard, by Prometheus' own tools: each fires when it should, and only then."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -62,3 +63,15 @@ def test_every_alert_says_what_to_do_and_how_urgent_it_is(rules: Path) -> None:
     for rule in alerts(rules):
         assert rule["labels"]["severity"] in ("page", "ticket"), rule["alert"]
         assert rule["annotations"]["summary"][-1] in ".?", rule["alert"]
+
+
+def test_every_query_of_the_dashboard_can_be_parsed(tmp_path: Path) -> None:
+    dashboard = json.loads((ROOT / "docs" / "dashboards" / "pixel.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    rules = [
+        {"record": f"query:{number}", "expr": query.replace("$__rate_interval", "1m")}
+        for number, query in enumerate(queries)
+    ]
+    path = tmp_path / "queries.yml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    assert f"{len(queries)} rules found" in promtool("check", "rules", path)

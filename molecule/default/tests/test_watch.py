@@ -104,6 +104,26 @@ def test_exporters_have_answers_and_not_only_ports(query: Any, client: Any) -> N
     assert time.time() - 3600 < query("pixel_backup_timestamp_seconds")["c5"] < time.time()
 
 
+def test_every_panel_of_the_dashboard_has_data(ask: Any, client: Any) -> None:
+    dashboard = json.loads((ROOT / "docs" / "dashboards" / "pixel.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+
+    def without_data() -> list[str]:
+        for number in range(10):
+            client.ask("/pixel", b'{"x":1,"y":1,"channel":"G","value":%d}' % number)
+            client.ask("/pixel/1/1")
+        return [
+            query
+            for query in queries
+            if not any(
+                sample["value"][1] != "NaN"
+                for sample in ask("query?query=" + quote(query.replace("$__rate_interval", "30s")))["result"]
+            )
+        ]
+
+    wait_until(lambda: not (left := without_data()) or print(left))
+
+
 def test_the_rules_are_loaded_and_work(ask: Any) -> None:
     names = {rule["name"] for group in ask("rules")["groups"] for rule in group["rules"]}
     cases = yaml.safe_load((ROOT / "tests" / "alerts.yml").read_text())["tests"]
