@@ -121,7 +121,11 @@ def test_every_panel_of_the_dashboard_has_data(ask: Any, client: Any) -> None:
             )
         ]
 
-    wait_until(lambda: not (left := without_data()) or print(left))
+    for _ in range(60):
+        if not (left := without_data()):
+            break
+        time.sleep(1)
+    assert left == []
 
 
 def test_the_rules_are_loaded_and_work(ask: Any) -> None:

@@ -2,8 +2,8 @@
 """What the node exporter can't know of a balancer, written for it as a text file.
 
     pixel_lb_backend_weight{backend}            its weight now
-    pixel_lb_backend_weight_floor{backend}      the least that it may have, where weights change by themselves
-    pixel_lb_backend_up{backend}                0 if an operator has taken it out
+    pixel_lb_backend_share{backend}             the part of its usual weight that it gets, where weights adapt
+    pixel_lb_backend_up{backend}                0 if an operator or the controller has taken it out
     pixel_lb_loaded                             0 if Nginx runs with other files than there are
     pixel_certificate_not_after_seconds{path}   when a certificate ends
 
@@ -21,21 +21,22 @@ from pathlib import Path
 from typing import Any
 
 OUTPUT = Path("/var/lib/prometheus/node-exporter/pixel_balancer.prom")
+SHARES = Path("/var/lib/pixel-lb/shares.json")
 
 
 def run(*command: str) -> str:
     return subprocess.run(command, text=True, capture_output=True, check=True, timeout=30).stdout
 
 
-def balancer(status: dict[str, Any]) -> list[str]:
-    """Lines from what `pixel-lb status` says."""
+def balancer(status: dict[str, Any], shares: dict[str, Any]) -> list[str]:
+    """Lines from what `pixel-lb status` says, and from what its controller gives each backend."""
     lines = [f"pixel_lb_loaded {int(status['loaded'])}"]
     for name, backend in status["backends"].items():
         label = f'{{backend="{name}"}}'
         lines.append(f"pixel_lb_backend_weight{label} {backend['weight']}")
         lines.append(f"pixel_lb_backend_up{label} {int(backend['state'] == 'up')}")
-        if backend.get("floor") is not None:
-            lines.append(f"pixel_lb_backend_weight_floor{label} {backend['floor']}")
+        share, _ = shares.get(name, (1.0, False))
+        lines.append(f"pixel_lb_backend_share{label} {share}")
     return lines
 
 
@@ -51,7 +52,8 @@ def end_of(path: str) -> int:
 
 
 def main() -> None:
-    lines = balancer(json.loads(run("/usr/local/sbin/pixel-lb", "status")))
+    shares = json.loads(SHARES.read_text()) if SHARES.exists() else {}
+    lines = balancer(json.loads(run("/usr/local/sbin/pixel-lb", "status")), shares)
     for path in certificate_paths(run("/usr/sbin/nginx", "-T")):
         lines.append(f'pixel_certificate_not_after_seconds{{path="{path}"}} {end_of(path)}')
     half = OUTPUT.with_suffix(".half")
