@@ -40,14 +40,14 @@ def test_both_hosts_run_the_same_release(host: Any, client: Any) -> None:
     assert current.endswith("/" + said["release"])
 
 
-@pytest.mark.parametrize("user", ["app", "admin"])
+@pytest.mark.parametrize("user", ["app", "admin", "monitor"])
 def test_passwords_leak_nowhere(host: Any, shell: Any, password: Any, user: str) -> None:
     secret = password(user)
     for place in (
-        "systemctl show pixel redis-server nginx",
+        "systemctl show pixel redis-server nginx 'prometheus*'",
         "ps -eo args",
         "journalctl --no-pager",
-        "cat /etc/systemd/system/pixel.* /etc/pixel/*.env",
+        "cat /etc/systemd/system/pixel.* /etc/pixel/*.env /etc/default/*",
         "cat /proc/$(systemctl show -P MainPID pixel)/environ",
         "cat /var/log/nginx/*",
     ):
