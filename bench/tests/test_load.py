@@ -128,8 +128,8 @@ def test_a_service_that_closes_each_connection_gets_new_ones(service: StandIn) -
 def test_a_run_can_be_stopped(service: StandIn) -> None:
     async def session() -> Report:
         stop = asyncio.Event()
-        asyncio.get_running_loop().call_later(0.2, stop.set)
-        return await run(Target.parse(service.url), Plan(100, 20), Ledger(WIDTH, HEIGHT), stop=stop)
+        target, ledger = Target.parse(service.url), Ledger(WIDTH, HEIGHT)
+        return await run(target, Plan(100, 20), ledger, stop=stop, watch=lambda _: stop.set())
 
     report = asyncio.run(session())
     assert report.interrupted
