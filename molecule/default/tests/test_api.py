@@ -100,8 +100,9 @@ def test_a_pixel_is_seen_at_once_through_the_other_host(client: Any, viewer: Any
             assert status == 200
             poster = headers["X-Pixel-Instance"]
             other = viewers["t2" if poster == "c5" else "c5"]
-            other.sees(lambda it, y=number, to=pixel["value"]: it.channel(200, y, "R") == to, 1)
-            assert time.monotonic() - before < 1
+            other.sees(lambda it, y=number, to=pixel["value"]: it.channel(200, y, "R") == to, 3)
+            # It takes hundredths of a second; a proxy that buffers would hold it back for good.
+            assert time.monotonic() - before < 3
             seen.add(poster)
     assert seen == set(viewers) == {"c5", "t2"}
 

@@ -66,13 +66,6 @@ def test_requests_in_a_row_follow_the_weights_exactly(many: Any) -> None:
     assert seen[:50] == seen[50:]
 
 
-def test_concurrent_requests_are_spread_by_weight(host: Any) -> None:
-    seen = Counter(json.loads(host.check_output("client many 200 /slow 50")))
-    assert sum(seen.values()) == 200
-    # 120 and 80, but for what a backend's failure in an earlier test still costs it.
-    assert abs(seen["debian12"] - 120) <= 4
-
-
 @pytest.mark.parametrize("method", ["GET", "PUT", "POST", "HEAD", "DELETE", "OPTIONS"])
 def test_every_method_arrives_whole(curl: Any, method: str) -> None:
     status, headers, body = curl("/a/b?x=1&y=%20z", method, "some body", "X-Own: kept")
@@ -156,6 +149,19 @@ def test_round_robin_follows_the_weights_exactly(method: Any, many: Any) -> None
     seen = many(100)
     assert Counter(seen) == {"debian12": 60, "debian13": 40}
     assert seen[:50] == seen[50:]
+
+
+def test_concurrent_requests_are_spread_by_weight(method: Any, host: Any) -> None:
+    def of_debian12() -> int:
+        seen = Counter(json.loads(host.check_output("client many 200 /slow 50")))
+        assert sum(seen.values()) == 200
+        return seen["debian12"]
+
+    # By least_conn it depends on who answers how fast on a machine that all share.
+    assert abs(of_debian12() - 120) <= 50
+    method()
+    # But for what a backend's failure in an earlier test still costs it.
+    assert abs(of_debian12() - 120) <= 4
 
 
 def test_least_conn_prefers_who_is_idle(host: Any) -> None:
