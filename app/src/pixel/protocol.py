@@ -8,7 +8,6 @@ be accepted, which FastAPI's route explains.
 """
 
 import asyncio
-import logging
 from collections.abc import Iterable
 from functools import partial
 from time import perf_counter
@@ -23,8 +22,6 @@ from pixel.problems import Problem
 from pixel.requests import State, check_size, check_type
 
 Headers = Iterable[tuple[bytes, bytes]]
-
-log = logging.getLogger(__name__)
 
 
 class Write:
@@ -53,8 +50,6 @@ class PixelProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._held: bytes | None = None
         self._active = 0.0
-        # Where every answer is logged, the front does it.
-        self._short = not log.isEnabledFor(logging.DEBUG)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -75,8 +70,7 @@ class PixelProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         parser = self.parser
         if (
-            self._short
-            and self.url == b"/pixel"
+            self.url == b"/pixel"
             and parser.get_method() == b"POST"
             and (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused
