@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,51 @@ def shell(host: Any, state: Path) -> Any:
 def password(state: Path) -> Any:
     """The password of a Redis user, as the inventory keeps it."""
     return lambda user: (state / "credentials" / f"redis_{user}").read_text().split()[0]
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a playbook said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def words(self) -> str:
+        """All of it in one line, so that a message is found however it was folded."""
+        return " ".join((self.stdout + self.stderr).split())
+
+    def changes(self) -> dict[str, int]:
+        """How much it changed on each host; it has to have succeeded."""
+        assert self.returncode == 0, self.stdout + self.stderr
+        recap = re.findall(r"^(\S+)\s+: .*changed=(\d+)", self.stdout, re.M)
+        return {host: int(count) for host, count in recap}
+
+
+@pytest.fixture(scope="session")
+def inventory() -> str:
+    """The inventory that the scenario's playbooks are run with."""
+    return "molecule/shared/inventory"
+
+
+@pytest.fixture(scope="session")
+def play(inventory: str) -> Callable[..., Played]:
+    """Run a playbook of the repository as an operator does, with variables of the test's choice."""
+
+    def run(playbook: str, *arguments: str, **variables: Any) -> Played:
+        command = ["ansible-playbook", "--inventory", inventory, playbook, *arguments]
+        done = subprocess.run(
+            [*command, "--extra-vars", json.dumps(variables)],
+            cwd=ROOT,
+            env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        return Played(done.returncode, done.stdout, done.stderr)
+
+    return run
 
 
 @pytest.hookimpl(wrapper=True)

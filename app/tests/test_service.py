@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -279,3 +280,41 @@ def test_a_viewer_who_leaves_is_forgotten(service: Service) -> None:
     assert httpx.head(f"{service.url}/events").status_code == 200
     assert httpx.get(f"{service.url}/events?after=never").status_code == 422
     wait_until(lambda: viewers() == 0)
+
+
+async def test_a_thousand_viewers_on_one_worker_see_all_that_is_written(
+    shared_redis: RedisServer, start_service: StartService
+) -> None:
+    allow_files(3_000)
+    service = start_service(shared_redis.url, PIXEL_WORKERS="1")
+    httpx.get(f"{service.url}/readyz", timeout=20)
+    port = service.tcp.getsockname()[1]
+    written = {(x, 9, "G"): x % 256 for x in range(100)}
+
+    async def watch() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /events HTTP/1.1\r\nHost: local\r\n\r\n")
+        await reader.readuntil(b"retry: 1000")
+        opened.release()
+        seen: dict[tuple[int, int, str], int] = {}
+        while not written.items() <= seen.items():
+            data = (await reader.readuntil(b"\n\n")).partition(b"\ndata: ")[2]
+            if data.startswith(b"[["):
+                seen |= {(x, y, channel): value for x, y, channel, value in json.loads(data)}
+        writer.close()
+
+    opened = asyncio.Semaphore(0)
+    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        viewers = [tasks.create_task(watch()) for _ in range(1_000)]
+        for _ in viewers:
+            await opened.acquire()
+        async with httpx.AsyncClient(base_url=service.url) as client:
+            for (x, y, channel), value in written.items():
+                pixel = {"x": x, "y": y, "channel": channel, "value": value}
+                assert (await client.post("/pixel", json=pixel)).status_code == 200
+
+
+def allow_files(wanted: int) -> None:
+    """For this process and those that it starts."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))

@@ -43,6 +43,12 @@ class Client:
 
 
 @pytest.fixture(scope="session")
+def inventory() -> str:
+    """As a user has it."""
+    return "inventory/local"
+
+
+@pytest.fixture(scope="session")
 def client(fleet: dict[str, Any]) -> Client:
     """A user somewhere outside, who knows the balancer's address only."""
     return Client(fleet["url"])

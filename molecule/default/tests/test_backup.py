@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +14,6 @@ import pytest
 
 testinfra_hosts = ["c5"]
 
-ROOT = Path(__file__).resolve().parents[3]
-Play = Callable[..., subprocess.CompletedProcess[str]]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -27,17 +22,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def play(folder: Path) -> Play:
-    def run(playbook: str, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
-        values = json.dumps({"redis_backup_dir": str(folder)} | variables)
-        return subprocess.run(
-            ["ansible-playbook", f"playbooks/{playbook}.yml", *arguments, "--extra-vars", values],
-            cwd=ROOT,
-            env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
-            text=True,
-            capture_output=True,
-            check=False,
-        )
+def play(play: Any, folder: Path) -> Callable[..., Any]:
+    """As everywhere, with the backups in that folder."""
+
+    def run(playbook: str, *arguments: str, **variables: Any) -> Any:
+        return play(playbook, *arguments, **{"redis_backup_dir": str(folder)} | variables)
 
     return run
 
@@ -89,11 +78,6 @@ def paint(client: Any) -> Callable[[int], None]:
     return set_cell
 
 
-def said(done: subprocess.CompletedProcess[str]) -> str:
-    """The output in one line, so that a message is found however it was wrapped."""
-    return " ".join((done.stdout + done.stderr).split())
-
-
 def backups(folder: Path) -> list[Path]:
     return sorted(folder.glob("pixel-*.rdb"))
 
@@ -105,12 +89,12 @@ def with_checksum(path: Path, data: bytes) -> Path:
 
 
 @pytest.fixture(scope="module")
-def backup(folder: Path, play: Play, client: Any) -> Path:
+def backup(folder: Path, play: Any, client: Any) -> Path:
     """One backup of a canvas with something on it."""
     pixel = {"x": 700, "y": 300, "channel": "B", "value": 77}
     assert client.ask("/pixel", json.dumps(pixel).encode())[0] == 200
-    done = play("backup", "-vvv")
-    assert done.returncode == 0, said(done)
+    done = play("playbooks/backup.yml", "-vvv")
+    assert done.returncode == 0, done.words
     [made] = backups(folder)
     made.with_suffix(".log").write_text(done.stdout)
     return made
@@ -133,14 +117,14 @@ def test_a_backup_leaves_no_password_and_no_file_behind(
 
 
 def test_another_backup_is_made_though_nothing_changed_and_the_oldest_goes(
-    backup: Path, tmp_path: Path, play: Play
+    backup: Path, tmp_path: Path, play: Any
 ) -> None:
     for name in ("pixel-20200101T000000Z.rdb", "pixel-20210101T000000Z.rdb", backup.name):
         with_checksum(tmp_path / name, backup.read_bytes())
     where = {"redis_backup_dir": str(tmp_path), "redis_backup_keep": 3}
-    assert "changed=0 " in said(play("backup", "--check", **where))
-    done = play("backup", **where)
-    assert done.returncode == 0, said(done)
+    assert "changed=0 " in play("playbooks/backup.yml", "--check", **where).words
+    done = play("playbooks/backup.yml", **where)
+    assert done.returncode == 0, done.words
     *earlier, latest = [path.name for path in backups(tmp_path)]
     assert earlier == ["pixel-20210101T000000Z.rdb", backup.name]
     assert latest > backup.name
@@ -149,13 +133,13 @@ def test_another_backup_is_made_though_nothing_changed_and_the_oldest_goes(
 
 @pytest.mark.parametrize("arguments", [(), ("--check",)])
 def test_a_canvas_with_something_on_it_is_not_overwritten(
-    backup: Path, play: Play, contents: Any, arguments: tuple[str, ...]
+    backup: Path, play: Any, contents: Any, arguments: tuple[str, ...]
 ) -> None:
     before = contents()
-    done = play("restore", *arguments)
+    done = play("playbooks/restore.yml", *arguments)
     assert done.returncode != 0
-    assert "The canvas on c5 is not empty" in said(done)
-    assert "-e restore_overwrite=true" in said(done)
+    assert "The canvas on c5 is not empty" in done.words
+    assert "-e restore_overwrite=true" in done.words
     assert contents() == before
 
 
@@ -170,7 +154,7 @@ def test_a_canvas_with_something_on_it_is_not_overwritten(
     ],
 )
 def test_a_bad_backup_is_refused_and_nothing_changes(
-    backup: Path, tmp_path: Path, play: Play, host: Any, contents: Any, fault: str, message: str
+    backup: Path, tmp_path: Path, play: Any, host: Any, contents: Any, fault: str, message: str
 ) -> None:
     file = with_checksum(tmp_path / "pixel.rdb", backup.read_bytes())
     if fault == "changed":
@@ -184,24 +168,24 @@ def test_a_bad_backup_is_refused_and_nothing_changes(
         with_checksum(tmp_path / "pixel-3.rdb", backup.read_bytes())
     name = {"missing": "1999", "several": "pixel"}.get(fault, str(file))
     before, running = contents(), host.service("redis-server").systemd_properties["MainPID"]
-    done = play("restore", backup=name, restore_overwrite=True, redis_backup_dir=str(tmp_path))
+    done = play("playbooks/restore.yml", backup=name, restore_overwrite=True, redis_backup_dir=str(tmp_path))
     assert done.returncode != 0
-    assert message in said(done), said(done)
+    assert message in done.words, done.words
     assert contents() == before
     assert host.service("redis-server").systemd_properties["MainPID"] == running
     assert not host.file("/var/lib/redis/restore").exists
 
 
 def test_a_restore_brings_back_every_byte_and_the_log_stays_on(
-    backup: Path, play: Play, redis: Any, contents: Any, client: Any, paint: Any, host: Any, former: Any
+    backup: Path, play: Any, redis: Any, contents: Any, client: Any, paint: Any, host: Any, former: Any
 ) -> None:
     paint(77)
-    done = play("backup")
-    assert done.returncode == 0, said(done)
+    done = play("playbooks/backup.yml")
+    assert done.returncode == 0, done.words
     saved = contents()
     paint(78)
-    done = play("restore", restore_overwrite="true")
-    assert done.returncode == 0, said(done)
+    done = play("playbooks/restore.yml", restore_overwrite="true")
+    assert done.returncode == 0, done.words
     assert contents() == saved
     assert json.loads(client.ask("/pixel/700/300")[2])["B"] == 77
     # The log holds what comes after, and the former data lies beside it.
@@ -215,7 +199,7 @@ def test_a_restore_brings_back_every_byte_and_the_log_stays_on(
 
 
 def test_an_empty_redis_is_restored_while_requests_come_in(
-    backup: Path, play: Play, redis: Any, client: Any, former: Any
+    backup: Path, play: Any, redis: Any, client: Any, former: Any
 ) -> None:
     """Those that come while Redis is away are answered 503; the app finds it again by itself."""
     redis("$redis flushall")
@@ -231,12 +215,12 @@ def test_an_empty_redis_is_restored_while_requests_come_in(
     asking = threading.Thread(target=ask)
     asking.start()
     try:
-        played = play("restore", backup=str(backup))
+        played = play("playbooks/restore.yml", backup=str(backup))
         time.sleep(2)
     finally:
         done.set()
         asking.join()
-    assert played.returncode == 0, said(played)
+    assert played.returncode == 0, played.words
     assert {status for _, status in answers} == {200, 503}
     assert answers[-1][1] == 200
     assert max(seconds for seconds, _ in answers) < 3
@@ -246,14 +230,15 @@ def test_an_empty_redis_is_restored_while_requests_come_in(
 
 
 def test_a_restore_that_fails_midway_puts_the_former_data_back(
-    backup: Path, play: Play, contents: Any, paint: Any, client: Any, host: Any, former: Any
+    backup: Path, play: Any, contents: Any, paint: Any, client: Any, host: Any, former: Any
 ) -> None:
     paint(80)
     before = contents()
     # A log that Redis refuses, as if the disk had spoiled it.
-    done = play("restore", restore_overwrite=True, _redis_log_manifest="file missing.rdb seq 1 type b\n")
+    missing = "file missing.rdb seq 1 type b\n"
+    done = play("playbooks/restore.yml", restore_overwrite=True, _redis_log_manifest=missing)
     assert done.returncode != 0
-    assert "The former data is back" in said(done), said(done)
+    assert "The former data is back" in done.words, done.words
     assert host.service("redis-server").is_running
     assert contents() == before
     assert former() == []

@@ -3,31 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-def play(*arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["ansible-playbook", "site.yml", *arguments, "--extra-vars", json.dumps(variables)],
-        cwd=ROOT,
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-
-
-def changes(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {host: int(count) for host, count in re.findall(r"^(\S+)\s+: .*changed=(\d+)", done.stdout, re.M)}
 
 
 @pytest.mark.parametrize(
@@ -38,47 +17,86 @@ def changes(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
         (("--tags", "nginx_lb"), {"c5", "t2"}),
     ],
 )
-def test_a_run_that_has_nothing_to_do_changes_nothing(arguments: tuple[str, ...], hosts: set[str]) -> None:
-    assert changes(play(*arguments)) == dict.fromkeys(hosts, 0)
+def test_a_run_that_has_nothing_to_do_changes_nothing(
+    play: Any, arguments: tuple[str, ...], hosts: set[str]
+) -> None:
+    assert play("site.yml", *arguments).changes() == dict.fromkeys(hosts, 0)
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("redis_port", 80),
-        ("redis_address", "10.255.255.1"),
-        ("redis_appendfsync", "sometimes"),
-        ("redis_maxmemory_mb", 1),
-        ("redis_app_user", "default"),
-        ("redis_app_password", "short"),
-        ("redis_maxclients", "many"),
-        ("redis_backup_keep", 0),
-        ("pixel_app_port", 70000),
-        ("pixel_app_workers", 0),
-        ("pixel_app_keep_releases", 1),
-        ("pixel_app_canvas_width", -5),
-        ("pixel_app_release", "../up"),
-        ("pixel_app_redis_url", "http://10.0.0.1"),
-        ("pixel_app_memory_max", "plenty"),
-        ("pixel_app_settings", {"CANVAS": "1"}),
-        ("pixel_app_log_level", "loud"),
-        ("nginx_lb_group", "nobody"),
-        ("nginx_lb_weight", -3),
-        ("nginx_lb_body_limit", "2 megabytes"),
-        ("nginx_lb_keepalive", 0),
-        ("nginx_lb_local_socket", "run/pixel.sock"),
-        ("nginx_lb_factors", {"c5": 0}),
-        ("nginx_lb_weights", "guessed"),
-        ("nginx_lb_reload_interval", 5),
-        ("nginx_lb_dead_band", 5),
-        ("nginx_lb_health_fails", 0),
-    ],
-)
-def test_a_wrong_variable_stops_the_play_before_anything_is_done(variable: str, value: Any) -> None:
-    role = next(role for role in ("redis", "pixel_app", "nginx_lb") if variable.startswith(role))
-    # Only what is tagged `always` runs: the preflights.
-    done = play("--tags", f"preflight_of_{role}", **{variable: value})
+def test_a_wrong_variable_stops_the_play_before_anything_is_done(play: Any) -> None:
+    done = play("site.yml", "--tags", "nginx_lb", nginx_lb_weight=-3)
     assert done.returncode != 0
-    message = re.split(r"^(?:fatal|failed): ", done.stdout, maxsplit=1, flags=re.M)[1]
-    assert variable in message
-    assert not any(changed for changed in re.findall(r"changed=(\d+)", done.stdout) if changed != "0")
+    assert "c5 needs an IPv4 private_address" in done.words
+    assert "nginx_lb_weight of 1 to 1000" in done.words
+    assert "changed=0" in done.stdout
+    assert not any(f"changed={count}" in done.stdout for count in range(1, 10))
+
+
+WRONG = [
+    ("redis_port", 80),
+    ("redis_address", "10.255.255.1"),
+    ("redis_appendfsync", "sometimes"),
+    ("redis_maxmemory_mb", 1),
+    ("redis_app_user", "default"),
+    ("redis_app_password", "short"),
+    ("redis_maxclients", "many"),
+    ("redis_backup_keep", 0),
+    ("pixel_app_port", 70000),
+    ("pixel_app_workers", 0),
+    ("pixel_app_keep_releases", 1),
+    ("pixel_app_canvas_width", -5),
+    ("pixel_app_release", "../up"),
+    ("pixel_app_redis_url", "http://10.0.0.1"),
+    ("pixel_app_memory_max", "plenty"),
+    ("pixel_app_settings", {"CANVAS": "1"}),
+    ("pixel_app_log_level", "loud"),
+    ("nginx_lb_group", "nobody"),
+    ("nginx_lb_body_limit", "2 megabytes"),
+    ("nginx_lb_keepalive", 0),
+    ("nginx_lb_local_socket", "run/pixel.sock"),
+    ("nginx_lb_factors", {"c5": 0}),
+    ("nginx_lb_weights", "guessed"),
+    ("nginx_lb_reload_interval", 5),
+    ("nginx_lb_dead_band", 5),
+    ("nginx_lb_health_fails", 0),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals(play: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each wrong variable's role failed with, by variable. One run asks for all of them."""
+    folder: Path = tmp_path_factory.mktemp("wrong")
+    always = {"tags": ["always"]}
+    keep = "{{ refusals | default({}) | combine({wrong: ansible_failed_result}) }}"
+    tasks = [
+        {
+            "vars": {"wrong": variable},
+            "block": [
+                {"ansible.builtin.include_role": {"name": role_of(variable)}, "vars": {variable: value}}
+                | always
+            ],
+            "rescue": [{"ansible.builtin.set_fact": {"refusals": keep}} | always],
+        }
+        for variable, value in WRONG
+    ]
+    told = {"content": "{{ refusals | to_json }}", "dest": str(folder / "refusals.json"), "mode": "0600"}
+    write = {"ansible.builtin.copy": told, "delegate_to": "localhost", "become": False} | always
+    playbook = folder / "wrong.yml"
+    playbook.write_text(json.dumps([{"hosts": "c5", "tasks": [*tasks, write]}]))
+    # Only what is tagged `always` runs: the preflights.
+    done = play(str(playbook), "--tags", "preflight")
+    # The file that tells of them is the one change.
+    assert done.changes() == {"c5": 1}
+    said: dict[str, Any] = json.loads((folder / "refusals.json").read_text())
+    return said
+
+
+def role_of(variable: str) -> str:
+    return next(role for role in ("redis", "pixel_app", "nginx_lb") if variable.startswith(role))
+
+
+@pytest.mark.parametrize("variable", [variable for variable, _ in WRONG])
+def test_a_wrong_variable_is_named(refusals: dict[str, Any], variable: str) -> None:
+    failed = refusals[variable]
+    messages = [one["msg"] for one in failed.get("results", [failed]) if one.get("failed")]
+    assert any(variable in message for message in messages), failed

@@ -21,16 +21,6 @@ ROOT = Path(__file__).resolve().parents[3]
 testinfra_hosts = ["c5"]
 
 
-def play(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["ansible-playbook", f"playbooks/{name}.yml", *arguments],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-
-
 @pytest.fixture
 def releases(client: Any) -> Any:
     """What both hosts say that they run."""
@@ -59,7 +49,7 @@ def requests(fleet: dict[str, Any], tmp_path: Path) -> Iterator[None]:
     assert re.search(r"failed +0\b", output), output
 
 
-def test_a_bad_release_is_not_tried_again(host: Any, releases: Any, tmp_path: Path) -> None:
+def test_a_bad_release_is_not_tried_again(host: Any, play: Any, releases: Any, tmp_path: Path) -> None:
     before = releases()
     broken = tmp_path / "app"
     shutil.copytree(ROOT / "app", broken, ignore=shutil.ignore_patterns(".*", "__pycache__"))
@@ -70,8 +60,8 @@ def test_a_bad_release_is_not_tried_again(host: Any, releases: Any, tmp_path: Pa
     health.write_text(text[:body] + '    raise RuntimeError("broken for a test")\n' + text[body:])
     arguments = ("-e", f"pixel_app_source={broken}", "-e", "pixel_app_ready_timeout=5")
 
-    bad = play("pixel_app", *arguments, "-e", "pixel_app_release=broken")
-    again = play("pixel_app", *arguments, "-e", "pixel_app_release=broken")
+    bad = play("playbooks/pixel_app.yml", *arguments, "-e", "pixel_app_release=broken")
+    again = play("playbooks/pixel_app.yml", *arguments, "-e", "pixel_app_release=broken")
 
     assert bad.returncode != 0
     assert "Release broken failed when it was tried on" in bad.stdout
@@ -101,7 +91,7 @@ def interrupt(task: str, signum: int, name: str, *arguments: str) -> None:
 
 
 def test_an_interrupted_deploy_is_finished_by_the_next(
-    fleet: dict[str, Any], releases: Any, tmp_path: Path
+    fleet: dict[str, Any], play: Any, releases: Any, tmp_path: Path
 ) -> None:
     before = releases()
     release = ("-e", "pixel_app_release=cut-off")
@@ -110,10 +100,10 @@ def test_an_interrupted_deploy_is_finished_by_the_next(
         # On the first host: settings and units are the new ones, what runs is not.
         interrupt("Make it the current release", signal.SIGKILL, "pixel_app", *release)
         half_way = releases()
-        finished = play("pixel_app", *release)
+        finished = play("playbooks/pixel_app.yml", *release)
         after = releases()
         # What ran before the switch was kept before the interruption, not after it.
-        back = play("rollback")
+        back = play("playbooks/rollback.yml")
     assert half_way == before
     assert finished.returncode == 0, finished.stdout
     assert set(after.values()) == {"cut-off"}
@@ -122,41 +112,41 @@ def test_an_interrupted_deploy_is_finished_by_the_next(
 
 
 def test_one_host_alone_is_deployed_to_without_a_refusal(
-    fleet: dict[str, Any], client: Any, releases: Any, tmp_path: Path
+    fleet: dict[str, Any], play: Any, client: Any, releases: Any, tmp_path: Path
 ) -> None:
     """As in a fleet of one: what arrives during its restart waits in the sockets."""
-    assert play("drain", "-e", "host=t2").returncode == 0
+    assert play("playbooks/drain.yml", "-e", "host=t2").returncode == 0
     try:
         with requests(fleet, tmp_path):
-            deployed = play("pixel_app", "--limit", "c5", "-e", "pixel_app_release=alone")
+            deployed = play("playbooks/pixel_app.yml", "--limit", "c5", "-e", "pixel_app_release=alone")
         assert deployed.returncode == 0, deployed.stdout
         assert client.read_from("c5", "/ping")["release"] == "alone"
     finally:
-        assert play("undrain", "-e", "host=t2").returncode == 0
-    assert play("pixel_app").returncode == 0
+        assert play("playbooks/undrain.yml", "-e", "host=t2").returncode == 0
+    assert play("playbooks/pixel_app.yml").returncode == 0
     assert len(set(releases().values())) == 1
 
 
-def test_a_second_operator_is_told_of_the_first(host: Any, shell: Any) -> None:
+def test_a_second_operator_is_told_of_the_first(host: Any, play: Any, shell: Any) -> None:
     holder = {"node": "elsewhere", "user": "somebody", "process": "42", "since": "2026-01-01T00:00:00Z"}
     shell(f"cat >/run/pixel-deploy.lock <<'END'\n{json.dumps(holder)}\nEND\n")
     try:
-        refused = play("pixel_app")
+        refused = play("playbooks/pixel_app.yml")
         assert refused.returncode != 0
-        words = " ".join(refused.stdout.split())
-        assert "somebody on elsewhere (process 42) has been deploying since 2026-01-01T00:00:00Z" in words
+        holder_named = "somebody on elsewhere (process 42) has been deploying since 2026-01-01T00:00:00Z"
+        assert holder_named in refused.words
         shell("touch -d '1 hour ago' /run/pixel-deploy.lock")
-        assert play("pixel_app").returncode == 0
+        assert play("playbooks/pixel_app.yml").returncode == 0
         assert not host.file("/run/pixel-deploy.lock").exists
     finally:
         shell("rm -f /run/pixel-deploy.lock")
 
 
-def test_a_host_is_drained_and_returned_by_name(client: Any, host: Any) -> None:
-    assert play("drain", "-e", "host=t2").returncode == 0
+def test_a_host_is_drained_and_returned_by_name(play: Any, client: Any) -> None:
+    assert play("playbooks/drain.yml", "-e", "host=t2").returncode == 0
     assert {client.ask("/ping")[1]["X-Pixel-Instance"] for _ in range(20)} == {"c5"}
-    assert play("drain", "-e", "host=c5").returncode != 0
-    assert play("undrain", "-e", "host=t2").returncode == 0
+    assert play("playbooks/drain.yml", "-e", "host=c5").returncode != 0
+    assert play("playbooks/undrain.yml", "-e", "host=t2").returncode == 0
     assert {client.ask("/ping")[1]["X-Pixel-Instance"] for _ in range(20)} == {"c5", "t2"}
-    wrong = play("drain", "-e", "host=t3")
+    wrong = play("playbooks/drain.yml", "-e", "host=t3")
     assert "Name one of c5, t2" in wrong.stdout

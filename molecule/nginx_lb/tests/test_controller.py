@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,27 +12,22 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
-RECORDS = ROOT / "tests" / "data"
+RECORDS = Path(__file__).resolve().parents[3] / "tests" / "data"
 BOTH = ("debian12", "debian13")
 testinfra_hosts = ["debian12"]
 
 
-def play(**variables: Any) -> None:
-    command = ["ansible-playbook", "--inventory", "molecule/shared/inventory", "playbooks/nginx_lb.yml"]
-    subprocess.run(
-        [*command, "--extra-vars", json.dumps(variables)],
-        cwd=ROOT,
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
-        check=True,
-    )
+@pytest.fixture(scope="module")
+def converge(play: Any) -> Callable[..., None]:
+    """Run the role, with variables of the test's choice."""
+    return lambda **variables: play("playbooks/nginx_lb.yml", **variables).changes()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def controlled() -> Iterator[None]:
-    play(nginx_lb_weights="adaptive", nginx_lb_slow_start=30)
+def controlled(converge: Any) -> Iterator[None]:
+    converge(nginx_lb_weights="adaptive", nginx_lb_slow_start=30)
     yield
-    play(nginx_lb_health_checks=False)
+    converge(nginx_lb_health_checks=False)
 
 
 def until(condition: Callable[[], bool], seconds: float) -> None:
@@ -76,10 +69,10 @@ def test_both_controllers_run_in_a_sandbox(host: Any, shell: Any) -> None:
     assert float(score[1]) < 3
 
 
-def test_a_second_run_changes_nothing_although_weights_are_the_controllers(shell: Any) -> None:
+def test_a_second_run_changes_nothing_although_weights_are_the_controllers(converge: Any, shell: Any) -> None:
     """Whatever it has moved by then."""
     before = shell("cat /etc/nginx/pixel/upstreams.conf")
-    play(nginx_lb_weights="adaptive", nginx_lb_slow_start=30)
+    converge(nginx_lb_weights="adaptive", nginx_lb_slow_start=30)
     assert shell("cat /etc/nginx/pixel/upstreams.conf") == before
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,39 +10,21 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+ROLE = "playbooks/nginx_lb.yml"
 testinfra_hosts = ["debian12", "debian13"]
 
 
-def play(*arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
-    command = ["ansible-playbook", "--inventory", "molecule/shared/inventory", "playbooks/nginx_lb.yml"]
-    return subprocess.run(
-        [*command, *arguments, "--extra-vars", json.dumps(variables)],
-        cwd=ROOT,
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-
-
-def changes(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {host: int(count) for host, count in re.findall(r"^(\S+)\s+: .*changed=(\d+)", done.stdout, re.M)}
-
-
 @pytest.fixture(scope="module", autouse=True)
-def sticky() -> Iterator[None]:
-    changes(
-        play(
-            nginx_lb_sticky=True,
-            nginx_lb_method="hash",
-            nginx_lb_hash_key="$http_x_own",
-            nginx_lb_health_checks=False,
-        )
-    )
+def sticky(play: Any) -> Iterator[None]:
+    play(
+        ROLE,
+        nginx_lb_sticky=True,
+        nginx_lb_method="hash",
+        nginx_lb_hash_key="$http_x_own",
+        nginx_lb_health_checks=False,
+    ).changes()
     yield
-    changes(play(nginx_lb_health_checks=False))
+    play(ROLE, nginx_lb_health_checks=False).changes()
 
 
 ITEMS = [f"/pixel/{x}/{x * 7 % 100}" for x in range(60)]
@@ -110,7 +90,7 @@ def test_a_hash_key_decides(host: Any) -> None:
         ({"nginx_lb_backup": True}, "at least one host must not be a backup"),
     ],
 )
-def test_what_cannot_be_is_told(variables: dict[str, Any], says: str) -> None:
-    done = play("--tags", "preflight", **variables)
+def test_what_cannot_be_is_told(play: Any, variables: dict[str, Any], says: str) -> None:
+    done = play(ROLE, "--tags", "preflight", **variables)
     assert done.returncode != 0
-    assert says in " ".join(done.stdout.split())
+    assert says in done.words

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,22 +11,12 @@ import pytest
 
 testinfra_hosts = ["debian12", "debian13"]
 
-ROOT = Path(__file__).resolve().parents[3]
 
-
-def converge(host: Any, **variables: Any) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def converge(play: Any, host: Any) -> Any:
     """Run the role again on this host, with variables of the test's choice."""
-    return subprocess.run(
-        [
-            *("ansible-playbook", "--inventory", str(ROOT / "molecule/shared/inventory")),
-            *("--limit", host.backend.hostname, "--extra-vars", json.dumps(variables)),
-            str(ROOT / "molecule/pixel_app/converge.yml"),
-        ],
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    playbook = "molecule/pixel_app/converge.yml"
+    return lambda **variables: play(playbook, "--limit", host.backend.hostname, **variables)
 
 
 @pytest.fixture
@@ -180,25 +168,27 @@ def test_redis_away_is_said_and_healed(host: Any, ask: Any) -> None:
     wait_until_ready(host, ask)
 
 
-def test_settings_that_the_app_refuses_stop_the_play_and_the_service_stays(host: Any, ask: Any) -> None:
+def test_settings_that_the_app_refuses_stop_the_play_and_the_service_stays(
+    converge: Any, host: Any, ask: Any
+) -> None:
     before = main_pid(host)
-    done = converge(host, pixel_app_settings={"PIXEL_EVENTS_MAXLEN": "few"})
+    done = converge(pixel_app_settings={"PIXEL_EVENTS_MAXLEN": "few"})
     assert done.returncode != 0
     assert "PIXEL_EVENTS_MAXLEN" in done.stdout
     assert main_pid(host) == before
     wait_until_ready(host, ask)
 
 
-def test_old_releases_are_removed_and_a_new_one_takes_over(host: Any, ask: Any) -> None:
+def test_old_releases_are_removed_and_a_new_one_takes_over(converge: Any, host: Any, ask: Any) -> None:
     """Three stay: the current one and the two newest of the others."""
     former = ask("/ping")["release"]
     for number in range(1, 5):
         folder = f"/opt/pixel/releases/old-{number}"
         host.run_expect([0], f"sh -c 'mkdir -p {folder} && touch -d 2020-01-0{number} {folder}'")
-    done = converge(host, pixel_app_release="named-by-hand")
+    done = converge(pixel_app_release="named-by-hand")
     assert done.returncode == 0, done.stdout
     assert ask("/ping")["release"] == "named-by-hand"
     releases = host.check_output("ls /opt/pixel/releases").split()
     assert sorted(releases) == sorted(["named-by-hand", former, "old-4"])
-    assert converge(host).returncode == 0
+    assert converge().returncode == 0
     assert ask("/ping")["release"] == former
