@@ -316,5 +316,5 @@ async def test_a_thousand_viewers_on_one_worker_see_all_that_is_written(
 
 def allow_files(wanted: int) -> None:
     """For this process and those that it starts."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))

@@ -63,9 +63,8 @@ WRONG = [
 
 
 @pytest.fixture(scope="module")
-def refusals(play: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def refusals(play: Any, state: Path) -> dict[str, Any]:
     """What each wrong variable's role failed with, by variable. One run asks for all of them."""
-    folder: Path = tmp_path_factory.mktemp("wrong")
     always = {"tags": ["always"]}
     keep = "{{ refusals | default({}) | combine({wrong: ansible_failed_result}) }}"
     tasks = [
@@ -79,15 +78,15 @@ def refusals(play: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         }
         for variable, value in WRONG
     ]
-    told = {"content": "{{ refusals | to_json }}", "dest": str(folder / "refusals.json"), "mode": "0600"}
+    told = {"content": "{{ refusals | to_json }}", "dest": str(state / "refusals.json"), "mode": "0600"}
     write = {"ansible.builtin.copy": told, "delegate_to": "localhost", "become": False} | always
-    playbook = folder / "wrong.yml"
+    playbook = state / "wrong.yml"
     playbook.write_text(json.dumps([{"hosts": "c5", "tasks": [*tasks, write]}]))
     # Only what is tagged `always` runs: the preflights.
     done = play(str(playbook), "--tags", "preflight")
     # The file that tells of them is the one change.
     assert done.changes() == {"c5": 1}
-    said: dict[str, Any] = json.loads((folder / "refusals.json").read_text())
+    said: dict[str, Any] = json.loads((state / "refusals.json").read_text())
     return said
 
 
