@@ -67,7 +67,10 @@ def test_a_drain_marks_down_and_an_undrain_takes_it_back(balancer: pixel_lb.Bala
     balancer.undrain("b")
     before = upstreams(balancer)
     balancer.drain("b")
-    assert "fail_timeout=5s down; # b" in upstreams(balancer)
+    assert servers_of(balancer) == [
+        "weight=3 max_fails=0 fail_timeout=5s; # a",
+        "weight=2 max_fails=3 fail_timeout=5s down; # b",
+    ]
     assert balancer.status()["backends"]["b"]["state"] == "drained"
     balancer.undrain("b")
     assert upstreams(balancer) == before

@@ -180,15 +180,19 @@ def test_settings_that_the_app_refuses_stop_the_play_and_the_service_stays(
 
 
 def test_old_releases_are_removed_and_a_new_one_takes_over(converge: Any, host: Any, ask: Any) -> None:
-    """Three stay: the current one and the two newest of the others."""
+    """Three stay: the current one, the one before it, and the newest of the others that are good."""
     former = ask("/ping")["release"]
-    for number in range(1, 5):
+    for number in range(1, 6):
         folder = f"/opt/pixel/releases/old-{number}"
         host.run_expect([0], f"sh -c 'mkdir -p {folder} && touch -d 2020-01-0{number} {folder}'")
+    host.run_expect([0], "sh -c 'cd /opt/pixel/releases/old-5 && touch BAD release.env'")
+    host.run_expect([0], f"touch -d 2019-01-01 /opt/pixel/releases/{former}")
     done = converge(pixel_app_release="named-by-hand")
     assert done.returncode == 0, done.stdout
     assert ask("/ping")["release"] == "named-by-hand"
     releases = host.check_output("ls /opt/pixel/releases").split()
-    assert sorted(releases) == sorted(["named-by-hand", former, "old-4"])
+    assert sorted(releases) == sorted(["named-by-hand", former, "old-4", "old-5"])
+    assert host.check_output("ls /opt/pixel/releases/old-5") == "BAD"
+    host.run_expect([0], "rm -r /opt/pixel/releases/old-5")
     assert converge().returncode == 0
     assert ask("/ping")["release"] == former

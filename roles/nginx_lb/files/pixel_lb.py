@@ -129,11 +129,17 @@ class Balancer:
             )
             parts.append(f"upstream {name} {{\n")
             parts += [f"    {line};\n" for line in upstream["lines"]["first"]]
-            for server, share, weight in zip(servers, given, weights, strict=True):
-                down = server["host"] in drained or (share.down and not sparing)
+            downs = [
+                server["host"] in drained or (share.down and not sparing)
+                for server, share in zip(servers, given, strict=True)
+            ]
+            # Who is left alone is never left out for failures, as where there is but one server.
+            alone = len(servers) > 1 and downs.count(False) == 1
+            for server, weight, down in zip(servers, weights, downs, strict=True):
+                max_fails = 0 if alone and not down else server["max_fails"]
                 flags = " backup" * server["backup"] + " down" * down
                 parts.append(
-                    f"    server {server['address']} weight={weight} max_fails={server['max_fails']}"
+                    f"    server {server['address']} weight={weight} max_fails={max_fails}"
                     f" fail_timeout={server['fail_timeout']}{flags}; # {server['name']}\n"
                 )
             parts += [f"    {line};\n" for line in upstream["lines"]["last"]]
