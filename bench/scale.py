@@ -1,4 +1,4 @@
-"""What a second worker, and a second host, adds: writes a second through the local fleet's balancer.
+"""What a second worker, or a second host, adds: writes a second through the local balancer.
 
     python bench/scale.py          # on the fleet that `make up` has made; needs wrk
 
