@@ -4,8 +4,8 @@
 
 The app of each host is given `--cpus` processors for each of its workers, so that it is the
 app that is full, and neither this machine nor the load. In each round each size of fleet is loaded
-in turn by 64 connections in a closed loop, and ratios are taken within a round. Nobody else may
-write meanwhile. Afterwards the fleet is as it was.
+in turn by 64 connections in a closed loop, and ratios are taken within a round. The controller rests
+meanwhile: hosts so full are late with their `/readyz`. Afterwards the fleet is as it was.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cpus", type=positive, default=0.1, help="processors for each worker (default 0.1)")
+    add("--cpus", type=positive, default=0.15, help="processors for each worker (default 0.15)")
     add("--workers", type=count, default=2, help="on a host, at most (default 2)")
     add("--rounds", type=count, default=5, help="default 5")
     add("--seconds", type=positive, default=5.0, help="of load in each (default 5)")
@@ -76,6 +76,7 @@ async def rates(fleet: Fleet, options: argparse.Namespace) -> dict[Size, list[fl
     try:
         for workers in range(1, options.workers + 1):
             await deploy(fleet, {"pixel_app_workers": workers})
+            await fleet.ssh(BALANCER, "systemctl stop pixel-lb")
             for number in range(options.rounds):
                 for hosts in (1, 2):
                     size = Size(hosts, workers)
@@ -91,6 +92,7 @@ async def rates(fleet: Fleet, options: argparse.Namespace) -> dict[Size, list[fl
     finally:
         for host in (BALANCER, OTHER):
             await fleet.ssh(host, "systemctl revert pixel.service")
+        await fleet.ssh(BALANCER, "systemctl start pixel-lb")
         await fleet.heal()
         await deploy(fleet, {})
     return seen

@@ -201,12 +201,13 @@ class Balancer:
             done = nginx("-s", "reload")
             if done.returncode != 0:
                 raise Refused(f"Nginx did not reload: {done.stderr.strip()}")
-            # The signal is taken some time later; only new workers show that the reload happened.
+            # The signal is taken some time later, and the old workers go on after the new ones have begun: until
+            # the last of them takes no more requests, clients are told not to keep their connections.
             deadline = time.monotonic() + RELOAD_SECONDS
-            while not worker_pids(master) - before:
+            while not (workers := worker_pids(master)) or workers & before:
                 if time.monotonic() > deadline:
                     raise Refused(
-                        f"no new workers within {RELOAD_SECONDS:.0f} s of the reload; see the error log"
+                        f"the old workers still serve {RELOAD_SECONDS:.0f} s after the reload; see the error log"
                     )
                 time.sleep(0.02)
         finally:
