@@ -4,8 +4,8 @@
 
 The app of each host is given `--cpus` processors for each of its workers, so that it is the
 app that is full, and neither this machine nor the load. In each round each size of fleet is loaded
-in turn by 64 connections in a closed loop, and ratios are taken within a round. The controller rests
-meanwhile: hosts so full are late with their `/readyz`. Afterwards the fleet is as it was.
+in turn by 64 connections in a closed loop, and ratios are taken within a round. The controller
+rests meanwhile: hosts so full are late with their `/readyz`. Afterwards the fleet is as it was.
 """
 
 from __future__ import annotations

@@ -201,13 +201,13 @@ class Balancer:
             done = nginx("-s", "reload")
             if done.returncode != 0:
                 raise Refused(f"Nginx did not reload: {done.stderr.strip()}")
-            # The signal is taken some time later, and the old workers go on after the new ones have begun: until
-            # the last of them takes no more requests, clients are told not to keep their connections.
+            # The signal is taken some time later, and the old workers go on after the new ones have begun:
+            # until the last of them takes no more requests, clients are told not to keep connections.
             deadline = time.monotonic() + RELOAD_SECONDS
             while not (workers := worker_pids(master)) or workers & before:
                 if time.monotonic() > deadline:
                     raise Refused(
-                        f"the old workers still serve {RELOAD_SECONDS:.0f} s after the reload; see the error log"
+                        f"old workers still serve {RELOAD_SECONDS:.0f} s after the reload; see the error log"
                     )
                 time.sleep(0.02)
         finally:
