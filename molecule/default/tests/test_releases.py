@@ -91,11 +91,11 @@ def interrupt(task: str, signum: int, name: str, *arguments: str) -> None:
 
 
 def test_an_interrupted_deploy_is_finished_by_the_next(
-    fleet: dict[str, Any], play: Any, releases: Any, tmp_path: Path
+    fleet: dict[str, Any], play: Any, releases: Any, watched: Any, tmp_path: Path
 ) -> None:
     before = releases()
     release = ("-e", "pixel_app_release=cut-off")
-    with requests(fleet, tmp_path):
+    with watched(), requests(fleet, tmp_path):
         interrupt("Install from the wheelhouse alone", signal.SIGINT, "pixel_app", *release)
         # On the first host: settings and units are the new ones, what runs is not.
         interrupt("Make it the current release", signal.SIGKILL, "pixel_app", *release)
