@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import redis
+import uvloop
 from conftest import RedisServer
 
 from pixel.canvas import TILE_BYTES, locate
@@ -331,3 +332,22 @@ async def test_the_application_may_not_do_more_than_it_has_to(redis_server: Redi
         pytest.raises(redis.exceptions.NoPermissionError),
     ):
         user.flushall()
+
+
+def test_a_process_that_was_stopped_for_a_while_goes_on(redis_server: RedisServer) -> None:
+    """What arrived before has then expired by the time that it is seen."""
+
+    async def write() -> None:
+        store = Store(redis_server.settings(redis_timeout=0.2))
+        try:
+            await store.write([Change(1, 1, 0, 1)])
+            late = store.write([Change(1, 1, 0, 2)])
+            time.sleep(0.5)  # noqa: ASYNC251 - as SIGSTOP and SIGCONT
+            with pytest.raises(Problem):
+                await late
+            await store.write([Change(1, 1, 0, 3)])
+        finally:
+            store.close()
+
+    # Unlike asyncio's own loop, it looks at the clock before it wakes who waits.
+    uvloop.run(write())

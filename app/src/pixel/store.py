@@ -182,7 +182,8 @@ class GroupCommit:
 
     async def _run(self) -> None:
         while True:
-            if not self._queue:
+            # What woke it may have expired by now: a process that was stopped has late timers.
+            while not self._queue:
                 self._arrival.clear()
                 await self._arrival.wait()
             connection = self._connection
