@@ -86,8 +86,8 @@ def inventory() -> str:
 def play(inventory: str) -> Callable[..., Played]:
     """Run a playbook of the repository as an operator does, with variables of the test's choice."""
 
-    def run(playbook: str, *arguments: str, **variables: Any) -> Played:
-        command = ["ansible-playbook", "--inventory", inventory, playbook, *arguments]
+    def run(playbook: str, *arguments: str, hosts: str = inventory, **variables: Any) -> Played:
+        command = ["ansible-playbook", "--inventory", hosts, playbook, *arguments]
         done = subprocess.run(
             [*command, "--extra-vars", json.dumps(variables)],
             cwd=ROOT,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from controller import Backend, Controller, Cpu, Sample, Settings, Share
+from controller import Backend, Controller, Cpu, Credits, Sample, Settings, Share
 
 WHOLE = Share(1.0, False)
 DOWN = Share(1.0, True)
@@ -304,3 +304,64 @@ def test_a_host_out_of_credits_gets_less_although_it_is_least_busy() -> None:
     assert world.in_force["B"].factor < 0.6
     assert world.in_force["A"] == WHOLE
     assert "stolen" in world.why("B")
+
+
+# --- CPU credits: what CloudWatch says of a t2.xlarge -----------------------------------------------
+
+
+def credits_of(balance: float, at: float) -> Credits:
+    return Credits(at, balance, processors=4, baseline=0.225)
+
+
+def test_without_credits_the_baseline_lasts() -> None:
+    assert credits_of(0, 0).lasting == 0.225
+    assert credits_of(30, 0).lasting == pytest.approx(0.225 + 0.5)
+    assert credits_of(1296, 0).lasting == 1
+
+
+def test_credits_that_run_out_lower_a_weight_before_the_cpu_is_stolen() -> None:
+    world = World(adaptive=True)
+    world.busy = {"A": 0.5, "B": 0.5}
+    shares = []
+    for line in (Path(__file__).parent / "data" / "credits-running-out").read_text().splitlines():
+        # What five minutes took is known at their end.
+        world.run(300)
+        world.controller.see_credits({"B": credits_of(float(line.split()[1]), world.now)})
+        shares.append(world.in_force["B"].factor)
+    # So long as they last for a quarter of an hour, it is a host like the other.
+    assert shares[:4] == [1, 1, 1, 1]
+    assert all(later < earlier for earlier, later in itertools.pairwise(shares[3:7]))
+    # At last: a fifth of its baseline, beside half of the other's CPU.
+    assert shares[-1] == pytest.approx(0.2 * 0.225 / 0.5, rel=0.12)
+    assert world.in_force["A"] == WHOLE
+    assert "0 CPU credits left, 22% of its CPU lasts" in world.why("B")
+    assert world.controller.report(world.now)[1]["cpu_credits"] == 0
+
+
+def test_word_of_credits_that_is_too_old_is_no_hint() -> None:
+    world = World(adaptive=True)
+    world.controller.see_credits({"B": credits_of(0, world.now)})
+    world.run(14 * 60)
+    assert world.in_force["B"].factor < 0.5
+    world.run(10 * 60)
+    assert world.in_force["B"].factor > 0.9  # a tenth is left alone
+    assert "credits" not in world.why("B")
+
+
+def test_credits_never_raise_a_weight() -> None:
+    told, untold = World(adaptive=True), World(adaptive=True)
+    for world in (told, untold):
+        world.steal["B"] = 0.7
+        world.busy["B"] = 0.2
+    told.controller.see_credits({"B": credits_of(1296, told.now + 600)})
+    for world in (told, untold):
+        world.run(600)
+    assert told.written == untold.written
+    assert told.in_force["B"].factor < 0.5
+
+
+def test_credits_say_nothing_where_weights_are_not_adaptive() -> None:
+    world = World()
+    world.controller.see_credits({"B": credits_of(0, world.now)})
+    world.run(300)
+    assert world.written == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,9 @@ from urllib.parse import parse_qs
 import boto3
 import pytest
 import yaml
+from controller import Settings
+from pixel_lb import Balancer
+from watch import Watch
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.prefix, "bin")
@@ -58,6 +65,8 @@ def guarded_getaddrinfo(host, *arguments, **options):
 
 socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_getaddrinfo
 """
+# Of an answer: without these, it isn't understood.
+KEPT_HEADERS = ("Content-Type", "smithy-protocol")
 
 
 class Front(BaseHTTPRequestHandler):
@@ -67,9 +76,15 @@ class Front(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        service = self.headers["Authorization"].split("/")[3]
-        action = f"{service}:{parse_qs(body.decode())['Action'][0]}"
+        service = self.headers["Authorization"].split("/")[3].replace("monitoring", "cloudwatch")
+        # In a header, at the end of the path, or in the body.
+        target = self.headers["X-Amz-Target"] or self.path.replace("/", ".")
+        words = {} if target != "." else parse_qs(body.decode())
+        action = f"{service}:{words['Action'][0] if words else target.rpartition('.')[2]}"
         self.server.actions.append(action)
+        if action == "ec2:RunInstances":
+            self.server.launched.append(words)
+        headers: dict[str, str] = {}
         if refusal := self.server.refuse(action):
             status, answer = 400, refusal.encode()
         else:
@@ -77,8 +92,16 @@ class Front(BaseHTTPRequestHandler):
             moto.request("POST", self.path, body, dict(self.headers))
             response = moto.getresponse()
             status, answer = response.status, response.read()
+            headers = {each: value for each, value in response.headers.items() if each in KEPT_HEADERS}
             moto.close()
+        if action == "ec2:DescribeInstanceCreditSpecifications" and self.server.unlimited:
+            # moto has one answer for all.
+            answer = re.sub(
+                rb"(?s)(%b.*?<cpuCredits>)standard" % self.server.unlimited.encode(), rb"\1unlimited", answer
+            )
         self.send_response(status)
+        for each, value in headers.items():
+            self.send_header(each, value)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
@@ -94,8 +117,11 @@ class Aws(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Front)
         self.moto_port = moto_port
         self.actions: list[str] = []
+        self.launched: list[dict[str, list[str]]] = []
         # How often an action is granted before AWS says that the quota is used up.
         self.quota: dict[str, int] = {}
+        # The instance whose credits are.
+        self.unlimited = ""
 
     def refuse(self, action: str) -> str | None:
         if action not in self.quota:
@@ -109,9 +135,10 @@ class Aws(ThreadingHTTPServer):
             "</Error></Errors></Response>"
         )
 
-    def ec2(self) -> Any:
-        return boto3.client(
-            "ec2",
+    def client(self, service: str) -> Any:
+        # The default session isn't for two threads at a time.
+        return boto3.session.Session().client(
+            service,
             region_name=REGION,
             endpoint_url=f"http://127.0.0.1:{self.moto_port}",
             aws_access_key_id="test",
@@ -124,11 +151,13 @@ class Aws(ThreadingHTTPServer):
         assert moto.getresponse().status == 200
         moto.close()
         self.quota.clear()
+        self.actions.clear()
+        self.launched.clear()
+        self.unlimited = ""
 
 
-@pytest.fixture(scope="module")
-def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
-    folder = tmp_path_factory.mktemp("moto")
+@contextmanager
+def new_account(folder: Path) -> Iterator[Aws]:
     (folder / "amis.json").write_text(json.dumps([DEBIAN]))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -158,6 +187,12 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
         front.server_close()
         moto.terminate()
         moto.wait(10)
+
+
+@pytest.fixture(scope="module")
+def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
+    with new_account(tmp_path_factory.mktemp("moto")) as aws:
+        yield aws
 
 
 class Operator:
@@ -263,25 +298,26 @@ def account(ec2: Any, *, ours: bool) -> dict[str, Any]:
     }
 
 
+def launch(ec2: Any, kind: str = "c5.xlarge", **values: str) -> str:
+    """An instance that nobody's playbook made."""
+    made = ec2.run_instances(
+        ImageId=DEBIAN["ami_id"],
+        InstanceType=kind,
+        MinCount=1,
+        MaxCount=1,
+        TagSpecifications=[{"ResourceType": each, "Tags": tags(**values)} for each in ("instance", "volume")],
+    )
+    instance: str = made["Instances"][0]["InstanceId"]
+    return instance
+
+
 def settle(ec2: Any) -> dict[str, Any]:
     """Neighbours that are easily taken for ours, and then what there is."""
     vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
-    subnet = ec2.describe_subnets()["Subnets"][0]["SubnetId"]
     other = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
-
-    def instance(**values: str) -> None:
-        ec2.run_instances(
-            ImageId=DEBIAN["ami_id"],
-            InstanceType="c5.xlarge",
-            MinCount=1,
-            MaxCount=1,
-            SubnetId=subnet,
-            TagSpecifications=[{"ResourceType": "instance", "Tags": tags(**values)}],
-        )
-
-    instance(Name="c5-1")
-    instance(Name="c5-1", Role="redis", Project="pixel", Environment="staging")
-    instance(Name="t2-1", Role="pixel_app", Project="voxel", Environment="production")
+    launch(ec2, Name="c5-1")
+    launch(ec2, Name="c5-1", Role="redis", Project="pixel", Environment="staging")
+    launch(ec2, Name="t2-1", Role="pixel_app", Project="voxel", Environment="production")
     ec2.create_security_group(GroupName="pixel-production-fleet", Description="another's", VpcId=other)
     ec2.create_security_group(GroupName="another", Description="another's", VpcId=vpc)
     ec2.create_key_pair(KeyName="pixel")
@@ -297,83 +333,6 @@ def hosts(ec2: Any) -> dict[str, dict[str, Any]]:
 
 def states(ec2: Any) -> dict[str, str]:
     return {name: instance["State"]["Name"] for name, instance in hosts(ec2).items()}
-
-
-def test_from_nothing_to_a_fleet_and_back(operator: Operator) -> None:
-    aws, ec2 = operator.aws, operator.aws.ec2()
-    aws.actions.clear()
-    neighbours = settle(ec2)
-
-    # A dry run says what would be, and makes nothing, here or there.
-    status, output = operator.provision("--check")
-    assert status == 0, output
-    assert "make: c5-1, t2-1" in output
-    assert account(ec2, ours=False) == neighbours
-    assert not any(account(ec2, ours=True).values())
-    assert not (operator.inventory / "credentials").exists()
-
-    # The quota ends after the first host.
-    aws.quota["ec2:RunInstances"] = 1
-    status, output = operator.provision()
-    assert status == 2
-    assert "VcpuLimitExceeded" in output
-    assert "Service Quotas" in output
-    assert states(ec2) == {"c5-1": "running"}
-
-    # The next run goes on from there.
-    aws.quota.clear()
-    status, output = operator.provision()
-    assert status == 0, output
-    assert "make: t2-1" in output
-    assert states(ec2) == {"c5-1": "running", "t2-1": "running"}
-    check_what_was_made(operator, ec2)
-
-    check_inventory(operator)
-
-    # One more, one that was stopped and made lax, an address that stays, and the operator has moved.
-    t2 = hosts(ec2)["t2-1"]
-    ec2.stop_instances(InstanceIds=[t2["InstanceId"]])
-    options = {name: value for name, value in t2["MetadataOptions"].items() if name != "State"}
-    ec2.modify_instance_metadata_options(
-        InstanceId=t2["InstanceId"], **(options | {"HttpTokens": "optional"})
-    )
-    ec2.create_tags(Resources=[t2["InstanceId"]], Tags=tags(CostCenter="7"))
-    operator.count("t2", 2)
-    operator.set(aws_elastic_ip=True, aws_ssh_from=["198.51.100.8/32"])
-    status, output = operator.provision()
-    assert status == 0, output
-    assert "start: t2-1" in output
-    assert states(ec2) == {"c5-1": "running", "t2-1": "running", "t2-2": "running"}
-    now = hosts(ec2)
-    assert now["t2-1"]["InstanceId"] == t2["InstanceId"]
-    assert tagged(now["t2-1"])["CostCenter"] == "7"
-    assert now["t2-1"]["MetadataOptions"]["HttpTokens"] == "required"
-    assert "198.51.100.7" not in json.dumps(account(ec2, ours=True)["groups"])
-    [address] = account(ec2, ours=True)["addresses"]
-    assert f"c5-1: {address['PublicIp']} " in output
-
-    # A second run changes nothing; one fewer goes when that is asked for, and not before.
-    operator.count("t2", 1)
-    status, output = operator.provision()
-    assert "remove: t2-2 (only with -e remove=true)" in output
-    assert "changed=0 unreachable=0 failed=0" in output
-    status, output = operator.provision("-e", "remove=true")
-    assert states(ec2) == {"c5-1": "running", "t2-1": "running"}
-
-    # Back to nothing, when it is meant.
-    status, output = operator.teardown()
-    assert status == 2
-    assert "Nothing was removed" in output
-    assert "-e confirm=pixel" in output
-    status, output = operator.teardown("-e", "confirm=pixel")
-    assert status == 0, output
-    assert not any(account(ec2, ours=True).values())
-    status, output = operator.teardown("-e", "confirm=pixel")
-    assert "changed=0 unreachable=0 failed=0" in output
-
-    assert account(ec2, ours=False) == neighbours
-    assert operator.went_outside() == ""
-    check_policy(set(aws.actions))
 
 
 def check_what_was_made(operator: Operator, ec2: Any) -> None:
@@ -412,6 +371,12 @@ def check_what_was_made(operator: Operator, ec2: Any) -> None:
         assert host["Monitoring"]["State"] in ("enabled", "pending")
         wanted = {fleet["GroupId"]} | ({public["GroupId"]} if name == "c5-1" else set())
         assert {group["GroupId"] for group in host["SecurityGroups"]} == wanted
+    # moto doesn't keep it.
+    credits_asked = [
+        (asked["InstanceType"][0], asked.get("CreditSpecification.CpuCredits"))
+        for asked in operator.aws.launched
+    ]
+    assert credits_asked == [("c5.xlarge", None), ("t2.xlarge", ["standard"])]
     for volume in made["volumes"]:
         assert volume["Encrypted"]
         assert volume["VolumeType"] == "gp3"
@@ -434,11 +399,13 @@ def check_inventory(operator: Operator) -> None:
         "t2": {"t2-1"},
     }
     plain = {name: json.loads(json.dumps(values), object_hook=unwrap) for name, values in variables.items()}
-    made = hosts(operator.aws.ec2())
+    made = hosts(operator.aws.client("ec2"))
     for name, values in plain.items():
         assert values["ansible_host"] == made[name]["PublicIpAddress"]
         assert values["private_address"] == made[name]["PrivateIpAddress"]
         assert values["instance_type"] == made[name]["InstanceType"]
+        assert values["instance_id"] == made[name]["InstanceId"]
+        assert values["nginx_lb_credit_region"] == REGION
         assert values["ansible_user"] == "admin"
 
     status, output = operator.type("ansible-playbook", "site.yml", "--list-hosts")
@@ -461,11 +428,9 @@ def unwrap(values: dict[str, Any]) -> Any:
     return values.get("__ansible_unsafe", values)
 
 
-def check_policy(used: set[str]) -> None:
-    policy = json.loads((ROOT / "docs" / "aws-policy.json").read_text())
-    named = [action for statement in policy["Statement"] for action in statement["Action"]]
-    # Everybody may ask who they are.
-    assert set(named) == used - {"sts:GetCallerIdentity"}
+def check_policy(name: str, used: set[str]) -> None:
+    policy = json.loads((ROOT / "docs" / name).read_text())
+    assert {action for statement in policy["Statement"] for action in statement["Action"]} == used
 
 
 FORM = [
@@ -480,11 +445,12 @@ SENSE = [
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"),
+    ("variables", "says"),
     [
-        (FORM, ["Got no match for: web", "missing required arguments: type", "'count'"]),
+        ({"pixel_app_redis_url": "rediss://redis.example:6379/0"}, ["1 hosts have the role redis"]),
+        ({"aws_hosts": FORM}, ["Got no match for: web", "missing required arguments: type", "'count'"]),
         (
-            SENSE,
+            {"aws_hosts": SENSE},
             [
                 "two rows have the same name",
                 "lower-case letters, digits and -",
@@ -500,10 +466,9 @@ SENSE = [
     ],
 )
 def test_a_wrong_table_is_told_before_anything_is_made(
-    operator: Operator, rows: list[dict[str, Any]], says: list[str]
+    operator: Operator, variables: dict[str, Any], says: list[str]
 ) -> None:
-    operator.set(aws_hosts=rows)
-    operator.aws.actions.clear()
+    operator.set(**variables)
     status, output = operator.provision()
     assert status == 2
     assert [one for one in says if one not in output] == [], output
@@ -511,18 +476,12 @@ def test_a_wrong_table_is_told_before_anything_is_made(
 
 
 def test_what_is_somebody_elses_or_cannot_be_is_told_before_anything_is_made(operator: Operator) -> None:
-    ec2 = operator.aws.ec2()
+    ec2 = operator.aws.client("ec2")
     vpc = ec2.describe_subnets()["Subnets"][0]["VpcId"]
     ec2.create_security_group(GroupName="pixel-production-fleet", Description="another's", VpcId=vpc)
     ec2.create_key_pair(KeyName="pixel-production")
     for name, kind, role in (("c5-1", "c5.large", "redis"), ("old-1", "c5.xlarge", "redis pixel_app")):
-        ec2.run_instances(
-            ImageId=DEBIAN["ami_id"],
-            InstanceType=kind,
-            MinCount=1,
-            MaxCount=1,
-            TagSpecifications=[{"ResourceType": "instance", "Tags": tags(**OURS, Name=name, Role=role)}],
-        )
+        launch(ec2, kind, **OURS, Name=name, Role=role)
     before = account(ec2, ours=True), account(ec2, ours=False)
     operator.set(aws_image="debian-12-amd64-latest")
     status, output = operator.provision("-e", "remove=true")
@@ -557,3 +516,166 @@ def test_no_credentials_and_a_wrong_region_are_told(operator: Operator) -> None:
     assert status != 0
     assert "https://ec2.nowhere-1.amazonaws.com" in output
     assert set(operator.went_outside().split()) == {"ec2.nowhere-1.amazonaws.com"}
+
+
+def test_a_balancer_learns_of_credits_from_cloudwatch(
+    aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in Operator(aws, tmp_path).environment.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    ec2, cloudwatch = aws.client("ec2"), aws.client("cloudwatch")
+    instances = {name: launch(ec2, "t2.xlarge", Name=name) for name in ("low", "full", "unlimited", "silent")}
+    aws.unlimited = instances["unlimited"]
+    said = [("low", 16, 43.5), ("low", 6, 12.5), ("low", 11, 28), ("full", 6, 1296), ("unlimited", 6, 0)]
+    for name, minutes, balance in said:
+        metric = {
+            "MetricName": "CPUCreditBalance",
+            "Dimensions": [{"Name": "InstanceId", "Value": instances[name]}],
+            "Timestamp": datetime.now(UTC) - timedelta(minutes=minutes),
+            "Value": balance,
+        }
+        cloudwatch.put_metric_data(Namespace="AWS/EC2", MetricData=[metric])
+
+    watch = Watch(Balancer(tmp_path, tmp_path, tmp_path), dry_run=True)
+    host = {"processors": 4, "baseline": 0.225}
+    watch.spec = {
+        "credits": {
+            "region": REGION,
+            "hosts": {name: host | {"instance": instance} for name, instance in instances.items()},
+        }
+    }
+    watch.controller.know({name: name for name in instances}, {}, Settings(adaptive=True))
+    listen(watch)
+    known = {name: backend.credits for name, backend in watch.controller.backends.items()}
+    assert {name: each and each.balance for name, each in known.items()} == {
+        "low": 12.5,
+        "full": 1296,
+        "unlimited": None,
+        "silent": None,
+    }
+    assert known["low"]
+    # The end of the five minutes that it stands for.
+    assert 0 <= time.monotonic() - known["low"].at <= 6 * 60 + 30
+    assert known["low"].lasting == pytest.approx(0.225 + 12.5 / 60)
+    check_policy("aws-balancer-policy.json", set(aws.actions))
+
+    # Not asked again so soon; and where nothing is heard, what is known grows old.
+    aws.actions.clear()
+    listen(watch)
+    assert aws.actions == []
+    watch.asked_at = -math.inf
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    listen(watch)
+    assert "no word of CPU credits: Unable to locate credentials" in capsys.readouterr().err
+    assert watch.controller.backends["low"].credits == known["low"]
+
+
+def listen(watch: Watch) -> None:
+    """Let it ask, if it wants to, and hear what is answered."""
+    with ThreadPoolExecutor(1) as pool:
+        watch.ask_credits(pool, time.monotonic())
+    watch.ask_credits(pool, time.monotonic())
+    assert watch.asked is None
+
+
+def from_nothing_to_a_fleet_and_back(operator: Operator) -> None:
+    aws, ec2 = operator.aws, operator.aws.client("ec2")
+    neighbours = settle(ec2)
+
+    # A dry run says what would be, and makes nothing, here or there.
+    status, output = operator.provision("--check")
+    assert status == 0, output
+    assert "make: c5-1, t2-1" in output
+    assert account(ec2, ours=False) == neighbours
+    assert not any(account(ec2, ours=True).values())
+    assert not (operator.inventory / "credentials").exists()
+
+    status, output = operator.provision()
+    assert status == 0, output
+    assert "make: c5-1, t2-1" in output
+    assert states(ec2) == {"c5-1": "running", "t2-1": "running"}
+    check_what_was_made(operator, ec2)
+    check_inventory(operator)
+
+    # One more, one that was stopped and made lax, an address that stays, a role, and the operator has moved.
+    t2 = hosts(ec2)["t2-1"]
+    ec2.stop_instances(InstanceIds=[t2["InstanceId"]])
+    status, output = operator.type("ansible-inventory", "--graph")
+    assert "c5-1" in output
+    assert "t2-1" not in output
+    options = {name: value for name, value in t2["MetadataOptions"].items() if name != "State"}
+    ec2.modify_instance_metadata_options(
+        InstanceId=t2["InstanceId"], **(options | {"HttpTokens": "optional"})
+    )
+    ec2.create_tags(Resources=[t2["InstanceId"]], Tags=tags(CostCenter="7"))
+    aws.client("iam").create_instance_profile(InstanceProfileName="pixel-balancer")
+    operator.set(aws_instance_profile="pixel-balancer")
+    # A host of a former table.
+    launch(ec2, **OURS, Name="t2-9", Role="pixel_app")
+    operator.count("t2", 2)
+    operator.set(aws_elastic_ip=True, aws_ssh_from=["198.51.100.8/32"])
+
+    # Before that is done, the quota ends.
+    aws.quota["ec2:RunInstances"] = 0
+    status, output = operator.provision()
+    assert status == 2
+    assert "start: t2-1" in output
+    assert "remove: t2-9 (only with -e remove=true)" in output
+    assert "VcpuLimitExceeded" in output
+    assert "Service Quotas" in output
+    assert states(ec2) == {"c5-1": "running", "t2-1": "running", "t2-9": "running"}
+    assert account(ec2, ours=True)["addresses"] == []
+
+    # The next run goes on from there, and removes the former host, as that is asked for now.
+    aws.quota.clear()
+    status, output = operator.provision("-e", "remove=true")
+    assert status == 0, output
+    assert "make: t2-2" in output
+    assert "remove: t2-9" in output
+    assert states(ec2) == {"c5-1": "running", "t2-1": "running", "t2-2": "running"}
+    now = hosts(ec2)
+    assert now["t2-1"]["InstanceId"] == t2["InstanceId"]
+    assert tagged(now["t2-1"])["CostCenter"] == "7"
+    assert now["t2-1"]["MetadataOptions"]["HttpTokens"] == "required"
+    assert "198.51.100.7" not in json.dumps(account(ec2, ours=True)["groups"])
+    [address] = account(ec2, ours=True)["addresses"]
+    assert f"c5-1: {address['PublicIp']} " in output
+    assert {name for name, host in now.items() if "IamInstanceProfile" in host} == {"c5-1"}
+
+    # A second run changes nothing; nor does a count that is lowered, by itself.
+    operator.count("t2", 1)
+    status, output = operator.provision()
+    assert "remove: t2-2 (only with -e remove=true)" in output
+    assert "changed=0 unreachable=0 failed=0" in output
+
+    # Back to nothing, when it is meant.
+    status, output = operator.teardown()
+    assert status == 2
+    assert "Nothing was removed" in output
+    assert "-e confirm=pixel" in output
+    status, output = operator.teardown("-e", "confirm=pixel")
+    assert status == 0, output
+    assert not any(account(ec2, ours=True).values())
+    status, output = operator.teardown("-e", "confirm=pixel")
+    assert "changed=0 unreachable=0 failed=0" in output
+
+    assert account(ec2, ours=False) == neighbours
+    assert operator.went_outside() == ""
+    # Everybody may ask who they are; giving a role is no request of its own.
+    check_policy("aws-policy.json", set(aws.actions) - {"sts:GetCallerIdentity"} | {"iam:PassRole"})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The long one, in an account of its own while the others run."""
+    if not any(item.name == "test_from_nothing_to_a_fleet_and_back" for item in request.session.items):
+        yield None
+        return
+    with new_account(tmp_path_factory.mktemp("moto")) as aws, ThreadPoolExecutor(1) as pool:
+        operator = Operator(aws, tmp_path_factory.mktemp("home"))
+        yield pool.submit(from_nothing_to_a_fleet_and_back, operator)
+
+
+def test_from_nothing_to_a_fleet_and_back(story: Any) -> None:
+    story.result()

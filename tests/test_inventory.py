@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,15 +22,25 @@ GOOD: dict[str, Any] = {
 }
 
 
-def validate(tmp_path: Path, inventory: dict[str, Any]) -> str:
-    """The output of the first play alone: hosts of group `all` are not connected to."""
-    # The second play asks the hosts; here they don't answer.
+MANAGED = {
+    "pixel_app": {
+        "hosts": {"a": {"private_address": "10.0.0.1"}, "b": {"private_address": "10.0.0.2"}},
+        "vars": {"pixel_app_redis_url": "rediss://redis.example:6379/0"},
+    },
+    "nginx_lb": GOOD["nginx_lb"],
+}
+
+
+def play(
+    tmp_path: Path, inventory: dict[str, Any], *arguments: str | Path
+) -> subprocess.CompletedProcess[str]:
+    # Plays may ask the hosts; here they don't answer.
     deaf = {"ansible_connection": "local", "ansible_python_interpreter": "/nonexistent"}
     path = tmp_path / "hosts.yml"
     path.write_text(json.dumps(inventory))
-    done = subprocess.run(
+    return subprocess.run(
         [
-            *(Path(sys.prefix, "bin", "ansible-playbook"), "--inventory", path, "playbooks/validate.yml"),
+            *(Path(sys.prefix, "bin", "ansible-playbook"), "--inventory", path, *arguments),
             *("--extra-vars", json.dumps(deaf)),
         ],
         cwd=ROOT,
@@ -38,6 +49,11 @@ def validate(tmp_path: Path, inventory: dict[str, Any]) -> str:
         capture_output=True,
         check=False,
     )
+
+
+def validate(tmp_path: Path, inventory: dict[str, Any]) -> str:
+    """The output of the first play alone: hosts of group `all` are not connected to."""
+    done = play(tmp_path, inventory, "playbooks/validate.yml")
     return done.stdout.split("PLAY [Validate the hosts]")[0] if done.returncode else done.stdout
 
 
@@ -46,12 +62,20 @@ def test_a_good_one_passes(tmp_path: Path) -> None:
 
 
 def test_a_managed_redis_takes_the_place_of_the_group(tmp_path: Path) -> None:
-    managed = {name: group for name, group in GOOD.items() if name != "redis"}
-    managed["pixel_app"] = {
-        "hosts": {"a": {"private_address": "10.0.0.1"}, "b": {"private_address": "10.0.0.2"}},
-        "vars": {"pixel_app_redis_url": "rediss://redis.example:6379/0"},
-    }
-    assert "fatal" not in validate(tmp_path, managed)
+    assert "fatal" not in validate(tmp_path, MANAGED)
+    site = play(tmp_path, MANAGED, "site.yml", "--list-hosts")
+    assert site.returncode == 0
+    hosts = {name: int(count) for name, count in re.findall(r": (.+?)\tTAGS[^(]*\((\d+)\):", site.stdout)}
+    assert hosts["Redis"] == 0
+    assert hosts["Prepare the app"] == hosts["Roll the app over"] == 2
+    assert hosts["Balancer"] == 1
+
+
+@pytest.mark.parametrize("playbook", ["backup", "restore"])
+def test_backups_of_a_managed_redis_are_its_providers(tmp_path: Path, playbook: str) -> None:
+    done = play(tmp_path, MANAGED, f"playbooks/{playbook}.yml")
+    assert done.returncode != 0
+    assert "its provider makes the backups and restores them" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(

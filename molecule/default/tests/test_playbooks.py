@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -21,6 +25,21 @@ def test_a_run_that_has_nothing_to_do_changes_nothing(
     play: Any, arguments: tuple[str, ...], hosts: set[str]
 ) -> None:
     assert play("site.yml", *arguments).changes() == dict.fromkeys(hosts, 0)
+
+
+def test_a_fleet_whose_redis_is_managed_is_the_same_fleet(play: Any, tmp_path: Path) -> None:
+    """An inventory without group redis, whose endpoint is where this fleet has its own."""
+    inventory = tmp_path / "managed"
+    shutil.copytree(ROOT / "inventory" / "local", inventory)
+    hosts = yaml.safe_load((inventory / "hosts.yml").read_text())
+    (own,) = hosts.pop("redis")["hosts"]
+    endpoint = f"redis://{{{{ hostvars['{own}'].private_address }}}}:6379/0"
+    hosts["fleet"]["vars"] = {"pixel_app_redis_url": endpoint}
+    (inventory / "hosts.yml").write_text(json.dumps(hosts))
+    done = play("site.yml", hosts=str(inventory))
+    assert done.changes() == {"c5": 0, "t2": 0}
+    assert "PLAY [Redis] *" in done.words
+    assert "skipping: no hosts matched" in done.words
 
 
 def test_a_wrong_variable_stops_the_play_before_anything_is_done(play: Any) -> None:
@@ -59,6 +78,7 @@ WRONG = [
     ("nginx_lb_reload_interval", 5),
     ("nginx_lb_dead_band", 5),
     ("nginx_lb_health_fails", 0),
+    ("nginx_lb_credit_source", "cloudwatch"),
 ]
 
 

@@ -133,6 +133,39 @@ def test_a_host_whose_cpu_is_stolen_gets_less(shell: Any, backends: Any, seen: A
     until(lambda: backends()["debian13"]["weight"] == 2, 75)
 
 
+# The test hosts' machine may itself be on EC2: what it is allowed to do is none of ours.
+JOURNAL = "journalctl --unit=pixel-lb --output=cat"
+NOBODY = """
+mkdir -p /run/systemd/system/pixel-lb.service.d
+cat >/run/systemd/system/pixel-lb.service.d/nobody.conf <<END
+[Service]
+Environment=AWS_EC2_METADATA_DISABLED=true
+END
+systemctl daemon-reload
+systemctl restart pixel-lb
+"""
+
+
+def test_credits_are_asked_for_beside_the_loop_and_may_stay_unknown(
+    shell: Any, play: Any, converge: Any, backends: Any
+) -> None:
+    for name in BOTH:
+        shell(NOBODY, on=name)
+    adaptive = {"nginx_lb_weights": "adaptive", "nginx_lb_slow_start": 30}
+    asking = adaptive | {"nginx_lb_credit_source": "cloudwatch", "nginx_lb_credit_region": "eu-central-1"}
+    refused = play("playbooks/nginx_lb.yml", **asking)
+    assert refused.returncode != 0
+    assert "needs an instance_id, such as i-0123456789abcdef0, of debian13" in refused.words
+    converge(**asking, instance_id="i-0123456789abcdef0")
+    until(lambda: all("Unable to locate credentials" in shell(JOURNAL, on=each) for each in BOTH), 60)
+    (host,) = json.loads(shell("cat /etc/nginx/pixel/backends.json"))["watch"]["credits"]["hosts"].values()
+    assert (host["instance"], host["baseline"]) == ("i-0123456789abcdef0", 0.225)
+    assert host["processors"] == int(shell("nproc", on="debian13"))
+    assert {each["state"] for each in backends().values()} == {"up"}
+    converge(**adaptive)
+    assert json.loads(shell("cat /etc/nginx/pixel/backends.json"))["watch"]["credits"] == {}
+
+
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(shell: Any, backends: Any) -> None:
     shell("systemctl stop pixel-lb; touch /run/unready", on="debian12")
     try:

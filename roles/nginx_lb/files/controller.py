@@ -10,7 +10,8 @@ taken out: requests have a chance, and an operator is told.
 
 Load (mode adaptive): a share is what is left of the CPU, compared with the backend that has most
 left, times a correction for latency. What is stolen from a virtual machine is not left to it, so a
-throttled host that looks idle gets less, not more.
+throttled host that looks idle gets less, not more. Nor is what its CPU credits won't last for, where
+they are known: word of them is minutes old, so it makes a share smaller and never larger.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ ENOUGH_REQUESTS = 20
 # What a correction gets back at a time when all is well.
 RECOVERY = 1.15
 LEAST_SHARE = 0.01
+# Minutes that CPU credits should last; what is known of them is up to that old.
+CREDIT_MINUTES = 15
 
 
 class Cpu(NamedTuple):
@@ -49,6 +52,20 @@ class Cpu(NamedTuple):
         total = sum(modes.values())
         steal = modes.get("steal", 0.0)
         return cls(total - steal - modes.get("idle", 0.0) - modes.get("iowait", 0.0), steal, total)
+
+
+class Credits(NamedTuple):
+    """What a host that is slowed down without them had left; one runs a processor for a minute."""
+
+    at: float
+    balance: float
+    processors: int
+    baseline: float  # the part of its CPU that it has all the same
+
+    @property
+    def lasting(self) -> float:
+        """The part of its CPU that it can go on using for a while."""
+        return min(1.0, self.baseline + self.balance / (self.processors * CREDIT_MINUTES))
 
 
 class Sample(NamedTuple):
@@ -102,6 +119,7 @@ class Backend:
     rate: float = 0.0
     in_flight: float = 0.0
     last: Sample | None = None
+    credits: Credits | None = None
     cpus: deque[tuple[float, Cpu]] = field(default_factory=deque)
     requests: deque[tuple[float, float, float]] = field(default_factory=deque)
 
@@ -180,6 +198,11 @@ class Controller:
         if name in self.backends:
             self.backends[name].requests.append((at, count, seconds))
 
+    def see_credits(self, known: dict[str, Credits]) -> None:
+        """All that is known of CPU credits, by backend."""
+        for name, backend in self.backends.items():
+            backend.credits = known.get(name)
+
     # --- what follows ----------------------------------------------------------------------
 
     def decide(self, now: float, drained: Collection[str] = ()) -> dict[str, Share] | None:
@@ -244,7 +267,7 @@ class Controller:
                 backend.adapted = backend.wanted = backend.correction = 1.0
             return
         fresh = [each for each in self.backends.values() if each.up and not self.is_stale(each, now)]
-        left = {each.name: part for each in fresh if (part := self._left(each)) is not None}
+        left = {each.name: part for each in fresh if (part := self._left(each, now)) is not None}
         most = max(left.values(), default=1.0)
         known = [each.latency for each in fresh if each.latency is not None]
         bearable = min(known, default=0.0) + TOLERANCE
@@ -268,12 +291,19 @@ class Controller:
         """Whether there has been no word of its CPU for too long."""
         return not backend.cpus or now - backend.cpus[-1][0] > self.settings.stale
 
-    def _left(self, backend: Backend) -> float | None:
+    def _left(self, backend: Backend, now: float) -> float | None:
         """What is left of its CPU, 0 to 1, if that is known: what isn't stolen, and of that what is idle."""
         if backend.busy is None or backend.steal is None or backend.steal >= 1:
             return None
         owned = 1 - backend.steal
+        if known := self._credits(backend, now):
+            owned = min(owned, known.lasting)
         return owned * max(LEAST_LEFT, 1 - backend.busy / owned)
+
+    def _credits(self, backend: Backend, now: float) -> Credits | None:
+        """Its credits, if they are known and word of them isn't too old."""
+        known = backend.credits
+        return known if known and now - known.at <= CREDIT_MINUTES * 60 else None
 
     def _share(self, backend: Backend, now: float) -> Share:
         if not backend.up:
@@ -309,6 +339,8 @@ class Controller:
             said = []
             if backend.busy is not None and backend.steal is not None:
                 said.append(f"CPU {backend.busy:.0%} busy, {backend.steal:.0%} stolen")
+            if (known := self._credits(backend, now)) and known.lasting < 1:
+                said.append(f"{known.balance:.0f} CPU credits left, {known.lasting:.0%} of its CPU lasts")
             if backend.correction < 1:
                 said.append(f"corrected by latency to {backend.correction:.0%}")
             reasons.append(f"{backend.adapted:.0%} of its base weight: {', '.join(said) or 'for its load'}")
@@ -326,6 +358,7 @@ class Controller:
                 "why": self.explain(backend, now),
                 "cpu_busy": _rounded(backend.busy, 3),
                 "cpu_steal": _rounded(backend.steal, 3),
+                "cpu_credits": _rounded((known := self._credits(backend, now)) and known.balance, 1),
                 "latency_ms": _rounded(backend.latency and backend.latency * 1000, 2),
                 "requests_per_second": _rounded(backend.rate, 1),
                 "in_flight": _rounded(backend.in_flight, 2),

@@ -7,7 +7,9 @@
 Every `interval` seconds each backend is asked for `/readyz`, and for `/metrics`, which has the host's
 CPU counters. Latency is read from Nginx' access log: what a client
 waits for includes the time that a request lies in a throttled host's socket, of which the app
-doesn't know. What is thought and why is written to `status.json`, which Nginx serves as `/lb/status`.
+doesn't know. Where the inventory says so, `credits.py` asks CloudWatch every five minutes what CPU
+credits the hosts have left. What is thought and why is written to `status.json`, which Nginx serves
+as `/lb/status`.
 
 Whatever goes wrong here, Nginx keeps the last configuration that was good.
 """
@@ -17,17 +19,19 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import math
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from controller import Controller, Cpu, Sample, Settings, Share
+from controller import Controller, Cpu, Credits, Sample, Settings, Share
 from pixel_lb import Balancer, Refused, alone, replace
 
 # At most so much of the log is read at a time; of more, only the end, which stands for the rest.
@@ -38,6 +42,9 @@ PIXEL_LINE = re.compile(
     rb'"uri":"/(?:cluster/[^/"]+/)?pixel[/?"][^\n]*?"upstream":"([^"]+)"[^\n]*?"upstream_seconds":"([^"]+)"'
 )
 CPU_LINE = re.compile(r'^pixel_host_cpu_seconds_total\{mode="(\w+)"\} (\S+)$', re.M)
+# How often credits are counted, and how long an answer may take.
+CREDIT_SECONDS = 300.0
+CREDIT_TIMEOUT = 60.0
 # One request that took long must not speak for all.
 MOST_SECONDS = 1.0
 
@@ -139,6 +146,8 @@ class Watch:
         self.log: LogTail | None = None
         self.failed_at = 0.0
         self.error = ""
+        self.asked: Future[subprocess.CompletedProcess[str]] | None = None
+        self.asked_at = -math.inf
 
     def run(self) -> None:
         with ThreadPoolExecutor(32) as pool:
@@ -157,6 +166,8 @@ class Watch:
         for backend, sample in zip(backends, looks, strict=True):
             self.controller.see(backend.name, sample)
         now = time.monotonic()
+        if self.spec.get("credits"):
+            self.ask_credits(pool, now)
         for address, (count, seconds) in (self.log.read() if self.log else {}).items():
             self.controller.see_requests(now, self.names.get(address, ""), count, seconds)
         shares = self.controller.decide(now, self.balancer.drained())
@@ -181,8 +192,39 @@ class Watch:
         settings = {name: self.spec[name] for name in Settings.__dataclass_fields__ if name in self.spec}
         hosts = {each["name"]: each["host"] for each in servers}
         self.controller.know(hosts, self.balancer.shares(), Settings(**settings))
+        # Whom to ask may be new.
+        self.controller.see_credits({})
+        self.asked_at = -math.inf
         self.log = LogTail(Path(self.spec["log"])) if self.spec["log"] else None
         self.read_spec = (facts.st_mtime_ns, facts.st_ino)
+
+    def ask_credits(self, pool: ThreadPoolExecutor, now: float) -> None:
+        """Hear what CloudWatch has answered by now, and ask anew when it is time. Nobody waits for it."""
+        hosts = self.spec["credits"]["hosts"]
+        if self.asked and self.asked.done():
+            answer, self.asked = self.asked, None
+            try:
+                done = answer.result()
+                if done.returncode != 0:
+                    raise OSError((done.stderr.strip() or str(done.returncode)).splitlines()[-1])
+                found = json.loads(done.stdout)
+            except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+                self.say(f"no word of CPU credits: {error}")
+                return
+            known = {}
+            for name, host in hosts.items():
+                if host["instance"] in found:
+                    until, balance = found[host["instance"]]
+                    at = now - max(0.0, time.time() - until)
+                    known[name] = Credits(at, balance, host["processors"], host["baseline"])
+            self.controller.see_credits(known)
+        elif not self.asked and now - self.asked_at >= CREDIT_SECONDS:
+            self.asked_at = now
+            command = [sys.executable, str(Path(__file__).resolve().with_name("credits.py"))]
+            command += [self.spec["credits"]["region"], *(host["instance"] for host in hosts.values())]
+            self.asked = pool.submit(
+                subprocess.run, command, capture_output=True, text=True, timeout=CREDIT_TIMEOUT, check=False
+            )
 
     def put_in_force(self, shares: dict[str, Share]) -> None:
         now = time.monotonic()
