@@ -39,7 +39,7 @@ bench: tools  ## compare ways to serve a durable pixel, on this machine
 load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the balancer
 	$(BIN)/python bench/load.py --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --strict
 
-drill: tools  ## break the local fleet in thirteen ways under load, and count what users notice
+drill: tools  ## break the local fleet in fourteen ways under load, and count what users notice
 	$(BIN)/python bench/drill.py
 
 docs: tools  ## write the roles' READMEs from their argument specs, and the API's answers

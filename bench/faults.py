@@ -152,6 +152,12 @@ async def weights(fleet: Fleet) -> dict[str, int]:
     return {host: said["weight"] for host, said in (await fleet.balancer_status()).items()}
 
 
+async def drain(scene: Scene, _: int) -> None:
+    await play(scene, "drain.yml", host=OTHER)
+    await asyncio.sleep(AWAY_SECONDS)
+    await play(scene, "undrain.yml", host=OTHER)
+
+
 async def reload_nginx(scene: Scene, _: int) -> None:
     await scene.fleet.ssh(BALANCER, "systemctl reload nginx")
 
@@ -246,6 +252,7 @@ EVENTS = (
     Event("deploy", deploy, runs=10, planned=True, patience=180),
     Event("bad deploy", bad_deploy, planned=True, patience=180),
     Event("rollback", roll_back, planned=True, patience=120, prepare=something_to_roll_back),
+    Event("drain", drain, planned=True, patience=120),
     Event("weight change", change_weights, planned=True, patience=120),
     Event("reload", reload_nginx, planned=True),
     Event("worker killed", kill_worker, runs=10),
