@@ -33,7 +33,7 @@ class Client:
             return error.code, error.headers, error.read().decode()
 
     def read_from(self, instance: str, path: str) -> Any:
-        """What this instance answers. Open streams decide whose turn it is, so it is asked by its own path."""
+        """What this instance answers, by its own path: open streams have a say in whose turn it is."""
         status, headers, body = self.ask(f"/cluster/{instance}{path}")
         assert (status, headers["X-Pixel-Instance"]) == (200, instance)
         return json.loads(body)
