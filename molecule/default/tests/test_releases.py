@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,11 @@ def interrupt(task: str, signum: int, name: str, *arguments: str) -> None:
                 break
         else:
             raise AssertionError(f"it never came to {task!r}")
-        os.killpg(playing.pid, signum)
-        playing.stdout.read()
+        # Python loses a Ctrl-C that comes at a bad moment: again then, as an operator would.
+        while playing.poll() is None:
+            os.killpg(playing.pid, signum)
+            with suppress(subprocess.TimeoutExpired):
+                playing.communicate(timeout=10)
     assert playing.returncode != 0
 
 
