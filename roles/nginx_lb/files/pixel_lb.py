@@ -10,6 +10,8 @@ place, and the former one comes back if the reload fails.
     pixel-lb drain NAME     give this backend no new requests (never the last one, unless --force),
                             and wait until those in flight have ended
     pixel-lb undrain NAME   give it requests again, and wait until it answers some
+    pixel-lb certificate FOLDER
+                            put this certificate and its key in force (certbot calls it after a renewal)
     pixel-lb reload         make Nginx read its files again
     pixel-lb watch          the controller: look at the backends, and keep shares.json (see watch.py)
     pixel-lb status         what is in force, as JSON
@@ -155,9 +157,21 @@ class Balancer:
         checked = nginx("-t", "-q", "-c", str(self.staged / "nginx.conf"))
         if checked.returncode != 0:
             raise Refused(f"the staged files are wrong, the running ones stay:\n{checked.stderr.strip()}")
-        former = {file: _read(self.nginx / file) for file in files}
-        wanted = {file: (self.staged / file).read_bytes() for file in files}
-        differs = former != wanted
+        return self._put({file: (self.staged / file).read_bytes() for file in files})
+
+    def certificate(self, source: Path) -> bool:
+        """Put a renewed certificate and its key in force; they lie in a folder. True if they are new."""
+        names = ("fullchain.pem", "privkey.pem")
+        wanted = {Path("tls", name): (source / name).read_bytes() for name in names}
+        changed = self._put(wanted)
+        # What is staged next has it as well.
+        for file, content in wanted.items():
+            replace(self.staged / file, content)
+        return changed
+
+    def _put(self, wanted: dict[Path, bytes]) -> bool:
+        """Put files in place and reload, or leave all as it was. True if anything changed."""
+        former = {file: _read(self.nginx / file) for file in wanted}
         for file, content in wanted.items():
             replace(self.nginx / file, content)
         try:
@@ -166,12 +180,13 @@ class Balancer:
             for file, content_before in former.items():
                 _restore(self.nginx / file, content_before)
             raise
-        return differs or reloaded
+        return former != wanted or reloaded
 
     def fingerprint(self) -> str:
         """One word for all the files that Nginx reads."""
         digest = hashlib.sha256()
-        for path in [self.nginx / "nginx.conf", *sorted((self.nginx / "pixel").glob("*.conf"))]:
+        certificate = (self.nginx / "tls").glob("fullchain.pem")
+        for path in [self.nginx / "nginx.conf", *sorted((self.nginx / "pixel").glob("*.conf")), *certificate]:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
         return digest.hexdigest()
 
@@ -390,6 +405,8 @@ def replace(path: Path, content: bytes) -> None:
     if _read(path) == content:
         return
     half = path.with_name(path.name + ".new")
+    # The folder of keys is root's alone; they are so by themselves as well.
+    half.touch(0o600 if path.parent.name == "tls" else 0o644)
     half.write_bytes(content)
     half.replace(path)
 
@@ -424,6 +441,8 @@ def main() -> int:
     for command in (draining, returning):
         command.add_argument("name")
         command.add_argument("--wait", type=float, default=10, metavar="SECONDS", help="default 10")
+    renewing = commands.add_parser("certificate", help="put this certificate and its key in force")
+    renewing.add_argument("folder", type=Path, help="with fullchain.pem and privkey.pem")
     commands.add_parser("reload", help="make Nginx read its files again")
     commands.add_parser("status", help="what is in force, as JSON")
     watching = commands.add_parser("watch", help="the controller; runs until it is stopped")
@@ -445,6 +464,8 @@ def main() -> int:
                 balancer.reload()
             elif args.command == "loaded":
                 balancer.note_loaded()
+            elif args.command == "certificate":
+                say(balancer.certificate(args.folder))
             elif args.command == "install":
                 say(balancer.install())
             elif args.command == "drain":
