@@ -183,10 +183,9 @@ def webhook(fleet: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]
         def log_message(self, *_: Any) -> None:
             pass
 
-    gateway = fleet["subnet"].rpartition(".")[0] + ".1"
-    with http.server.HTTPServer((gateway, 0), Receiver) as server:
+    with http.server.HTTPServer((fleet["gateway"], 0), Receiver) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://{gateway}:{server.server_port}/", posted
+        yield f"http://{fleet['gateway']}:{server.server_port}/", posted
         server.shutdown()
 
 
@@ -260,11 +259,10 @@ def test_logs_are_bounded_in_size(host: Any, client: Any, shell: Any) -> None:
 
 def test_logs_reach_a_collector(fleet: dict[str, Any], client: Any) -> None:
     received = b""
-    gateway = fleet["subnet"].rpartition(".")[0] + ".1"
-    with socket.create_server((gateway, 0)) as collector:
+    with socket.create_server((fleet["gateway"], 0)) as collector:
         collector.settimeout(30)
         port = collector.getsockname()[1]
-        play("monitoring", "--tags", "logs", "--limit", "c5", logs_forward_to=f"{gateway}:{port}")
+        play("monitoring", "--tags", "logs", "--limit", "c5", logs_forward_to=f"{fleet['gateway']}:{port}")
         request_id = client.ask("/ping")[1]["X-Request-ID"]
         connection, _ = collector.accept()
         with connection:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 OUTPUT = Path("/var/lib/prometheus/node-exporter/pixel_balancer.prom")
+NGINX = Path("/etc/nginx")
 SHARES = Path("/var/lib/pixel-lb/shares.json")
 
 
@@ -41,8 +42,9 @@ def balancer(status: dict[str, Any], shares: dict[str, Any]) -> list[str]:
 
 
 def certificate_paths(configuration: str) -> list[str]:
-    """The certificates that a configuration of Nginx names."""
-    return sorted(set(re.findall(r"^\s*ssl_certificate\s+\"?(/[^;\"$]+)\"?;", configuration, re.M)))
+    """The certificates that a configuration of Nginx names; a relative one is beside the configuration."""
+    named = re.findall(r"^\s*ssl_certificate\s+\"?([^;\"$]+)\"?;", configuration, re.M)
+    return sorted({str(NGINX / path) for path in named})
 
 
 def end_of(path: str) -> int:

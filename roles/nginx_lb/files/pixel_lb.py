@@ -35,6 +35,7 @@ import hashlib
 import json
 import math
 import os
+import pwd
 import re
 import socket
 import subprocess
@@ -51,6 +52,8 @@ from controller import Share
 NGINX = Path("/etc/nginx")
 STATE = Path("/var/lib/pixel-lb")
 RUN = Path("/run/pixel-lb")
+# As whom Nginx' workers run.
+WORKERS = "www-data"
 RELOAD_SECONDS = 10.0
 # Longer than busy clients leave a connection idle.
 ANNOUNCE_SECONDS = 2.0
@@ -280,7 +283,7 @@ class Balancer:
         """Wait for the end of what the old workers still have in flight there.
 
         New workers don't connect to a backend that is down, and old ones close what is idle; so
-        every connection to it that is left is a request.
+        every connection of theirs to it that is left is a request.
         """
         deadline = time.monotonic() + seconds
         while left := sum(connections(address) for address in self._addresses(name)):
@@ -339,8 +342,8 @@ def weigh(servers: list[dict[str, Any]], shares: list[Share]) -> list[int]:
 # --- connections ------------------------------------------------------------------------------
 
 
-def connections(address: str) -> int:
-    """Connections that are open from this host to a backend: `unix:/path` or `a.b.c.d:port`."""
+def connections(address: str, user: str = WORKERS) -> int:
+    """Connections that Nginx has open to a backend: `unix:/path` or `a.b.c.d:port`."""
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
         table = Path("/proc/net/unix").read_text().splitlines()[1:]
@@ -348,8 +351,10 @@ def connections(address: str) -> int:
         return sum(line.endswith(" " + path) and line.split()[5] == "03" for line in table)
     host, port = address.rsplit(":", 1)
     remote = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{int(port):04X}"
-    table = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    return sum(fields[2] == remote and fields[3] == "01" for fields in map(str.split, table))
+    # Others look at the backends as well: Prometheus keeps its connections.
+    state, owner = "01", str(pwd.getpwnam(user).pw_uid)
+    table = map(str.split, Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return sum((fields[2], fields[3], fields[7]) == (remote, state, owner) for fields in table)
 
 
 def ask(url: str) -> str | None:
