@@ -219,9 +219,10 @@ class Balancer:
             done = nginx("-s", "reload")
             if done.returncode != 0:
                 raise Refused(f"Nginx did not reload: {done.stderr.strip()}")
-            # The signal is taken some time later; only new workers show that the reload happened.
+            # The signal is taken some time later; only new workers show that the reload happened. The old
+            # ones take requests for another tenth of a second, and close what those leave idle.
             deadline = time.monotonic() + RELOAD_SECONDS
-            while not worker_pids(master) - before:
+            while not (now := worker_pids(master)) - before or now & before:
                 if time.monotonic() > deadline:
                     raise Refused(
                         f"no new workers within {RELOAD_SECONDS:.0f} s of the reload; see the error log"
