@@ -95,7 +95,7 @@ def test_a_pixel_is_seen_at_once_through_the_other_host(client: Any, viewer: Any
         for number in range(20):
             before = time.monotonic()
             pixel = PIXEL | {"x": 200, "y": number, "value": 1 + time.time_ns() % 255}
-            # By turns: the balancer goes by requests in flight, and a stream is one, so that it would choose one host.
+            # By turns: a stream is a request in flight, by which the balancer would choose one host.
             poster, other_host = ("c5", "t2") if number % 2 else ("t2", "c5")
             status, headers, _ = client.ask(f"/cluster/{poster}/pixel", json.dumps(pixel).encode())
             assert (status, headers["X-Pixel-Instance"]) == (200, poster)

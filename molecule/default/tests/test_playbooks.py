@@ -76,6 +76,13 @@ WRONG = [
     ("monitoring_error_ratio", 2),
     ("monitoring_webhook_url", "example.org/hook"),
     ("monitoring_mail_to", "ops@example.org"),
+    ("firewall_public_ports", [0]),
+    ("firewall_fleet_ports", [80]),
+    ("firewall_admin_networks", ["10.0.0.0/40"]),
+    ("firewall_ssh_networks", ["everywhere"]),
+    ("firewall_rollback", 1),
+    ("logs_journal_max_mb", 1),
+    ("logs_forward_to", "collector"),
 ]
 
 
@@ -108,7 +115,7 @@ def refusals(play: Any, state: Path) -> dict[str, Any]:
 
 
 def role_of(variable: str) -> str:
-    roles = ("redis", "pixel_app", "nginx_lb", "monitoring")
+    roles = ("redis", "pixel_app", "nginx_lb", "monitoring", "firewall", "logs")
     return next(role for role in roles if variable.startswith(role))
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import re
 import socket
-import subprocess
 import threading
 import time
 import urllib.request
@@ -39,21 +37,6 @@ def wait_until(found: Callable[[], Any], seconds: float = 60) -> Any:
         assert time.monotonic() < end, "it didn't come true in time"
         time.sleep(0.5)
     return result
-
-
-def play(name: str, *arguments: str, **variables: Any) -> tuple[str, dict[str, int]]:
-    """Run a playbook: its output, and how much it changed on each host."""
-    done = subprocess.run(
-        ["ansible-playbook", f"playbooks/{name}.yml", *arguments, "--extra-vars", json.dumps(variables)],
-        cwd=ROOT,
-        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    counts = re.findall(r"^(\S+)\s+: .*changed=(\d+)", done.stdout, re.M)
-    return done.stdout, {host: int(count) for host, count in counts}
 
 
 @pytest.fixture
@@ -190,12 +173,13 @@ def webhook(fleet: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]
 
 
 def test_an_alert_reaches_the_operators(
-    host: Any, shell: Any, webhook: tuple[str, list[dict[str, Any]]]
+    host: Any, play: Any, shell: Any, webhook: tuple[str, list[dict[str, Any]]]
 ) -> None:
     url, posted = webhook
-    said, changes = play("monitoring", "--diff", monitoring_webhook_url=url, monitoring_webhook_token=TOKEN)
-    assert changes == {"c5": 2, "t2": 0}  # the file, and the reload
-    assert TOKEN not in said
+    chosen = {"monitoring_webhook_url": url, "monitoring_webhook_token": TOKEN}
+    done = play("playbooks/monitoring.yml", "--tags", "monitoring", "--diff", **chosen)
+    assert done.changes() == {"c5": 2, "t2": 0}  # the file, and the reload
+    assert TOKEN not in done.stdout
     host.run_expect([0], "systemctl stop prometheus-nginx-exporter")
     host.run_expect([0], "systemctl stop redis-server")
     wait_until(lambda: posted, 120)
@@ -225,7 +209,7 @@ systemctl daemon-reload && systemctl restart pixel
 """
 
 
-def test_a_request_is_followed_over_the_hosts(client: Any, shell: Any) -> None:
+def test_a_request_is_followed_over_the_hosts(play: Any, client: Any, shell: Any) -> None:
     def ask() -> tuple[str, str]:
         status, headers, _ = client.ask("/pixels", json.dumps([{"x": SECRET}]).encode())
         assert status == 422
@@ -235,7 +219,7 @@ def test_a_request_is_followed_over_the_hosts(client: Any, shell: Any) -> None:
     try:
         request_id = wait_until(lambda: found[1] if (found := ask())[0] == "t2" else None)
         wait_until(lambda: request_id in shell("cat /var/log/nginx/access.log"))
-        said, _ = play("logs", id=request_id)
+        said = play("playbooks/logs.yml", id=request_id).stdout
     finally:
         shell(AS_BEFORE, on="t2")
     of_nginx, of_the_app = re.findall(r"^ok: \[(?:c5|t2)\] => \n((?:    .*\n)+)", said, re.M)[-2:]
@@ -257,24 +241,25 @@ def test_logs_are_bounded_in_size(host: Any, client: Any, shell: Any) -> None:
     shell("rm /var/log/nginx/error.log.1")
 
 
-def test_logs_reach_a_collector(fleet: dict[str, Any], client: Any) -> None:
+def test_logs_reach_a_collector(play: Any, fleet: dict[str, Any], client: Any) -> None:
     received = b""
+    logs = ("playbooks/monitoring.yml", "--tags", "logs", "--limit", "c5")
     with socket.create_server((fleet["gateway"], 0)) as collector:
         collector.settimeout(30)
         port = collector.getsockname()[1]
-        play("monitoring", "--tags", "logs", "--limit", "c5", logs_forward_to=f"{fleet['gateway']}:{port}")
+        play(*logs, logs_forward_to=f"{fleet['gateway']}:{port}").changes()
         request_id = client.ask("/ping")[1]["X-Request-ID"]
         connection, _ = collector.accept()
         with connection:
             connection.settimeout(30)
             while not (f'"id":"{request_id}"'.encode() in received and b" sudo " in received):
                 received += connection.recv(65536)
-    play("monitoring", "--tags", "logs", "--limit", "c5")
+    play(*logs).changes()
 
 
-def test_it_can_be_removed(host: Any) -> None:
-    _, changes = play("monitoring", monitoring_state="absent")
-    assert all(changes.values())
+def test_it_can_be_removed(host: Any, play: Any) -> None:
+    remove = ("playbooks/monitoring.yml", "--tags", "monitoring")
+    assert all(play(*remove, monitoring_state="absent").changes().values())
     assert not any(
         place.endswith(tuple(f":{port}" for port in PACKAGES.values()))
         for place in host.socket.get_listening_sockets()
@@ -284,5 +269,4 @@ def test_it_can_be_removed(host: Any) -> None:
     )
     assert left.stdout == ""
     assert host.run("dpkg -l 'prometheus*' | grep ^ii").stdout == ""
-    _, changes = play("monitoring", monitoring_state="absent")
-    assert not any(changes.values())
+    assert not any(play(*remove, monitoring_state="absent").changes().values())

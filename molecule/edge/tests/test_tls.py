@@ -79,10 +79,6 @@ def test_keys_are_roots_alone(host: Any, shell: Any) -> None:
     assert key not in shell("journalctl --no-pager; cat /var/log/letsencrypt/* /var/log/nginx/*")
 
 
-@pytest.mark.xfail(
-    reason="with TLS some clients still lose a request in the announced reload: 7 and 22 of 3,000 were seen",
-    strict=False,
-)
 def test_a_renewal_fails_no_request(
     host: Any, shell: Any, stranger: Any, certificate: Any, fleet: dict[str, Any], address: str
 ) -> None:

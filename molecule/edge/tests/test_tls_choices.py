@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
-
 testinfra_hosts = ["debian12"]
 
 
 @pytest.fixture
-def play(host: Any) -> Any:
-    def run(**variables: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [
-                *("ansible-playbook", "playbooks/nginx_lb.yml", "--limit", "debian12"),
-                *("--inventory", "molecule/shared/inventory"),
-                *("--extra-vars", "@molecule/edge/vars/main.yml", "--extra-vars", json.dumps(variables)),
-            ],
-            cwd=ROOT,
-            env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
-            text=True,
-            capture_output=True,
-            check=False,
-        )
-
-    return run
+def balancer(play: Any) -> Any:
+    """Run its playbook for this host."""
+    edge = ("--limit", "debian12", "--extra-vars", "@molecule/edge/vars/main.yml")
+    return lambda **variables: play("playbooks/nginx_lb.yml", *edge, **variables)
 
 
 @pytest.fixture
@@ -55,40 +38,40 @@ def pair(stranger: Any, tmp_path: Path) -> Any:
     return make
 
 
-def test_a_wrong_one_is_refused_and_the_former_stays(play: Any, pair: Any, certificate: Any) -> None:
+def test_a_wrong_one_is_refused_and_the_former_stays(balancer: Any, pair: Any, certificate: Any) -> None:
     before = certificate()
     one, other = pair("one", "debian12.example", "canvas.example"), pair("other", "debian12.example")
-    refused = play(nginx_lb_tls="provided", **other)
+    refused = balancer(nginx_lb_tls="provided", **other)
     assert refused.returncode != 0
-    assert "It isn't for canvas.example." in " ".join(refused.stdout.split())
-    refused = play(nginx_lb_tls="provided", **one | {"nginx_lb_tls_key": other["nginx_lb_tls_key"]})
+    assert "It isn't for canvas.example." in refused.words
+    refused = balancer(nginx_lb_tls="provided", **one | {"nginx_lb_tls_key": other["nginx_lb_tls_key"]})
     assert refused.returncode != 0
     assert "key values mismatch" in refused.stdout
     assert certificate() == before
 
 
-def test_a_provided_one_is_shown(play: Any, pair: Any, certificate: Any) -> None:
+def test_a_provided_one_is_shown(balancer: Any, pair: Any, certificate: Any) -> None:
     chosen = {"nginx_lb_tls": "provided"} | pair("own", "debian12.example", "canvas.example")
-    assert play(**chosen).returncode == 0
+    assert balancer(**chosen).returncode == 0
     assert "CN = own" in certificate()[0]
 
 
-def test_one_of_the_hosts_own_is_shown_and_kept(play: Any, certificate: Any) -> None:
-    assert play(nginx_lb_tls="selfsigned").returncode == 0
+def test_one_of_the_hosts_own_is_shown_and_kept(balancer: Any, certificate: Any) -> None:
+    assert balancer(nginx_lb_tls="selfsigned").returncode == 0
     shown = certificate()
     assert "CN = pixel-lb" in shown[0]
-    assert "changed=0" in play(nginx_lb_tls="selfsigned").stdout
+    assert "changed=0" in balancer(nginx_lb_tls="selfsigned").stdout
     assert certificate() == shown
 
 
-def test_without_tls_nothing_is_spoken_there(play: Any, stranger: Any, handshake: Any) -> None:
-    assert play(nginx_lb_tls=False, nginx_lb_hsts=0).returncode == 0
+def test_without_tls_nothing_is_spoken_there(balancer: Any, stranger: Any, handshake: Any) -> None:
+    assert balancer(nginx_lb_tls=False, nginx_lb_hsts=0).returncode == 0
     assert "Connection refused" in handshake("")
     assert stranger("curl -s -o /dev/null -w '%{http_code}' http://debian12.example/ping") == "200"
 
 
-def test_the_authoritys_is_not_asked_for_twice(play: Any, host: Any, certificate: Any) -> None:
+def test_the_authoritys_is_not_asked_for_twice(balancer: Any, host: Any, certificate: Any) -> None:
     issued = host.check_output("ls /etc/letsencrypt/archive/pixel")
-    assert play().returncode == 0
+    assert balancer().returncode == 0
     assert "Pebble" in certificate()[0]
     assert host.check_output("ls /etc/letsencrypt/archive/pixel") == issued
