@@ -76,15 +76,9 @@ class Event:
 # Releases and configuration
 
 
-async def play(scene: Scene, playbook: str, **variables: object) -> None:
-    status, output = await scene.fleet.play(playbook, variables)
-    if status != 0:
-        raise FleetError(f"{playbook} failed:\n{tail(output, 25)}")
-
-
 async def deploy(scene: Scene, _: int) -> None:
     release = scene.next_release()
-    await play(scene, "pixel_app.yml", pixel_app_release=release)
+    await scene.fleet.must_play("pixel_app.yml", pixel_app_release=release)
     await expect_releases(scene.fleet, dict.fromkeys(scene.fleet.addresses, release))
     scene.may_roll_back = True
 
@@ -119,7 +113,7 @@ def never_ready_source() -> Iterator[Path]:
 
 async def roll_back(scene: Scene, _: int) -> None:
     former = await scene.fleet.releases()
-    await play(scene, "rollback.yml")
+    await scene.fleet.must_play("rollback.yml")
     scene.may_roll_back = False
     now = await scene.fleet.releases()
     if len(set(now.values())) != 1 or set(now) != set(former) or now == former:
@@ -139,10 +133,10 @@ async def expect_releases(fleet: Fleet, wanted: dict[str, str]) -> None:
 
 async def change_weights(scene: Scene, _: int) -> None:
     former = await weights(scene.fleet)
-    await play(scene, "nginx_lb.yml", nginx_lb_factors=EVEN)
+    await scene.fleet.must_play("nginx_lb.yml", nginx_lb_factors=EVEN)
     even = await weights(scene.fleet)
     await asyncio.sleep(2)
-    await play(scene, "nginx_lb.yml")
+    await scene.fleet.must_play("nginx_lb.yml")
     now = await weights(scene.fleet)
     if len(set(even.values())) != 1 or now != former:
         raise FleetError(f"the weights were {former}, then {even}, then {now}")
@@ -153,9 +147,9 @@ async def weights(fleet: Fleet) -> dict[str, int]:
 
 
 async def drain(scene: Scene, _: int) -> None:
-    await play(scene, "drain.yml", host=OTHER)
+    await scene.fleet.must_play("drain.yml", host=OTHER)
     await asyncio.sleep(AWAY_SECONDS)
-    await play(scene, "undrain.yml", host=OTHER)
+    await scene.fleet.must_play("undrain.yml", host=OTHER)
 
 
 async def reload_nginx(scene: Scene, _: int) -> None:

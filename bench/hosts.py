@@ -71,6 +71,12 @@ class Fleet:
         extra = ["--extra-vars", json.dumps(variables)] if variables else []
         return await self._run(program, f"playbooks/{playbook}", *extra, patience=patience)
 
+    async def must_play(self, playbook: str, **variables: Any) -> None:
+        """Runs a playbook, which has to succeed."""
+        status, output = await self.play(playbook, variables)
+        if status != 0:
+            raise FleetError(f"{playbook} failed:\n{tail(output, 25)}")
+
     async def power(self, host: str, state: str) -> None:
         """Cuts a host's power (`off`), or gives it back (`on`) and waits until it has booted."""
         program = str(ROOT / "molecule" / "shared" / "fleet.py")

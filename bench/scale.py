@@ -15,7 +15,7 @@ import asyncio
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from figures import Figure, paired_ratio
 from hosts import BALANCER, OTHER, ROOT, Fleet, FleetError
@@ -63,19 +63,13 @@ async def have(fleet: Fleet, size: Size, cpus: float) -> None:
     )
 
 
-async def deploy(fleet: Fleet, variables: dict[str, Any]) -> None:
-    status, output = await fleet.play("pixel_app.yml", variables)
-    if status != 0:
-        raise FleetError(f"pixel_app.yml failed:\n{output[-2000:]}")
-
-
 async def rates(fleet: Fleet, options: argparse.Namespace) -> dict[Size, list[float]]:
     """Requests a second of each round, by size."""
     port = int(fleet.url.rpartition(":")[2])
     seen: dict[Size, list[float]] = {}
     try:
         for workers in range(1, options.workers + 1):
-            await deploy(fleet, {"pixel_app_workers": workers})
+            await fleet.must_play("pixel_app.yml", pixel_app_workers=workers)
             await fleet.ssh(BALANCER, "systemctl stop pixel-lb")
             for number in range(options.rounds):
                 for hosts in (1, 2):
@@ -94,7 +88,7 @@ async def rates(fleet: Fleet, options: argparse.Namespace) -> dict[Size, list[fl
             await fleet.ssh(host, "systemctl revert pixel.service")
         await fleet.ssh(BALANCER, "systemctl start pixel-lb")
         await fleet.heal()
-        await deploy(fleet, {})
+        await fleet.must_play("pixel_app.yml")
     return seen
 
 

@@ -77,9 +77,7 @@ def part(samples: Sequence[Sample], since: float, until: float) -> dict[str, Any
 
 
 async def one_run(fleet: Fleet, way: str, options: argparse.Namespace) -> dict[str, Any]:
-    status, output = await fleet.play("nginx_lb.yml", WAYS[way])
-    if status != 0:
-        raise FleetError(f"nginx_lb.yml failed:\n{output[-2000:]}")
+    await fleet.must_play("nginx_lb.yml", **WAYS[way])
     await fleet.throttle(OTHER, options.cpus)
     samples: list[Sample] = []
     plan = Plan(options.rate, CALM + options.seconds, CONNECTIONS)
