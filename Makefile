@@ -39,6 +39,10 @@ bench: tools  ## compare ways to serve a durable pixel, on this machine
 load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the balancer
 	$(BIN)/python bench/load.py --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --strict
 
+report: control  ## drive the local fleet up to its knee, and draw what that took: 8 minutes
+	$(PYTHON) molecule/shared/machine.py report
+	$(BIN)/ansible-playbook playbooks/loadtest.yml
+
 drill: tools  ## break the local fleet in fourteen ways under load, and count what users notice
 	$(BIN)/python bench/drill.py
 
@@ -52,4 +56,4 @@ control:
 tools:
 	@$(PYTHON) molecule/shared/machine.py test
 
-.PHONY: help up down test lint check scenarios bench load drill docs control tools
+.PHONY: help up down test lint check scenarios bench load report drill docs control tools

@@ -158,6 +158,68 @@ async def test_answers_are_counted_by_their_time() -> None:
     assert counted["sum"] == pytest.approx(123.3021)
 
 
+def metric(service: Service, name: str) -> float:
+    """One sample of /metrics; ``name`` has its labels."""
+    text = httpx.get(f"{service.url}/metrics").text
+    return float(re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[0])
+
+
+def test_metrics_outlive_a_worker_and_forget_what_it_was(
+    shared_redis: RedisServer, start_service: StartService
+) -> None:
+    service = start_service(shared_redis.url)
+    httpx.get(f"{service.url}/readyz", timeout=20)
+    wait_until(lambda: len(worker_pids(service)) == 2)
+    body = [PIXEL] * 30
+    for _ in range(20):
+        assert httpx.post(f"{service.url}/pixels", json=body).status_code == 200
+    for pid in worker_pids(service):
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: pid not in worker_pids(service))
+        wait_until(lambda: len(worker_pids(service)) == 2)
+    wait_until(lambda: metric(service, "pixel_workers") == 2)
+    assert metric(service, "pixel_writes_total") == 600
+    assert metric(service, "pixel_batch_writes_sum") == 600
+    assert metric(service, 'pixel_batch_writes_bucket{le="20.0"}') == 1  # the readiness probe's
+    assert metric(service, 'pixel_batch_writes_bucket{le="50.0"}') >= 2
+    count = 'pixel_request_seconds_count{method="POST",route="/pixels",status="200"}'
+    assert metric(service, count) == 20
+    assert metric(service, "pixel_commit_seconds_count") <= 21
+    assert metric(service, "pixel_queued_writes") == 0
+
+
+def test_metrics_tell_of_a_redis_that_goes_and_comes_back(
+    fragile_redis: RedisServer, start_service: StartService
+) -> None:
+    service = start_service(fragile_redis.url, PIXEL_WORKERS="1")
+    assert httpx.get(f"{service.url}/pixel/1/2", timeout=20).status_code == 200
+    assert httpx.post(f"{service.url}/pixel", json=PIXEL).status_code == 200
+    assert metric(service, "pixel_redis_reconnects_total") == 0
+    assert metric(service, "pixel_read_seconds_count") == 1
+    fragile_redis.pause()
+    stop = threading.Event()
+
+    def write_on() -> None:
+        while not stop.is_set():
+            httpx.post(f"{service.url}/pixel", json=PIXEL)
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    try:
+        wait_until(lambda: metric(service, "pixel_queued_writes") == 1)
+    finally:
+        stop.set()
+        writer.join()
+    fragile_redis.kill()
+    assert httpx.get(f"{service.url}/pixel/1/2").status_code == 503
+    assert metric(service, 'pixel_redis_errors_total{operation="read"}') == 1
+    assert metric(service, 'pixel_redis_errors_total{operation="write"}') >= 1
+    fragile_redis.start()
+    wait_until(lambda: httpx.get(f"{service.url}/readyz").status_code == 200)
+    assert httpx.get(f"{service.url}/pixel/1/2").status_code == 200
+    assert metric(service, "pixel_redis_reconnects_total") == 2
+
+
 def test_the_password_is_nowhere_to_be_seen(service: Service) -> None:
     for pid in worker_pids(service) | {service.process.pid}:
         assert PASSWORD not in Path(f"/proc/{pid}/cmdline").read_text()
@@ -168,6 +230,23 @@ def test_every_line_of_the_log_is_json(service: Service) -> None:
     lines = [json.loads(line) for line in service.output().splitlines()]
     assert {"time", "level", "logger", "process", "message", "instance", "release"} <= set(lines[0])
     assert any(line["message"] == "connected to Redis" for line in lines)
+
+
+def test_at_level_debug_each_answer_is_logged_with_its_id_and_without_its_body(
+    shared_redis: RedisServer, start_service: StartService
+) -> None:
+    service = start_service(shared_redis.url, PIXEL_WORKERS="1", PIXEL_LOG_LEVEL="debug")
+    httpx.get(f"{service.url}/readyz", timeout=20)
+    name = {"X-Request-ID": "0123456789abcdef"}
+    assert httpx.post(f"{service.url}/pixel", json=PIXEL, headers=name).status_code == 200
+    httpx.post(f"{service.url}/pixel?key=hidden", content=b"hidden", headers=name)
+    wait_until(lambda: service.output().count("0123456789abcdef") == 2)
+    lines = [json.loads(line) for line in service.output().splitlines()]
+    logged = [line for line in lines if line.get("request_id") == "0123456789abcdef"]
+    said = [line["message"] for line in logged]
+    assert said == ["POST /pixel was answered 200", "POST /pixel was answered 415"]
+    assert all(0 < line["seconds"] < 1 for line in logged)
+    assert "hidden" not in service.output()
 
 
 def test_a_reload_replaces_the_workers_and_fails_nobody(

@@ -1,5 +1,8 @@
 #!/usr/bin/python3
-"""A backend that says who it is and what it was sent: backend.py NAME HOST:PORT SOCKET."""
+"""A backend that says who it is and what it was sent: backend.py NAME HOST:PORT SOCKET.
+
+It echoes, but /work is done one at a time, 10 ms each, /hold takes half a second, and /live has own headers.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 NAME, TCP, UNIX = sys.argv[1:4]
+WORK = threading.Lock()
 
 
 def cpu() -> bytes:
@@ -53,10 +57,18 @@ class Echo(BaseHTTPRequestHandler):
         elif self.path == "/metrics":
             content = cpu()
         time.sleep({"/slow": 0.05, f"/slow/{NAME}": 0.2}.get(self.path, 0))
+        if self.path == "/work":
+            with WORK:
+                time.sleep(0.01)
+        if self.path == "/hold":
+            time.sleep(0.5)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("X-Pixel-Instance", NAME)
         self.send_header("X-Seen", json.dumps(seen))
+        if self.path == "/live":
+            self.send_header("Content-Security-Policy", "default-src 'self'")
+            self.send_header("Referrer-Policy", "no-referrer")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":

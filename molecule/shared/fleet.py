@@ -496,6 +496,8 @@ def _write_state(docker: Docker, fleet: Fleet) -> None:
         "name": fleet.name,
         "url": fleet.url,
         "subnet": str(fleet.subnet),
+        # By which this machine comes to the hosts: an engine takes the first address for itself.
+        "gateway": str(fleet.subnet[1]),
         "specs": [f"{host.name}:{host.suite}" for host in fleet.hosts],
         "hosts": {
             host.name: {

@@ -5,7 +5,8 @@ Only the standard library is used, so that this runs on a fresh Debian or Ubuntu
 
     machine.py control    what `site.yml` needs: ansible-core
     machine.py aws        that, and what `playbooks/provision.yml` needs: the collection amazon.aws
-    machine.py test       that, and what all the tests need
+    machine.py report     that of control, and what draws the load report
+    machine.py test       all that the tests need
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
-LOCKS = {"control": ("control.txt",), "aws": ("aws.txt",), "test": ("test.txt",)}
+LOCKS = {
+    "control": ("control.txt",),
+    "aws": ("aws.txt",),
+    "report": ("control.txt", "report.txt"),
+    "test": ("test.txt", "report.txt"),
+}
 # Commands that the tests start themselves, and the Debian packages that bring them.
 TEST_COMMANDS = {
     "chromium": "chromium",
     "curl": "curl",
     "git": "git",
     "nginx": "nginx",
+    "promtool": "prometheus",
     "redis-server": "redis-server",
     "wrk": "wrk",
 }

@@ -82,14 +82,23 @@ class Front:
             # FastAPI has answered it with a 500 by then.
             log_fault(scope)
         route = getattr(scope.get("route"), "path", "")
-        metrics.observe(method, route, status, perf_counter() - started)
+        seconds = perf_counter() - started
+        metrics.observe(method, route, status, seconds)
+        if log.isEnabledFor(logging.DEBUG):
+            what = {"request_id": request_id(scope), "seconds": round(seconds, 6)}
+            log.debug("%s %s was answered %d", method, scope["path"], status, extra=what)
+
+
+def request_id(scope: Scope) -> str:
+    """The id that the balancer has given a request, and has in its own log."""
+    found: bytes = dict(scope["headers"]).get(b"x-request-id", b"")
+    return found.decode("latin-1")
 
 
 def log_fault(scope: Scope) -> None:
-    """Log the exception at hand, with the id that the balancer has given the request."""
-    request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    """Log the exception at hand."""
     what = (scope["method"], scope["path"])
-    log.exception("%s %s failed", *what, extra={"request_id": request_id})
+    log.exception("%s %s failed", *what, extra={"request_id": request_id(scope)})
 
 
 async def fault_answer(request: Request, error: Exception) -> Response:

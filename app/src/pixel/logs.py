@@ -1,6 +1,7 @@
 """Logs: a JSON object a line, to standard error, which systemd keeps.
 
-Answers aren't logged one by one (Nginx does that), but for those that are our fault.
+Answers aren't logged one by one (Nginx does that), but for those that are our fault, and at level
+debug. Such a line has the ``request_id`` that Nginx' line has.
 """
 
 from typing import Any

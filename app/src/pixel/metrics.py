@@ -46,9 +46,26 @@ REQUEST_SECONDS = Histogram(
 )
 VIEWERS = Gauge("pixel_viewers", "Open streams of events.", multiprocess_mode="livesum")
 WRITES = Counter("pixel_writes", "Channel writes that Redis has acknowledged.")
+BATCH_WRITES = Histogram(
+    "pixel_batch_writes",
+    "Channel writes that went to Redis together; none is a readiness probe.",
+    buckets=(0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000),
+)
+QUEUED_WRITES = Gauge(
+    "pixel_queued_writes",
+    "Channel writes that Redis has not acknowledged yet, up to a second ago.",
+    multiprocess_mode="livesum",
+)
 COMMIT_SECONDS = Histogram(
     "pixel_commit_seconds", "Time until Redis acknowledged a batch.", buckets=_SECONDS
 )
+READ_SECONDS = Histogram(
+    "pixel_read_seconds", "Time until Redis answered a question.", buckets=_SECONDS
+)
+REDIS_ERRORS = Counter(
+    "pixel_redis_errors", "Times that Redis didn't do what it was asked for.", ["operation"]
+)
+RECONNECTS = Counter("pixel_redis_reconnects", "Connections to Redis opened after one was lost.")
 
 _CPU_MODES = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
 

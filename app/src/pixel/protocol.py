@@ -8,6 +8,7 @@ be accepted, which FastAPI's route explains.
 """
 
 import asyncio
+import logging
 from collections.abc import Iterable
 from functools import partial
 from time import perf_counter
@@ -22,6 +23,8 @@ from pixel.problems import Problem
 from pixel.requests import State, check_size, check_type
 
 Headers = Iterable[tuple[bytes, bytes]]
+
+log = logging.getLogger(__name__)
 
 
 class Write:
@@ -50,6 +53,8 @@ class PixelProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._held: bytes | None = None
         self._active = 0.0
+        # Where every answer is logged, the front does it.
+        self._short = not log.isEnabledFor(logging.DEBUG)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -70,7 +75,8 @@ class PixelProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         parser = self.parser
         if (
-            self.url == b"/pixel"
+            self._short
+            and self.url == b"/pixel"
             and parser.get_method() == b"POST"
             and (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused

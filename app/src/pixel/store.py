@@ -34,6 +34,8 @@ _GROW = ("INCRBY", "u8", (TILE_BYTES - 1) * 8, 0)
 # Pauses between attempts to connect, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 
+_SAMPLING = 1.0  # seconds from one look at the queue's length to the next
+
 _NEWEST = ("XREVRANGE", EVENTS, "+", "-", "COUNT", 1)
 
 log = logging.getLogger(__name__)
@@ -83,12 +85,14 @@ _Request = tuple[Sequence[Change], asyncio.Future[EventId]]
 class _Health:
     """Logs when something begins to fail and when it works again, and nothing in between."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, operation: str) -> None:
+        self._what = {"read": "reading from Redis", "write": "writing to Redis"}[operation]
         self._failing = False
+        self._errors = metrics.REDIS_ERRORS.labels(operation)
 
     def fails(self, reason: object) -> None:
         """It has failed."""
+        self._errors.inc()
         if not self._failing:
             log.warning("%s fails: %s", self._what, str(reason) or "no answer")
         self._failing = True
@@ -133,13 +137,14 @@ class GroupCommit:
         self._limit = settings.write_queue
         self._event = ("XADD", EVENTS, "MAXLEN", "~", settings.events_maxlen, "*", "c")
         self._loop = asyncio.get_running_loop()
-        self._health = _Health("writing to Redis")
+        self._health = _Health("write")
         self._connection: Connection | None = None
         self._grown: set[str] = set()
         self._queue: deque[_Batch] = deque()
         self._depth = 0
         self._arrival = asyncio.Event()
         self._task = self._loop.create_task(self._run(), name="group commit")
+        self._count_queue()
 
     def write(self, changes: Sequence[Change]) -> asyncio.Future[EventId]:
         """Done when Redis has acknowledged the changes, which are made in their order.
@@ -162,6 +167,7 @@ class GroupCommit:
     def close(self) -> None:
         """Stop. To be called when nobody waits any more."""
         self._task.cancel()
+        self._sampling.cancel()
         if self._connection:
             self._connection.close()
 
@@ -170,6 +176,11 @@ class GroupCommit:
         batch.timer = self._loop.call_later(self._timeout, self._expire, batch)
         self._queue.append(batch)
         self._arrival.set()
+
+    def _count_queue(self) -> None:
+        """Once a second, not at every write: it costs nothing, and goes on while Redis hangs."""
+        metrics.QUEUED_WRITES.set(self._depth)
+        self._sampling = self._loop.call_later(_SAMPLING, self._count_queue)
 
     def _expire(self, batch: _Batch) -> None:
         """Answer those whose time is up; a batch in flight ends with its connection."""
@@ -203,6 +214,7 @@ class GroupCommit:
 
     async def _connect(self) -> None:
         """Connect, however long it takes; meanwhile batches expire."""
+        anew = self._connection is not None
         pause = _FIRST_PAUSE
         while True:
             try:
@@ -214,6 +226,7 @@ class GroupCommit:
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
                 log.info("connected to Redis")
+                metrics.RECONNECTS.inc(anew)
                 self._grown.clear()
                 return
 
@@ -226,9 +239,11 @@ class GroupCommit:
             *queued, results = await connection.execute(commands)
         except ConnectionError as error:
             log.warning("%d writes are in doubt: %s", batch.size, error)
+            self._health.fails(error)
             batch.fail("Redis didn't answer; the write may have been made.")
             return
         metrics.COMMIT_SECONDS.observe(perf_counter() - started)
+        metrics.BATCH_WRITES.observe(batch.size)
         if isinstance(results, ReplyError):
             # Redis wouldn't queue a command (it's out of memory, say), and dropped them all.
             reasons = [reply for reply in queued if isinstance(reply, ReplyError)]
@@ -289,7 +304,7 @@ class _Link:
     def __init__(self, server: Server, timeout: float) -> None:
         self._server = server
         self._timeout = timeout
-        self._health = _Health("reading from Redis")
+        self._health = _Health("read")
         self._connection: Connection | None = None
         self._opening = asyncio.Lock()
         self._closed = False
@@ -302,11 +317,14 @@ class _Link:
         try:
             async with asyncio.timeout(self._timeout + patience):
                 connection = await self._connected()
+                started = perf_counter()
                 replies: list[Any] = await connection.execute(commands)
         except (OSError, ReplyError) as error:
             self._drop()
             self._health.fails(error)
             raise Problem.unavailable("Redis can't be read.") from error
+        if not patience:
+            metrics.READ_SECONDS.observe(perf_counter() - started)
         for reply in replies:
             if isinstance(reply, ReplyError):
                 self._health.fails(reply)
@@ -333,7 +351,9 @@ class _Link:
             raise ConnectionError("closed")
         async with self._opening:
             if self._connection is None or self._connection.closed:
+                anew = self._connection is not None
                 self._connection = await Connection.open(self._server)
+                metrics.RECONNECTS.inc(anew)
             return self._connection
 
 

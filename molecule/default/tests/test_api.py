@@ -72,8 +72,10 @@ def test_two_thousand_connections_are_held_and_served(fleet: dict[str, Any]) -> 
     assert "2000 opened, 0 closed by the service" in done.stdout
 
 
-def test_the_metrics_are_not_the_publics(client: Any) -> None:
-    assert client.ask("/metrics")[0] == 404
+def test_the_operator_sees_the_metrics(client: Any) -> None:
+    """That others don't is tested in scenario edge, where there are others."""
+    status, _, body = client.ask("/metrics")
+    assert (status, body[:6]) == (200, "# HELP")
 
 
 def test_the_documentation_is_there(client: Any) -> None:
@@ -90,20 +92,17 @@ def test_a_pixel_is_seen_at_once_through_the_other_host(client: Any, viewer: Any
                 break
             opened = stack.enter_context(viewer())
             viewers[opened.instances[0]] = opened
-        seen = set()
         for number in range(20):
             before = time.monotonic()
             pixel = PIXEL | {"x": 200, "y": number, "value": 1 + time.time_ns() % 255}
-            status, headers, _ = client.ask("/pixel", json.dumps(pixel).encode())
-            assert status == 200
-            poster = headers["X-Pixel-Instance"]
-            other = viewers["t2" if poster == "c5" else "c5"]
+            # By turns: a stream is a request in flight, by which the balancer would choose one host.
+            poster, other_host = ("c5", "t2") if number % 2 else ("t2", "c5")
+            status, headers, _ = client.ask(f"/cluster/{poster}/pixel", json.dumps(pixel).encode())
+            assert (status, headers["X-Pixel-Instance"]) == (200, poster)
+            other = viewers[other_host]
             other.sees(lambda it, y=number, to=pixel["value"]: it.channel(200, y, "R") == to, 3)
             # It takes hundredths of a second; a proxy that buffers would hold it back for good.
             assert time.monotonic() - before < 3
-            seen.add(poster)
-    # Whom `least_conn` asks follows from who holds which streams.
-    assert seen <= set(viewers) == {"c5", "t2"}
 
 
 def test_the_live_page_is_the_same_from_all_hosts(client: Any) -> None:

@@ -40,14 +40,14 @@ def test_both_hosts_run_the_same_release(host: Any, client: Any) -> None:
     assert current.endswith("/" + said["release"])
 
 
-@pytest.mark.parametrize("user", ["app", "admin"])
+@pytest.mark.parametrize("user", ["app", "admin", "monitor"])
 def test_passwords_leak_nowhere(host: Any, shell: Any, password: Any, user: str) -> None:
     secret = password(user)
     for place in (
-        "systemctl show pixel redis-server nginx",
+        "systemctl show pixel redis-server nginx 'prometheus*'",
         "ps -eo args",
         "journalctl --no-pager",
-        "cat /etc/systemd/system/pixel.* /etc/pixel/*.env",
+        "cat /etc/systemd/system/pixel.* /etc/pixel/*.env /etc/default/*",
         "cat /proc/$(systemctl show -P MainPID pixel)/environ",
         "cat /var/log/nginx/*",
     ):
@@ -58,6 +58,13 @@ def test_an_unprivileged_user_cannot_read_the_password(host: Any) -> None:
     done = host.run("sudo -u nobody cat /etc/pixel/credentials/redis_password")
     assert done.rc != 0
     assert "Permission denied" in done.stderr
+
+
+def test_redis_and_the_app_listen_where_they_are_needed(host: Any, address: str) -> None:
+    listening = {line.split()[3] for line in host.check_output("ss -Hltn").splitlines()}
+    redis = {one for one in listening if one.endswith(":6379")}
+    assert redis == ({f"{address}:6379", "127.0.0.1:6379"} if host.backend.hostname == "c5" else set())
+    assert {one for one in listening if one.endswith(":8000")} == {f"{address}:8000"}
 
 
 def test_redis_refuses_a_stranger_on_the_network(host: Any, fleet: dict[str, Any]) -> None:

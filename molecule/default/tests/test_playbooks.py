@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
         (("--check",), {"c5", "t2"}),
         (("--limit", "t2"), {"t2"}),
         (("--tags", "nginx_lb"), {"c5", "t2"}),
+        (("--tags", "monitoring"), {"c5", "t2"}),
     ],
 )
 def test_a_run_that_has_nothing_to_do_changes_nothing(
@@ -79,6 +80,29 @@ WRONG = [
     ("nginx_lb_dead_band", 5),
     ("nginx_lb_health_fails", 0),
     ("nginx_lb_credit_source", "cloudwatch"),
+    ("nginx_lb_limit_rate", -1),
+    ("nginx_lb_limit_burst", "many"),
+    ("nginx_lb_body_timeout", 0),
+    ("nginx_lb_admin_networks", ["10.0.0.0/33"]),
+    ("nginx_lb_trusted_proxies", ["0.0.0.0/0"]),
+    ("nginx_lb_status_port", 80),
+    ("redis_monitor_password", "short"),
+    ("redis_monitor_user", "admin"),
+    ("monitoring_group", "nobody"),
+    ("monitoring_address", "everywhere"),
+    ("monitoring_scrape_seconds", 0),
+    ("monitoring_retention_days", 0),
+    ("monitoring_p99_seconds", 60),
+    ("monitoring_error_ratio", 2),
+    ("monitoring_webhook_url", "example.org/hook"),
+    ("monitoring_mail_to", "ops@example.org"),
+    ("firewall_public_ports", [0]),
+    ("firewall_fleet_ports", [80]),
+    ("firewall_admin_networks", ["10.0.0.0/40"]),
+    ("firewall_ssh_networks", ["everywhere"]),
+    ("firewall_rollback", 1),
+    ("logs_journal_max_mb", 1),
+    ("logs_forward_to", "collector"),
 ]
 
 
@@ -111,7 +135,8 @@ def refusals(play: Any, state: Path) -> dict[str, Any]:
 
 
 def role_of(variable: str) -> str:
-    return next(role for role in ("redis", "pixel_app", "nginx_lb") if variable.startswith(role))
+    roles = ("redis", "pixel_app", "nginx_lb", "monitoring", "firewall", "logs")
+    return next(role for role in roles if variable.startswith(role))
 
 
 @pytest.mark.parametrize("variable", [variable for variable, _ in WRONG])

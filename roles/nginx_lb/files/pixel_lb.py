@@ -10,6 +10,8 @@ place, and the former one comes back if the reload fails.
     pixel-lb drain NAME     give this backend no new requests (never the last one, unless --force),
                             and wait until those in flight have ended
     pixel-lb undrain NAME   give it requests again, and wait until it answers some
+    pixel-lb certificate FOLDER
+                            put this certificate and its key in force (certbot calls it after a renewal)
     pixel-lb reload         make Nginx read its files again
     pixel-lb watch          the controller: look at the backends, and keep shares.json (see watch.py)
     pixel-lb status         what is in force, as JSON
@@ -33,6 +35,7 @@ import hashlib
 import json
 import math
 import os
+import pwd
 import re
 import socket
 import subprocess
@@ -49,6 +52,8 @@ from controller import Share
 NGINX = Path("/etc/nginx")
 STATE = Path("/var/lib/pixel-lb")
 RUN = Path("/run/pixel-lb")
+# As whom Nginx' workers run.
+WORKERS = "www-data"
 RELOAD_SECONDS = 10.0
 # Longer than busy clients leave a connection idle.
 ANNOUNCE_SECONDS = 2.0
@@ -155,9 +160,21 @@ class Balancer:
         checked = nginx("-t", "-q", "-c", str(self.staged / "nginx.conf"))
         if checked.returncode != 0:
             raise Refused(f"the staged files are wrong, the running ones stay:\n{checked.stderr.strip()}")
-        former = {file: _read(self.nginx / file) for file in files}
-        wanted = {file: (self.staged / file).read_bytes() for file in files}
-        differs = former != wanted
+        return self._put({file: (self.staged / file).read_bytes() for file in files})
+
+    def certificate(self, source: Path) -> bool:
+        """Put a renewed certificate and its key in force; they lie in a folder. True if they are new."""
+        names = ("fullchain.pem", "privkey.pem")
+        wanted = {Path("tls", name): (source / name).read_bytes() for name in names}
+        changed = self._put(wanted)
+        # What is staged next has it as well.
+        for file, content in wanted.items():
+            replace(self.staged / file, content)
+        return changed
+
+    def _put(self, wanted: dict[Path, bytes]) -> bool:
+        """Put files in place and reload, or leave all as it was. True if anything changed."""
+        former = {file: _read(self.nginx / file) for file in wanted}
         for file, content in wanted.items():
             replace(self.nginx / file, content)
         try:
@@ -166,12 +183,13 @@ class Balancer:
             for file, content_before in former.items():
                 _restore(self.nginx / file, content_before)
             raise
-        return differs or reloaded
+        return former != wanted or reloaded
 
     def fingerprint(self) -> str:
         """One word for all the files that Nginx reads."""
         digest = hashlib.sha256()
-        for path in [self.nginx / "nginx.conf", *sorted((self.nginx / "pixel").glob("*.conf"))]:
+        certificate = (self.nginx / "tls").glob("fullchain.pem")
+        for path in [self.nginx / "nginx.conf", *sorted((self.nginx / "pixel").glob("*.conf")), *certificate]:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
         return digest.hexdigest()
 
@@ -266,7 +284,7 @@ class Balancer:
         """Wait for the end of what the old workers still have in flight there.
 
         New workers don't connect to a backend that is down, and old ones close what is idle; so
-        every connection to it that is left is a request.
+        every connection of theirs to it that is left is a request.
         """
         deadline = time.monotonic() + seconds
         while left := sum(connections(address) for address in self._addresses(name)):
@@ -325,8 +343,8 @@ def weigh(servers: list[dict[str, Any]], shares: list[Share]) -> list[int]:
 # --- connections ------------------------------------------------------------------------------
 
 
-def connections(address: str) -> int:
-    """Connections that are open from this host to a backend: `unix:/path` or `a.b.c.d:port`."""
+def connections(address: str, user: str = WORKERS) -> int:
+    """Connections that Nginx has open to a backend: `unix:/path` or `a.b.c.d:port`."""
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
         table = Path("/proc/net/unix").read_text().splitlines()[1:]
@@ -334,8 +352,10 @@ def connections(address: str) -> int:
         return sum(line.endswith(" " + path) and line.split()[5] == "03" for line in table)
     host, port = address.rsplit(":", 1)
     remote = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{int(port):04X}"
-    table = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    return sum(fields[2] == remote and fields[3] == "01" for fields in map(str.split, table))
+    # Others look at the backends as well: Prometheus keeps its connections.
+    state, owner = "01", str(pwd.getpwnam(user).pw_uid)
+    table = map(str.split, Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return sum((fields[2], fields[3], fields[7]) == (remote, state, owner) for fields in table)
 
 
 def ask(url: str) -> str | None:
@@ -391,6 +411,8 @@ def replace(path: Path, content: bytes) -> None:
     if _read(path) == content:
         return
     half = path.with_name(path.name + ".new")
+    # The folder of keys is root's alone; they are so by themselves as well.
+    half.touch(0o600 if path.parent.name == "tls" else 0o644)
     half.write_bytes(content)
     half.replace(path)
 
@@ -425,6 +447,8 @@ def main() -> int:
     for command in (draining, returning):
         command.add_argument("name")
         command.add_argument("--wait", type=float, default=10, metavar="SECONDS", help="default 10")
+    renewing = commands.add_parser("certificate", help="put this certificate and its key in force")
+    renewing.add_argument("folder", type=Path, help="with fullchain.pem and privkey.pem")
     commands.add_parser("reload", help="make Nginx read its files again")
     commands.add_parser("status", help="what is in force, as JSON")
     watching = commands.add_parser("watch", help="the controller; runs until it is stopped")
@@ -446,6 +470,8 @@ def main() -> int:
                 balancer.reload()
             elif args.command == "loaded":
                 balancer.note_loaded()
+            elif args.command == "certificate":
+                say(balancer.certificate(args.folder))
             elif args.command == "install":
                 say(balancer.install())
             elif args.command == "drain":

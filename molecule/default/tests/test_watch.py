@@ -1,0 +1,272 @@
+"""What watches the fleet. The last file: it ends with the removal of all that."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+
+testinfra_hosts = ["c5"]
+
+PACKAGES = {
+    "prometheus-node-exporter": 9100,
+    "prometheus-redis-exporter": 9121,
+    "prometheus-nginx-exporter": 9113,
+    "prometheus": 9090,
+    "prometheus-alertmanager": 9093,
+}
+TOKEN = "a-token-that-nobody-may-see"
+
+
+def wait_until(found: Callable[[], Any], seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < end, "it didn't come true in time"
+        time.sleep(0.5)
+    return result
+
+
+@pytest.fixture
+def ask(address: str) -> Any:
+    """Ask Prometheus' API."""
+
+    def get(path: str) -> Any:
+        with urllib.request.urlopen(f"http://{address}:9090/api/v1/{path}", timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    return get
+
+
+@pytest.fixture
+def query(ask: Any) -> Any:
+    """The values of an expression by their instance, as numbers."""
+
+    def get(expression: str) -> dict[str, float]:
+        found = ask("query?query=" + quote(expression))["result"]
+        return {sample["metric"].get("instance", ""): float(sample["value"][1]) for sample in found}
+
+    return get
+
+
+def test_everything_is_looked_at(ask: Any) -> None:
+    def healthy() -> set[tuple[str, str]]:
+        targets = ask("targets?state=active")["activeTargets"]
+        return {
+            (target["labels"]["job"], target["labels"]["instance"])
+            for target in targets
+            if target["health"] == "up"
+        }
+
+    on_c5 = {(job, "c5") for job in ("pixel", "redis", "nginx", "node", "prometheus", "alertmanager")}
+    wait_until(lambda: healthy() == on_c5 | {("pixel", "t2"), ("node", "t2")})
+
+
+def test_exporters_have_answers_and_not_only_ports(query: Any, client: Any) -> None:
+    assert wait_until(lambda: query("redis_up")) == {"c5": 1}
+    assert query("nginx_up") == {"c5": 1}
+    before = sum(query("pixel_writes_total").values())
+    for number in range(20):
+        assert client.ask("/pixel", b'{"x":1,"y":1,"channel":"G","value":%d}' % number)[0] == 200
+    wait_until(lambda: sum(query("pixel_writes_total").values()) >= before + 20)
+    assert query("redis_aof_enabled") == {"c5": 1}
+    wait_until(lambda: query('pixel_lb_backend_weight{backend="c5"}'))
+    # Made by the tests of backups.
+    assert time.time() - 3600 < query("pixel_backup_timestamp_seconds")["c5"] < time.time()
+
+
+def test_every_panel_of_the_dashboard_has_data(ask: Any, client: Any) -> None:
+    dashboard = json.loads((ROOT / "docs" / "dashboards" / "pixel.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+
+    def without_data() -> list[str]:
+        for number in range(10):
+            client.ask("/pixel", b'{"x":1,"y":1,"channel":"G","value":%d}' % number)
+            client.ask("/pixel/1/1")
+        return [
+            query
+            for query in queries
+            if not any(
+                sample["value"][1] != "NaN"
+                for sample in ask("query?query=" + quote(query.replace("$__rate_interval", "30s")))["result"]
+            )
+        ]
+
+    for _ in range(60):
+        if not (left := without_data()):
+            break
+        time.sleep(1)
+    assert left == []
+
+
+def test_the_rules_are_loaded_and_work(ask: Any) -> None:
+    names = {rule["name"] for group in ask("rules")["groups"] for rule in group["rules"]}
+    cases = yaml.safe_load((ROOT / "tests" / "alerts.yml").read_text())["tests"]
+    assert names == {case["name"] for case in cases}
+    wait_until(lambda: all(r["health"] == "ok" for g in ask("rules")["groups"] for r in g["rules"]))
+
+
+def test_it_listens_at_the_private_address_only(host: Any, address: str) -> None:
+    listening = host.socket.get_listening_sockets()
+    for port in PACKAGES.values():
+        assert [place for place in listening if place.endswith(f":{port}")] == [f"tcp://{address}:{port}"]
+    assert "tcp://127.0.0.1:8090" in listening
+
+
+def test_the_exporter_may_ask_how_redis_is_and_read_no_pixel(shell: Any, address: str, password: Any) -> None:
+    def ask(words: str) -> str:
+        login = f"REDISCLI_AUTH={password('monitor')} redis-cli --user monitor -h {address}"
+        answer: str = shell(f"{login} {words}")
+        return answer
+
+    assert "aof_enabled:1" in ask("info")
+    for words in (
+        "get pixel:{0:0}",
+        "config get '*'",
+        "acl list",
+        "set pixel:x 1",
+        "xrange pixel:events - +",
+    ):
+        assert ask(words).startswith("NOPERM"), words
+
+
+def test_units_are_confined_and_do_not_run_as_root(host: Any) -> None:
+    for package in PACKAGES:
+        service = host.service(package)
+        assert service.is_running, package
+        assert service.is_enabled, package
+        properties = service.systemd_properties
+        assert (properties["User"], properties["ProtectSystem"]) == ("prometheus", "strict"), package
+
+
+@pytest.fixture
+def webhook(fleet: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Where alerts are posted to, and what was: on this machine, as the hosts' network sees it."""
+    posted: list[dict[str, Any]] = []
+
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            posted.append({"authorization": self.headers["Authorization"], **body})
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer((fleet["gateway"], 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://{fleet['gateway']}:{server.server_port}/", posted
+        server.shutdown()
+
+
+def test_an_alert_reaches_the_operators(
+    host: Any, play: Any, shell: Any, webhook: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, posted = webhook
+    chosen = {"monitoring_webhook_url": url, "monitoring_webhook_token": TOKEN}
+    done = play("playbooks/monitoring.yml", "--tags", "monitoring", "--diff", **chosen)
+    assert done.changes() == {"c5": 2, "t2": 0}  # the file, and the reload
+    assert TOKEN not in done.stdout
+    host.run_expect([0], "systemctl stop prometheus-nginx-exporter")
+    host.run_expect([0], "systemctl stop redis-server")
+    wait_until(lambda: posted, 120)
+    host.run_expect([0], "systemctl start redis-server prometheus-nginx-exporter")
+    assert posted[0]["authorization"] == f"Bearer {TOKEN}"
+    alerts = {alert["labels"]["alertname"]: alert for alert in posted[0]["alerts"]}
+    assert alerts["RedisDown"]["labels"]["instance"] == "c5"
+    assert "journalctl -u redis-server" in alerts["RedisDown"]["annotations"]["summary"]
+    file = host.file("/etc/prometheus/alertmanager.yml")
+    assert (file.user, file.group, oct(file.mode)) == ("root", "prometheus", "0o640")
+    for place in ("ps -eo args", "journalctl --no-pager", "systemctl show 'prometheus*'"):
+        assert TOKEN not in shell(place), place
+
+
+SECRET = "nobody-logs-what-is-in-a-body"
+
+
+DEBUG = """
+mkdir -p /run/systemd/system/pixel.service.d
+echo PIXEL_LOG_LEVEL=debug >/run/pixel-debug.env
+printf '[Service]\\nEnvironmentFile=/run/pixel-debug.env\\n' >/run/systemd/system/pixel.service.d/debug.conf
+systemctl daemon-reload && systemctl restart pixel
+"""
+AS_BEFORE = """
+rm /run/pixel-debug.env /run/systemd/system/pixel.service.d/debug.conf
+systemctl daemon-reload && systemctl restart pixel
+"""
+
+
+def test_a_request_is_followed_over_the_hosts(play: Any, client: Any, shell: Any) -> None:
+    def ask() -> tuple[str, str]:
+        status, headers, _ = client.ask("/pixels", json.dumps([{"x": SECRET}]).encode())
+        assert status == 422
+        return headers["X-Pixel-Instance"], headers["X-Request-ID"]
+
+    shell(DEBUG, on="t2")
+    try:
+        request_id = wait_until(lambda: found[1] if (found := ask())[0] == "t2" else None)
+        wait_until(lambda: request_id in shell("cat /var/log/nginx/access.log"))
+        said = play("playbooks/logs.yml", id=request_id).stdout
+    finally:
+        shell(AS_BEFORE, on="t2")
+    of_nginx, of_the_app = re.findall(r"^ok: \[(?:c5|t2)\] => \n((?:    .*\n)+)", said, re.M)[-2:]
+    assert f"id: {request_id}" in of_nginx
+    assert "uri: /pixels" in of_nginx
+    assert f"request_id: {request_id}" in of_the_app
+    assert "POST /pixels was answered 422" in of_the_app
+    for host in ("c5", "t2"):
+        for place in ("cat /var/log/nginx/*.log", "journalctl --no-pager"):
+            assert SECRET not in shell(place, on=host), (host, place)
+
+
+def test_logs_are_bounded_in_size(host: Any, client: Any, shell: Any) -> None:
+    assert "SystemMaxUse=1000M" in shell("systemd-analyze cat-config systemd/journald.conf")
+    assert host.service("logrotate.timer").is_running
+    shell("head -c 101M /dev/zero >>/var/log/nginx/error.log; systemctl start logrotate.service")
+    assert int(shell("stat -c %s /var/log/nginx/error.log")) < 1000
+    assert client.ask("/ping")[0] == 200
+    shell("rm /var/log/nginx/error.log.1")
+
+
+def test_logs_reach_a_collector(play: Any, fleet: dict[str, Any], client: Any) -> None:
+    received = b""
+    logs = ("playbooks/monitoring.yml", "--tags", "logs", "--limit", "c5")
+    with socket.create_server((fleet["gateway"], 0)) as collector:
+        collector.settimeout(30)
+        port = collector.getsockname()[1]
+        play(*logs, logs_forward_to=f"{fleet['gateway']}:{port}").changes()
+        request_id = client.ask("/ping")[1]["X-Request-ID"]
+        connection, _ = collector.accept()
+        with connection:
+            connection.settimeout(30)
+            while not (f'"id":"{request_id}"'.encode() in received and b" sudo " in received):
+                received += connection.recv(65536)
+    play(*logs).changes()
+
+
+def test_it_can_be_removed(host: Any, play: Any) -> None:
+    remove = ("playbooks/monitoring.yml", "--tags", "monitoring")
+    assert all(play(*remove, monitoring_state="absent").changes().values())
+    assert not any(
+        place.endswith(tuple(f":{port}" for port in PACKAGES.values()))
+        for place in host.socket.get_listening_sockets()
+    )
+    left = host.run(
+        "ls -d /etc/prometheus* /var/lib/prometheus* /etc/systemd/system/prometheus* /usr/bin/prom*"
+    )
+    assert left.stdout == ""
+    assert host.run("dpkg -l 'prometheus*' | grep ^ii").stdout == ""
+    assert not any(play(*remove, monitoring_state="absent").changes().values())

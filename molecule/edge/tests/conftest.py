@@ -1,0 +1,43 @@
+"""What a stranger sees of a host; it believes the authority, pebble, that is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def name(host: Any) -> str:
+    return f"{host.backend.hostname}.example"
+
+
+@pytest.fixture
+def stranger(shell: Any) -> Any:
+    """Run something there."""
+    return lambda script: shell(script, on="stranger")
+
+
+@pytest.fixture
+def curl(stranger: Any) -> Any:
+    """Ask from the stranger, who believes the authority; gives what --write-out asks for."""
+
+    def run(url: str, write_out: str, options: str = "") -> str:
+        stranger("[ -e /tmp/root.pem ] || curl -sk https://localhost:15000/roots/0 -o /tmp/root.pem")
+        command = f"curl -s --cacert /tmp/root.pem -o /dev/null -w '{write_out}' {options} '{url}' 2>&1"
+        said: str = stranger(command)
+        return said
+
+    return run
+
+
+@pytest.fixture
+def certificate(stranger: Any, address: str, name: str) -> Any:
+    """Issuer and serial number of what the host shows."""
+    command = f"openssl s_client -connect {address}:443 -servername {name} </dev/null 2>/dev/null"
+    return lambda: stranger(f"{command} | openssl x509 -noout -issuer -serial").split("\n")[:2]
+
+
+@pytest.fixture
+def handshake(stranger: Any, address: str) -> Any:
+    return lambda options: stranger(f"echo | openssl s_client -connect {address}:443 {options} 2>&1")

@@ -1,0 +1,88 @@
+"""What of a host is open, to strangers and to the fleet; on every port something listens."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+testinfra_hosts = ["debian12", "debian13"]
+
+PUBLIC = [22, 80, 443]
+FLEET = [8000, 6379, 9100, 9113, 9121, 9090, 9093]
+UNKNOWN = 5000
+
+
+@pytest.fixture
+def seen(shell: Any, address: str) -> Any:
+    """The ports of the host under test that answer another host."""
+    ports = " ".join(map(str, [*PUBLIC, *FLEET, UNKNOWN]))
+    return lambda other: json.loads(shell(f"visitor ports {address} {ports}", on=other))
+
+
+@pytest.fixture
+def firewall(play: Any, host: Any) -> Any:
+    """Run its playbook for the host under test."""
+    return lambda **variables: play("playbooks/firewall.yml", "--limit", host.backend.hostname, **variables)
+
+
+def test_everything_listens(host: Any) -> None:
+    listening = {
+        int(line.split()[3].rsplit(":", 1)[1]) for line in host.check_output("ss -Hltn").splitlines()
+    }
+    assert listening >= {*PUBLIC, *FLEET, UNKNOWN}
+
+
+def test_a_stranger_reaches_what_is_public(seen: Any) -> None:
+    assert seen("stranger") == PUBLIC
+
+
+def test_the_fleet_reaches_its_own(seen: Any, host: Any) -> None:
+    (other,) = {"debian12", "debian13"} - {host.backend.hostname}
+    assert seen(other) == PUBLIC + FLEET
+
+
+def test_the_rules_are_there_after_a_boot(host: Any, seen: Any) -> None:
+    unit = host.service("pixel-firewall")
+    assert unit.is_enabled
+    assert "network-pre.target" in unit.systemd_properties["Before"]
+    host.run_expect([0], "systemctl stop pixel-firewall")
+    assert UNKNOWN in seen("stranger")
+    host.run_expect([0], "systemctl start pixel-firewall")
+    assert seen("stranger") == PUBLIC
+
+
+def test_other_tables_are_left_alone(host: Any) -> None:
+    host.run_expect([0], "nft add table inet others")
+    try:
+        host.run_expect([0], "systemctl reload pixel-firewall")
+        assert "table inet others" in host.check_output("nft list tables")
+    finally:
+        host.run_expect([0], "nft delete table inet others")
+
+
+def test_who_locks_himself_out_gets_in_again(host: Any, firewall: Any, seen: Any) -> None:
+    """The rules come back by themselves, without a connection."""
+    rules = host.check_output("nft list table inet pixel")
+    done = firewall(firewall_ssh_networks=["203.0.113.0/24"], firewall_rollback=20)
+    assert done.returncode != 0
+    # It was locked out, and by now may be in again.
+    assert "Come in anew" in done.stdout.split("fatal:")[0].rsplit("TASK", 1)[-1]
+    for _ in range(30):
+        if 22 in seen("stranger"):
+            break
+        time.sleep(1)
+    assert host.check_output("nft list table inet pixel") == rules
+    assert "203.0.113" not in host.file("/etc/pixel-firewall/rules.nft").content_string
+    # The next run mends what is staged.
+    assert firewall().returncode == 0
+    assert "203.0.113" not in host.file("/etc/pixel-firewall/staged.nft").content_string
+
+
+def test_it_can_be_taken_away(firewall: Any, seen: Any) -> None:
+    assert firewall(firewall_enabled=False).returncode == 0
+    assert seen("stranger") == [*PUBLIC, *FLEET, UNKNOWN]
+    assert firewall().returncode == 0
+    assert seen("stranger") == PUBLIC

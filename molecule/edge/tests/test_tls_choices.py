@@ -1,0 +1,77 @@
+"""Other choices of a certificate, one after the other, on one host; at the end it is as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+testinfra_hosts = ["debian12"]
+
+
+@pytest.fixture
+def balancer(play: Any) -> Any:
+    """Run its playbook for this host."""
+    edge = ("--limit", "debian12", "--extra-vars", "@molecule/edge/vars/main.yml")
+    return lambda **variables: play("playbooks/nginx_lb.yml", *edge, **variables)
+
+
+@pytest.fixture
+def pair(stranger: Any, tmp_path: Path) -> Any:
+    """A certificate for these names and its key, as files here."""
+
+    def make(label: str, *names: str) -> dict[str, str]:
+        alternatives = ",".join(f"DNS:{name}" for name in names)
+        text = stranger(
+            f"openssl req -x509 -nodes -newkey rsa:2048 -subj /CN={label} -days 9"
+            f" -addext subjectAltName={alternatives} -keyout /tmp/k -out /tmp/c; cat /tmp/k /tmp/c"
+        )
+        end = text.index("-----BEGIN CERTIFICATE")
+        (tmp_path / f"{label}.key").write_text(text[:end])
+        (tmp_path / f"{label}.crt").write_text(text[end:])
+        return {
+            "nginx_lb_tls_certificate": str(tmp_path / f"{label}.crt"),
+            "nginx_lb_tls_key": str(tmp_path / f"{label}.key"),
+        }
+
+    return make
+
+
+def test_a_wrong_one_is_refused_and_the_former_stays(balancer: Any, pair: Any, certificate: Any) -> None:
+    before = certificate()
+    one, other = pair("one", "debian12.example", "canvas.example"), pair("other", "debian12.example")
+    refused = balancer(nginx_lb_tls="provided", **other)
+    assert refused.returncode != 0
+    assert "It isn't for canvas.example." in refused.words
+    refused = balancer(nginx_lb_tls="provided", **one | {"nginx_lb_tls_key": other["nginx_lb_tls_key"]})
+    assert refused.returncode != 0
+    assert "key values mismatch" in refused.stdout
+    assert certificate() == before
+
+
+def test_a_provided_one_is_shown(balancer: Any, pair: Any, certificate: Any) -> None:
+    chosen = {"nginx_lb_tls": "provided"} | pair("own", "debian12.example", "canvas.example")
+    assert balancer(**chosen).returncode == 0
+    assert "CN = own" in certificate()[0]
+
+
+def test_one_of_the_hosts_own_is_shown_and_kept(balancer: Any, certificate: Any) -> None:
+    assert balancer(nginx_lb_tls="selfsigned").returncode == 0
+    shown = certificate()
+    assert "CN = pixel-lb" in shown[0]
+    assert "changed=0" in balancer(nginx_lb_tls="selfsigned").stdout
+    assert certificate() == shown
+
+
+def test_without_tls_nothing_is_spoken_there(balancer: Any, stranger: Any, handshake: Any) -> None:
+    assert balancer(nginx_lb_tls=False, nginx_lb_hsts=0).returncode == 0
+    assert "Connection refused" in handshake("")
+    assert stranger("curl -s -o /dev/null -w '%{http_code}' http://debian12.example/ping") == "200"
+
+
+def test_the_authoritys_is_not_asked_for_twice(balancer: Any, host: Any, certificate: Any) -> None:
+    issued = host.check_output("ls /etc/letsencrypt/archive/pixel")
+    assert balancer().returncode == 0
+    assert "Pebble" in certificate()[0]
+    assert host.check_output("ls /etc/letsencrypt/archive/pixel") == issued
