@@ -354,8 +354,8 @@ def connections(address: str, user: str = WORKERS) -> int:
     remote = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{int(port):04X}"
     # Others look at the backends as well: Prometheus keeps its connections.
     state, owner = "01", str(pwd.getpwnam(user).pw_uid)
-    table = map(str.split, Path("/proc/net/tcp").read_text().splitlines()[1:])
-    return sum((fields[2], fields[3], fields[7]) == (remote, state, owner) for fields in table)
+    rows = map(str.split, Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return sum((fields[2], fields[3], fields[7]) == (remote, state, owner) for fields in rows)
 
 
 def ask(url: str) -> str | None:
