@@ -1,0 +1,72 @@
+"""Hosts are measured, and the balancer can go by that."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+
+testinfra_hosts = ["c5"]
+
+
+@pytest.fixture
+def inventory_copy(tmp_path: Path) -> Path:
+    """The fleet's inventory, to be written to."""
+    copy = tmp_path / "inventory"
+    shutil.copytree(ROOT / "inventory" / "local", copy)
+    return copy
+
+
+@pytest.fixture
+def throttled() -> Iterator[None]:
+    """t2 has little CPU meanwhile, so that it is full long before what measures it."""
+
+    def cpus(number: str) -> None:
+        fleet = str(ROOT / "molecule" / "shared" / "fleet.py")
+        subprocess.run([sys.executable, fleet, "cpus", "t2", number], check=True, env=os.environ)
+
+    cpus("0.1")
+    yield
+    cpus("all")
+
+
+def test_a_host_is_measured_and_takes_requests_again(
+    host: Any, play: Any, client: Any, inventory_copy: Path, throttled: None
+) -> None:
+    done = play("playbooks/calibrate.yml", hosts=str(inventory_copy), host="t2", seconds=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = yaml.safe_load((inventory_copy / "host_vars" / "t2" / "measured.yml").read_text())
+    measured = written["nginx_lb_measured"]
+    assert 50 < measured["requests_per_second"] < 5000
+    assert 0 < measured["p99_ms"] <= 50
+    assert measured["date"] == datetime.datetime.now(datetime.UTC).date().isoformat()
+    assert f"t2 {measured['requests_per_second']} {measured['p99_ms']} 100 150" in done.words
+    # It is where it was, and nothing is left of the measurement.
+    assert client.read_from("t2", "/ping")["instance"] == "t2"
+    assert host.run("systemctl list-timers --all | grep undrain").stdout == ""
+    assert not host.file("/var/tmp/pixel-calibrate").exists
+    # Weights can't go by one host's figures alone.
+    refused = play("playbooks/nginx_lb.yml", hosts=str(inventory_copy), nginx_lb_weights="measured")
+    assert refused.returncode != 0
+    assert "run playbooks/calibrate.yml" in refused.words
+
+
+def test_the_last_host_is_not_measured_unawares(host: Any, play: Any, inventory_copy: Path) -> None:
+    assert play("playbooks/drain.yml", host="c5").returncode == 0
+    try:
+        refused = play("playbooks/calibrate.yml", hosts=str(inventory_copy), host="t2")
+    finally:
+        assert play("playbooks/undrain.yml", host="c5").returncode == 0
+    assert refused.returncode != 0
+    assert "t2 is the last host that takes requests" in refused.words
+    assert not (inventory_copy / "host_vars").exists()
