@@ -19,7 +19,7 @@ from typing import Any
 
 from locust import HttpUser, between, task
 from locust.clients import ResponseContextManager
-from locust.exception import ResponseError
+from locust.exception import RescheduleTask
 from requests import RequestException
 
 PATCH = 24  # pixels, the side of what somebody paints
@@ -29,10 +29,13 @@ CHANNELS = "RGB"
 SIDES = ("Width", "Height")
 
 
+class WrongError(Exception):
+    """An answer is wrong; it says how but not where, as failures are counted by their words."""
+
+
 def expect(true: bool, otherwise: str) -> None:
-    """Failures are counted by their words, so these don't name the place or the value."""
     if not true:
-        raise ResponseError(otherwise)
+        raise WrongError(otherwise)
 
 
 def moment(event: str) -> tuple[int, int]:
@@ -63,11 +66,14 @@ class Person(HttpUser):
     def on_start(self) -> None:
         self.tags: dict[str, str] = {}
         self.parts: set[str] = set()
-        while not self.open_page():
-            time.sleep(1)
+        while True:
+            try:
+                return self.open_page()
+            except RescheduleTask:
+                time.sleep(1)
 
-    def open_page(self) -> bool:
-        """What a browser asks for, and the canvas whole; whether that came."""
+    def open_page(self) -> None:
+        """What a browser asks for, and the canvas whole."""
         with self.get("/") as answer:
             if answer.status_code == 200:
                 self.parts = set(re.findall(r'(?:src|href)="(live/[^"]+)"', answer.text))
@@ -81,23 +87,25 @@ class Person(HttpUser):
                 size = self.width * self.height * 3
                 expect(len(answer.content) == size, "not three bytes a pixel")
             self.know(answer)
-            return True
-        return False
 
     @contextmanager
     def ask(
         self, method: str, name: str, path: str | None = None, **options: Any
     ) -> Iterator[ResponseContextManager]:
-        """An answer to judge; it goes to the statistics under its route's name."""
+        """An answer to judge, in the statistics by its route's name.
+
+        If it is wrong, what the person was about to do has come to nothing.
+        """
         options = {"timeout": SILENCE, "catch_response": True} | options
         with self.client.request(method, path or name, name=name, **options) as answer:
-            if answer.error:
-                raise ResponseError(type(answer.error).__name__)
-            expect(answer.status_code in (200, 304), f"status {answer.status_code}")
             try:
+                if answer.error:
+                    raise answer.error
+                expect(answer.status_code in (200, 304), f"status {answer.status_code}")
                 yield answer
-            except (KeyError, ValueError, RequestException) as error:
-                raise ResponseError(f"{type(error).__name__}: {error}") from error
+            except (WrongError, KeyError, ValueError, RequestException) as error:
+                answer.failure(error)
+                raise RescheduleTask from error
 
     @contextmanager
     def get(self, name: str, path: str | None = None) -> Iterator[ResponseContextManager]:
@@ -131,14 +139,11 @@ class Person(HttpUser):
                 expect(answer.content[16:24] == size, "of another size")
             self.know(answer)
 
-    def put(self, x: int, y: int) -> str:
-        """The event that tells of it, or nothing if it was refused."""
+    def put(self, x: int, y: int) -> None:
         colour = {channel: random.randrange(256) for channel in CHANNELS}
         with self.ask("PUT", "/pixel/{x}/{y}", f"/pixel/{x}/{y}", json=colour) as answer:
             expect(answer.json() == {"x": x, "y": y} | colour, "another pixel is acknowledged")
             self.know(answer)
-            return self.event
-        return ""
 
 
 class Looker(Person):
@@ -149,12 +154,15 @@ class Looker(Person):
 
     def on_start(self) -> None:
         super().on_start()
-        self.look_elsewhere()
+        self.turn()
+
+    def turn(self) -> None:
+        self.side = random.choice((64, 128, 256))
+        self.at = self.place(self.side)
 
     @task(4)
     def look_elsewhere(self) -> None:
-        self.side = random.choice((64, 128, 256))
-        self.at = self.place(self.side)
+        self.turn()
         self.look_again()
 
     @task(4)
@@ -228,18 +236,20 @@ class Watcher(Person):
 
     @task
     def watch(self) -> None:
-        if not self.open_page():
-            return
-        heard = self.follow("/events", f"/events?after={self.event}", {}, self.event)
-        self.follow("/events (resumed)", "/events", {"Last-Event-ID": heard}, heard)
+        self.open_page()
+        opened_at = self.event
+        heard = self.follow(opened_at, "/events", f"/events?after={opened_at}")
+        self.follow(heard, "/events (resumed)", "/events", {"Last-Event-ID": heard})
 
-    def follow(self, name: str, path: str, headers: dict[str, str], after: str) -> str:
+    def follow(
+        self, after: str, name: str, path: str, headers: dict[str, str] | None = None
+    ) -> str:
         """Read the stream for some seconds, up to the event that is returned.
 
-        It tells also of what was painted before it was opened.
+        It begins after an event that is known, so it has to tell also of what was painted since.
         """
         x, y = self.place(1)
-        painted = self.put(x, y)
+        self.put(x, y)
         last, count = after, 0
         told: set[tuple[int, int]] = set()
         until = time.monotonic() + random.uniform(3, 6)
@@ -256,7 +266,7 @@ class Watcher(Person):
                     status = json.loads(message["data"])
                     expect(None not in (status["viewers"], status["writes"]), "Redis is away")
                 if time.monotonic() > until:
-                    expect(not painted or (x, y) in told, "leaves out a pixel")
+                    expect((x, y) in told, "leaves out a pixel")
                     break
             # Before that it may end, as in a deploy: the page then goes on with another worker.
             expect(count > 1, "says nothing")
