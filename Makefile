@@ -39,6 +39,10 @@ bench: tools  ## compare ways to serve a durable pixel, on this machine
 load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the balancer
 	$(BIN)/python bench/load.py --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --strict
 
+locust:  ## users who look, paint and watch, by Locust: http://127.0.0.1:8089
+	$(PYTHON) molecule/shared/machine.py locust
+	$(BIN)/locust --locustfile bench/locustfile.py --host $(URL) --web-host 127.0.0.1
+
 report: control  ## drive the local fleet up to its knee, and draw what that took: 8 minutes
 	$(PYTHON) molecule/shared/machine.py report
 	$(BIN)/ansible-playbook playbooks/loadtest.yml
@@ -56,4 +60,4 @@ control:
 tools:
 	@$(PYTHON) molecule/shared/machine.py test
 
-.PHONY: help up down test lint check scenarios bench load report drill docs control tools
+.PHONY: help up down test lint check scenarios bench load locust report drill docs control tools

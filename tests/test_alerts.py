@@ -36,6 +36,11 @@ def alerts(rules: Path) -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
+def hours(duration: str) -> float:
+    """Of a duration as the cases have it: 90s, 4m, 28h."""
+    return int(duration[:-1]) / {"s": 3600, "m": 60, "h": 1}[duration[-1]]
+
+
 def promtool(*arguments: str | Path) -> str:
     done = subprocess.run(["promtool", *arguments], text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,6 +62,8 @@ def test_every_alert_has_a_case_that_is_quiet_that_fires_and_that_resolves(rules
         checks = case["alert_rule_test"]
         assert {check["alertname"] for check in checks} == {case["name"]}
         assert [bool(check.get("exp_alerts")) for check in checks] == [False, True, False], case["name"]
+        times = [hours(check["eval_time"]) for check in checks]
+        assert times == sorted(set(times)), case["name"]
 
 
 def test_every_alert_says_what_to_do_and_how_urgent_it_is(rules: Path) -> None:

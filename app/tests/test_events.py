@@ -16,6 +16,8 @@ from pixel.store import EVENTS, NO_EVENT, EventId, Store
 
 Cells = dict[tuple[int, int, str], int]
 
+NAMES = ("c5", "t2")
+
 
 @pytest.fixture
 async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
@@ -26,7 +28,7 @@ async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
 
 @pytest.fixture
 async def hub(store: Store) -> AsyncIterator[Hub]:
-    hub = Hub(store)
+    hub = Hub(store, "c5", "r1")
     yield hub
     hub.close()
 
@@ -72,6 +74,11 @@ class Screen:
     async def sees(self, cells: Cells) -> None:
         """Return when it sees all the cells."""
         await eventually(lambda: cells.items() <= self.cells.items())
+
+
+def figures(screen: Screen) -> list[Any]:
+    """The viewers and writes that it heard of last."""
+    return [status[name] for status in screen.statuses[-1:] for name in ("viewers", "writes")]
 
 
 async def eventually(true: Callable[[], bool]) -> None:
@@ -250,7 +257,7 @@ async def test_many_viewers_have_one_reader(
 
 async def test_a_redis_that_was_away_costs_no_viewer_a_change(fragile_redis: RedisServer) -> None:
     store = Store(fragile_redis.settings())
-    hub = Hub(store)
+    hub = Hub(store, "c5", "r1")
     async with Screen(hub) as screen:
         await store.write([Change(1, 1, 0, 1)])
         await screen.sees({(1, 1, "R"): 1})
@@ -294,19 +301,23 @@ async def test_viewers_hear_how_many_they_are_and_how_much_is_written(
 ) -> None:
     monkeypatch.setattr(events, "STATUS", 0.2)
     monkeypatch.setattr(events, "_LOOK", 0.02)
-    stores = [Store(redis_server.settings(instance=name)) for name in ("c5", "t2")]
-    hubs = [Hub(store) for store in stores]
+    stores = [Store(redis_server.settings(instance=name)) for name in NAMES]
+    hubs = [Hub(store, name, "r1") for name, store in zip(NAMES, stores, strict=True)]
     async with Screen(hubs[0]) as one, Screen(hubs[1]), Screen(hubs[1]) as other:
-        await eventually(lambda: [s.statuses[-1:] for s in (one, other)] == [
-            [{"viewers": 3, "writes": 0.0}]] * 2
-        )  # fmt: skip
+        status = {"viewers": 3, "writes": 0.0, "release": "r1"}
+        await eventually(
+            lambda: (
+                [s.statuses[-1:] for s in (one, other)]
+                == [[status | {"instance": name}] for name in NAMES]
+            )
+        )
         count = len(one.statuses)
         await stores[1].write([Change(x, 1, 2, 3) for x in range(100)])
         await eventually(lambda: len(one.statuses) > count + 2)
         rates = [status["writes"] for status in one.statuses[count:]]
         assert 0.2 * sum(rates) == pytest.approx(100, rel=0.5)
     async with Screen(hubs[0]) as one:  # those who have left no longer count
-        await eventually(lambda: one.statuses[-1:] == [{"viewers": 1, "writes": 0.0}])
+        await eventually(lambda: figures(one) == [1, 0.0])
     for hub, store in zip(hubs, stores, strict=True):
         hub.close()
         await asyncio.sleep(0.05)
@@ -318,12 +329,12 @@ async def test_while_redis_is_away_viewers_hear_that_nothing_is_known(
 ) -> None:
     monkeypatch.setattr(events, "STATUS", 0.2)
     store = Store(fragile_redis.settings())
-    hub = Hub(store)
+    hub = Hub(store, "c5", "r1")
     async with Screen(hub) as screen:
         fragile_redis.kill()
-        unknown = {"viewers": None, "writes": None}
-        await eventually(lambda: screen.statuses[-1:] == [unknown])
+        await eventually(lambda: figures(screen) == [None, None])
+        assert screen.statuses[-1]["instance"] == "c5"
         fragile_redis.start()
-        await eventually(lambda: screen.statuses[-1:] == [{"viewers": 1, "writes": 0.0}])
+        await eventually(lambda: figures(screen) == [1, 0.0])
     hub.close()
     store.close()

@@ -268,6 +268,23 @@ def test_all_of_it_can_be_done_by_keys(canvas: str, open_page: Callable[..., Pag
     becomes(page, "board.getBoundingClientRect().width < board.width")
 
 
+def test_the_last_line_says_how_it_goes_and_who_says_so(
+    fragile_redis: RedisServer,
+    start_service: Callable[..., Service],
+    open_page: Callable[..., Page],
+) -> None:
+    service = start_service(fragile_redis.url, PIXEL_INSTANCE="t2", PIXEL_RELEASE="1.0.0-3fa9c1d2")
+    page = open_page(service.url)
+    line, none = page.locator("footer #state"), "\N{EN DASH}"
+    expect(line).to_have_text("Live 1 viewer 0 writes/s t2 1.0.0-3fa9c1d2")
+    fragile_redis.kill()
+    away = f"Storage is away {none} viewers {none} writes/s t2 1.0.0-3fa9c1d2"
+    expect(line).to_have_text(away, timeout=10_000)
+    service.stop()
+    lost = f"Reconnecting {none} viewers {none} writes/s {none} {none}"
+    expect(line).to_have_text(lost, timeout=10_000)
+
+
 def test_it_works_on_a_phone(canvas: str, open_page: Callable[..., Page]) -> None:
     page = open_page(
         canvas,

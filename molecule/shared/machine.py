@@ -6,6 +6,7 @@ Only the standard library is used, so that this runs on a fresh Debian or Ubuntu
     machine.py control    what `site.yml` needs: ansible-core
     machine.py aws        that, and what `playbooks/provision.yml` needs: the collection amazon.aws
     machine.py report     that of control, and what draws the load report
+    machine.py locust     what plays users (bench/locustfile.py)
     machine.py test       all that the tests need
 """
 
@@ -25,7 +26,8 @@ LOCKS = {
     "control": ("control.txt",),
     "aws": ("aws.txt",),
     "report": ("control.txt", "report.txt"),
-    "test": ("test.txt", "report.txt"),
+    "locust": ("locust.txt",),
+    "test": ("test.txt", "report.txt", "locust.txt"),
 }
 # Commands that the tests start themselves, and the Debian packages that bring them.
 TEST_COMMANDS = {

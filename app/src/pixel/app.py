@@ -160,7 +160,7 @@ def create_api(settings: Settings) -> FastAPI:
             "store": store,
             "reader": Reader(store.canvas),
             "gallery": Gallery(store),
-            "hub": Hub(store),
+            "hub": Hub(store, settings.instance, settings.release),
         }
         store.close()
 

@@ -90,8 +90,9 @@ class _Viewer:
 class Hub:
     """Reads the stream of events while there are viewers, and tells them."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, instance: str, release: str) -> None:
         self._store = store
+        self._name = {"instance": instance, "release": release}
         self._viewers: set[_Viewer] = set()
         self._reading: asyncio.Task[None] | None = None
         self._last: EventId
@@ -197,11 +198,14 @@ class Hub:
                 await self._store.count_viewers(0)
 
     async def _status(self, rate: float) -> bytes:
-        """Viewers and writes a second, of the whole fleet; unknown while Redis can't be asked."""
+        """Viewers and writes a second, of the whole fleet, and who says so.
+
+        The figures are unknown while Redis can't be asked.
+        """
         status: dict[str, float | None]
         try:
             viewers = await self._store.count_viewers(len(self._viewers))
             status = {"viewers": viewers, "writes": round(rate, 1)}
         except Problem:
             status = {"viewers": None, "writes": None}
-        return b"event: status\ndata: %b\n\n" % msgspec.json.encode(status)
+        return b"event: status\ndata: %b\n\n" % msgspec.json.encode(status | self._name)

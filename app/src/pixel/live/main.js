@@ -13,6 +13,7 @@ const COLOURS = {
 };
 const CHANNELS = { R: 0, G: 1, B: 2 };
 const STATES = { loading: "Loading", live: "Live", lost: "Reconnecting" };
+const STATUS = ["viewers", "writes", "instance", "release"];
 const TOAST = 5_000; // milliseconds
 const STORED = "pixel-colour";
 
@@ -169,7 +170,9 @@ new Stream({
     const { cursor } = view;
     if (cursor && changes.length) describe(cursor);
   },
-  status({ viewers, writes }) {
+  status({ viewers, writes, instance, release }) {
+    $("instance").textContent = instance;
+    $("release").textContent = release;
     $("viewers").textContent = viewers === null ? "–" : number.format(viewers);
     $("viewers-unit").textContent = viewers === 1 ? "viewer" : "viewers";
     $("writes").textContent = writes === null ? "–" : number.format(writes);
@@ -181,7 +184,7 @@ new Stream({
     if (state === "live" && connected === "live") return;
     connected = state;
     showState(state, text && `${STATES[state]}: ${text}`);
-    if (state === "lost") for (const id of ["viewers", "writes"]) $(id).textContent = "–";
+    if (state === "lost") for (const id of STATUS) $(id).textContent = "–";
   },
 });
 

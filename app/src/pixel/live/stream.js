@@ -17,7 +17,8 @@ export function isAfter(one, other) {
  * - load(width, height, bytes, event): the canvas as a whole, three bytes (R, G, B) a pixel, and the
  *   event at which it stands,
  * - change(changes, event): arrays [x, y, channel, value], and the event up to which they tell,
- * - status({viewers, writes}): of the fleet; null while its storage can't be asked,
+ * - status({viewers, writes, instance, release}): of the fleet, null while its storage can't be
+ *   asked; and which instance of which release says so,
  * - state(state, text): "loading", "live" or "lost", with more about it.
  */
 export class Stream {

@@ -45,8 +45,9 @@ async def events(
 
     Each message says with its ``id`` up to which event it tells; at most 20 a second. The event
     ``resync`` says that some changes can't be told any more: fetch the canvas, then go on. The
-    event ``status`` comes every two seconds, without an id: ``{"viewers": 12, "writes": 480.5}``,
-    the fleet's viewers and channel writes a second, null while Redis can't be asked.
+    event ``status`` comes every two seconds, without an id: ``{"viewers": 12, "writes": 480.5,
+    "instance": "c5", "release": "2026-11-21"}``, the fleet's viewers and channel writes a second,
+    null while Redis can't be asked, and the instance and release that the stream comes from.
     """
     text = last_event_id or after
     try:
