@@ -26,8 +26,8 @@ def ask(host: Any, address: str) -> Any:
         "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=3).read().decode())"
     )
 
-    def run(path: str) -> Any:
-        return json.loads(host.check_output(f"python3 -c '{program}' http://{address}:8000{path}"))
+    def run(path: str, port: int = 8000) -> Any:
+        return json.loads(host.check_output(f"python3 -c '{program}' http://{address}:{port}{path}"))
 
     return run
 
@@ -196,3 +196,58 @@ def test_old_releases_are_removed_and_a_new_one_takes_over(converge: Any, host: 
     host.run_expect([0], "rm -r /opt/pixel/releases/old-5")
     assert converge().returncode == 0
     assert ask("/ping")["release"] == former
+
+
+def further(host: Any) -> list[str]:
+    """The units of further instances that there are."""
+    return [line.split()[0] for line in host.check_output(UNITS).splitlines()]
+
+
+UNITS = "systemctl list-units --all --plain --no-legend 'pixel@*'"
+SECOND = ["pixel@8001.service", "pixel@8001.socket"]
+
+
+def test_further_instances_come_stay_and_go_with_the_first(
+    converge: Any, host: Any, ask: Any, shell: Any, address: str
+) -> None:
+    name = host.backend.hostname
+    first = ask("/ping")
+    assert converge(pixel_app_instances=2).returncode == 0
+    assert ask("/ping") == first
+    assert ask("/ping", 8001) == first | {"instance": f"{name}-8001", "port": 8001}
+    assert ask("/readyz", 8001)["redis"] == "ok"
+    assert further(host) == SECOND
+    for unit in SECOND:
+        assert host.service(unit).is_running
+        assert host.service(unit).is_enabled
+    file = host.file("/run/pixel-8001.sock")
+    assert (file.is_socket, file.group, oct(file.mode)) == (True, "www-data", "0o660")
+    assert len({host.service(unit).systemd_properties["MainPID"] for unit in ("pixel", "pixel@8001")}) == 2
+    assert converge(pixel_app_instances=2).changes() == {name: 0}
+
+    host.run_expect([0], "systemctl restart pixel@8001")
+    assert ask("/ping", 8001)["instance"] == f"{name}-8001"
+    host.run_expect([0], "systemctl stop pixel@8001.service pixel@8001.socket")
+    assert converge(pixel_app_instances=2).changes() == {name: 1}
+    assert ask("/ping", 8001)["instance"] == f"{name}-8001"
+
+    # A third one can't listen: all is as before, and the two that there were run on.
+    host.run_expect([0], f"systemd-run --unit=squatter python3 -m http.server --bind {address} 8002")
+    try:
+        done = converge(pixel_app_instances=3)
+        assert done.returncode != 0
+        assert "It runs what it ran before" in done.words
+        assert further(host)[:2] == SECOND
+        assert not host.service("pixel@8002").is_running
+        assert [ask("/ping", port)["release"] for port in (8000, 8001)] == [first["release"]] * 2
+    finally:
+        host.run_expect([0], "systemctl stop squatter")
+        shell("rm -f /opt/pixel/releases/*/BAD; systemctl reset-failed")
+    assert converge(pixel_app_instances=2).changes() == {name: 0}
+
+    assert converge().returncode == 0
+    assert ask("/ping") == first
+    assert further(host) == []
+    assert host.check_output("ls /etc/systemd/system | grep -c pixel@ || true") == "0"
+    assert [each for each in host.socket.get_listening_sockets() if ":8001" in each] == []
+    assert converge().changes() == {name: 0}
