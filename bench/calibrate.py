@@ -1,11 +1,12 @@
-"""How many requests a second one instance serves well: reads at rising constant rates.
+"""How many requests a second one host serves well: reads at rising constant rates.
 
     python bench/calibrate.py --url http://10.0.0.12:8000
 
-Each rate is half again the one before, until one is not served well: its 99th percentile is over
-the limit, or too many requests fail. Then the gap between the last good rate and the first bad one
-is halved a few times. Pixels are read, not written: nothing on the canvas changes. One line of
-JSON is printed. Only the standard library is used; `playbooks/calibrate.yml` runs this on a host.
+Several addresses are the instances of one host, each of which gets its part of the rate. Each rate
+is half again the one before, until one is not served well: its 99th percentile is over the limit,
+or too many requests fail. Then the gap between the last good rate and the first bad one is halved
+a few times. Pixels are read, not written: nothing on the canvas changes. One line of JSON is
+printed. Only the standard library is used; `playbooks/calibrate.yml` runs this on a host.
 """
 
 from __future__ import annotations
@@ -83,12 +84,17 @@ async def search(
 
 
 async def measure(
-    target: Target, rate: float, seconds: float, connections: int, patience: float
+    targets: list[Target], rate: float, seconds: float, connections: int, patience: float
 ) -> Step:
-    plan = Plan(rate, SETTLE + seconds, connections, patience, reads=True)
-    report: Report = await run(target, plan, Ledger())
-    report.timeline = report.timeline[round(SETTLE) :]
-    return Step(rate, report.latency.p99, report.failed / max(1, report.sent), report.lag.p99)
+    parts = len(targets)
+    plan = Plan(rate / parts, SETTLE + seconds, max(1, connections // parts), patience, reads=True)
+    reports: list[Report] = await asyncio.gather(*(run(each, plan, Ledger()) for each in targets))
+    for report in reports:
+        report.timeline = report.timeline[round(SETTLE) :]
+    failed, sent = (sum(getattr(each, what) for each in reports) for what in ("failed", "sent"))
+    # No instance may be slow, however fast the others are.
+    p99, lag = (max(getattr(each, what).p99 for each in reports) for what in ("latency", "lag"))
+    return Step(rate, p99, failed / max(1, sent), lag)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -96,7 +102,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--url", required=True, help="the instance, e.g. http://10.0.0.12:8000")
+    add(
+        "--url",
+        nargs="+",
+        required=True,
+        dest="urls",
+        metavar="URL",
+        help="the host's instances, e.g. http://10.0.0.12:8000",
+    )
     add(
         "--p99",
         type=float,
@@ -110,7 +123,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--connections", type=int, default=64, help="kept open (64)")
     options = parser.parse_args(arguments)
     try:
-        options.target = Target.parse(options.url)
+        options.targets = [Target.parse(url) for url in options.urls]
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -121,7 +134,7 @@ async def calibrate(options: argparse.Namespace) -> dict[str, Any]:
     patience = max(2.0, 4 * options.p99 / 1000)
 
     def at(rate: float) -> Awaitable[Step]:
-        return measure(options.target, rate, options.seconds, options.connections, patience)
+        return measure(options.targets, rate, options.seconds, options.connections, patience)
 
     best, steps = await search(at, limits, options.first, options.most)
     return {

@@ -71,7 +71,8 @@ def services() -> dict[str, dict[str, float]]:
         if not entry.isdigit():
             continue
         unit = re.search(r"/([^/]+\.service)$", read(f"/proc/{entry}/cgroup"), re.M)
-        name = SERVICES.get(unit[1]) if unit else None
+        # Further instances of the app are called pixel@8001.service.
+        name = SERVICES.get(re.sub("@.*[.]", ".", unit[1])) if unit else None
         fields = read(f"/proc/{entry}/stat").rpartition(")")[2].split()
         if name and fields:
             seconds[name] += sum(map(int, fields[11:13])) / TICKS

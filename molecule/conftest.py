@@ -106,7 +106,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     host: Any = getattr(item, "funcargs", {}).get("host")
     if report.failed and host is not None:
-        units = "--unit=redis-server --unit=pixel --unit=nginx"
+        units = "--unit=redis-server --unit=pixel --unit='pixel@*' --unit=nginx"
         journal = host.run(f"journalctl {units} --lines=40 --no-pager --output=short-iso")
         report.sections.append((f"journal of {host.backend.hostname}", journal.stdout))
     return report

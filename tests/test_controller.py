@@ -326,7 +326,7 @@ def test_credits_that_run_out_lower_a_weight_before_the_cpu_is_stolen() -> None:
     for line in (Path(__file__).parent / "data" / "credits-running-out").read_text().splitlines():
         # What five minutes took is known at their end.
         world.run(300)
-        world.controller.see_credits({"B": credits_of(float(line.split()[1]), world.now)})
+        world.controller.see_credits({"b": credits_of(float(line.split()[1]), world.now)})
         shares.append(world.in_force["B"].factor)
     # So long as they last for a quarter of an hour, it is a host like the other.
     assert shares[:4] == [1, 1, 1, 1]
@@ -340,7 +340,7 @@ def test_credits_that_run_out_lower_a_weight_before_the_cpu_is_stolen() -> None:
 
 def test_word_of_credits_that_is_too_old_is_no_hint() -> None:
     world = World(adaptive=True)
-    world.controller.see_credits({"B": credits_of(0, world.now)})
+    world.controller.see_credits({"b": credits_of(0, world.now)})
     world.run(14 * 60)
     assert world.in_force["B"].factor < 0.5
     world.run(10 * 60)
@@ -353,7 +353,7 @@ def test_credits_never_raise_a_weight() -> None:
     for world in (told, untold):
         world.steal["B"] = 0.7
         world.busy["B"] = 0.2
-    told.controller.see_credits({"B": credits_of(1296, told.now + 600)})
+    told.controller.see_credits({"b": credits_of(1296, told.now + 600)})
     for world in (told, untold):
         world.run(600)
     assert told.written == untold.written
@@ -362,6 +362,13 @@ def test_credits_never_raise_a_weight() -> None:
 
 def test_credits_say_nothing_where_weights_are_not_adaptive() -> None:
     world = World()
-    world.controller.see_credits({"B": credits_of(0, world.now)})
+    world.controller.see_credits({"b": credits_of(0, world.now)})
     world.run(300)
     assert world.written == []
+
+
+def test_credits_are_those_of_a_host_and_so_of_all_its_servers() -> None:
+    controller = Controller(Settings(adaptive=True), 0.0)
+    controller.know({"b": "b", "b-8001": "b", "a": "a"}, {}, Settings(adaptive=True))
+    controller.see_credits({"b": credits_of(0, 0.0)})
+    assert [each["cpu_credits"] for each in controller.report(0.0)] == [0, 0, None]

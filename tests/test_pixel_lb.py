@@ -137,6 +137,23 @@ def test_who_is_not_ready_is_down_and_never_all_of_them(balancer: pixel_lb.Balan
     assert [" down;" in line for line in servers_of(balancer)] == [True, False]
 
 
+def test_the_servers_of_a_host_are_drained_together_and_judged_apart(balancer: pixel_lb.Balancer) -> None:
+    path = balancer.nginx / "pixel" / "backends.json"
+    spec = json.loads(path.read_text())
+    servers = spec["upstreams"]["pixel"]["servers"]
+    servers.insert(1, servers[0] | {"name": "a-8001", "address": "10.0.0.1:8001"})
+    path.write_text(json.dumps(spec))
+    balancer.give({"a": Share(1.0, True), "a-8001": pixel_lb.WHOLE, "b": pixel_lb.WHOLE})
+    assert [" down;" in line for line in servers_of(balancer)] == [True, False, False]
+    balancer.drain("b")  # One of a's is left.
+    balancer.undrain("b")
+    balancer.drain("a")
+    assert [" down;" in line for line in servers_of(balancer)] == [True, True, False]
+    assert [each["host"] for each in balancer.status()["backends"].values()] == ["a", "a", "b"]
+    with pytest.raises(pixel_lb.Refused, match="there are a, b"):
+        balancer.drain("a-8001")
+
+
 def test_shares_that_nginx_refuses_are_not_kept(
     balancer: pixel_lb.Balancer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

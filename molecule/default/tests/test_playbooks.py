@@ -62,6 +62,8 @@ WRONG = [
     ("redis_maxclients", "many"),
     ("redis_backup_keep", 0),
     ("pixel_app_port", 70000),
+    ("pixel_app_instances", 17),
+    ("pixel_app_candidate_port", 8000),
     ("pixel_app_workers", 0),
     ("pixel_app_keep_releases", 1),
     ("pixel_app_canvas_width", -5),

@@ -26,8 +26,8 @@ def ask(host: Any, address: str) -> Any:
         "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=3).read().decode())"
     )
 
-    def run(path: str) -> Any:
-        return json.loads(host.check_output(f"python3 -c '{program}' http://{address}:8000{path}"))
+    def run(path: str, port: int = 8000) -> Any:
+        return json.loads(host.check_output(f"python3 -c '{program}' http://{address}:{port}{path}"))
 
     return run
 
@@ -196,3 +196,44 @@ def test_old_releases_are_removed_and_a_new_one_takes_over(converge: Any, host: 
     host.run_expect([0], "rm -r /opt/pixel/releases/old-5")
     assert converge().returncode == 0
     assert ask("/ping")["release"] == former
+
+
+SECOND = ["pixel@8001.socket", "pixel@8001.service"]
+
+
+def test_further_instances_come_stay_and_go_with_the_first(
+    converge: Any, host: Any, ask: Any, shell: Any, address: str
+) -> None:
+    name = host.backend.hostname
+    first = ask("/ping")
+    second = first | {"instance": f"{name}-8001", "port": 8001}
+    assert converge(pixel_app_instances=2).returncode == 0
+    for unit in SECOND:
+        assert host.service(unit).is_running
+        assert host.service(unit).is_enabled
+    file = host.file("/run/pixel-8001.sock")
+    assert (file.is_socket, file.group, oct(file.mode)) == (True, "www-data", "0o660")
+    assert [ask("/ping", port) for port in (8000, 8001)] == [first, second]
+    before = main_pid(host)
+    host.run_expect([0], "systemctl restart pixel@8001")
+    assert ask("/readyz", 8001)["redis"] == "ok"
+    assert main_pid(host) == before
+
+    # A third one can't listen: the two that there were go on.
+    host.run_expect([0], f"systemd-run --unit=squatter python3 -m http.server --bind {address} 8002")
+    try:
+        done = converge(pixel_app_instances=3)
+        assert done.returncode != 0
+        assert "It runs what it ran before" in done.words
+        assert not host.service("pixel@8002").is_running
+        assert [ask("/ping", port) for port in (8000, 8001)] == [first, second]
+    finally:
+        host.run_expect([0], "systemctl stop squatter")
+        shell("rm -f /opt/pixel/releases/*/BAD")
+    assert converge(pixel_app_instances=2).changes() == {name: 0}
+
+    assert converge().returncode == 0
+    assert ask("/ping") == first
+    assert not [each for each in host.socket.get_listening_sockets() if ":8001" in each]
+    assert host.check_output("systemctl list-units --all --plain --no-legend 'pixel@*.service'") == ""
+    assert host.check_output("find /etc/systemd/system -name 'pixel@*'") == ""

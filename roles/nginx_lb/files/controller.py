@@ -199,9 +199,9 @@ class Controller:
             self.backends[name].requests.append((at, count, seconds))
 
     def see_credits(self, known: dict[str, Credits]) -> None:
-        """All that is known of CPU credits, by backend."""
-        for name, backend in self.backends.items():
-            backend.credits = known.get(name)
+        """All that is known of CPU credits, by host."""
+        for backend in self.backends.values():
+            backend.credits = known.get(backend.host)
 
     # --- what follows ----------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ never sees a file that `nginx -t` refuses: the new configuration is staged and c
 place, and the former one comes back if the reload fails.
 
     pixel-lb install        put the staged configuration in force
-    pixel-lb drain NAME     give this backend no new requests (never the last one, unless --force),
+    pixel-lb drain NAME     give this host no new requests (never the last one, unless --force),
                             and wait until those in flight have ended
     pixel-lb undrain NAME   give it requests again, and wait until it answers some
     pixel-lb certificate FOLDER
@@ -317,6 +317,7 @@ class Balancer:
         given = [shares.get(server["name"], WHOLE) for server in servers]
         backends = {
             server["name"]: {
+                "host": server["host"],
                 "address": server["address"],
                 "base": server["weight"],
                 "weight": weight,

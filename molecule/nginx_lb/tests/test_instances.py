@@ -1,0 +1,75 @@
+"""Role nginx_lb before two instances of one host and one of another."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+ROLE = "playbooks/nginx_lb.yml"
+INSTANCES = {"debian12": ["debian12", "debian12-8001"], "debian13": ["debian13"]}
+testinfra_hosts = ["debian12", "debian13"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_of_debian12(play: Any) -> Iterator[None]:
+    variables = {
+        "pixel_app_instances": "{{ 2 if inventory_hostname == 'debian12' else 1 }}",
+        "nginx_lb_method": "round_robin",
+        "nginx_lb_sticky": True,
+        "nginx_lb_health_checks": False,
+    }
+    play(ROLE, **variables).changes()
+    assert play(ROLE, **variables).changes() == {"debian12": 0, "debian13": 0}
+    yield
+    play(ROLE, nginx_lb_health_checks=False).changes()
+
+
+@pytest.fixture
+def many(host: Any) -> Any:
+    """How many of so many requests in a row each instance answers."""
+    return lambda count, path="/who": Counter(json.loads(host.check_output(f"client many {count} {path}")))
+
+
+def test_the_instances_of_a_host_share_its_weight(many: Any) -> None:
+    # 3 to 2 for the hosts; half of 3 is 3 to 4 of the other's.
+    assert many(100) == {"debian12": 30, "debian12-8001": 30, "debian13": 40}
+
+
+def test_each_is_asked_at_its_own_address(host: Any, fleet: dict[str, Any]) -> None:
+    config = host.check_output("nginx -T 2>/dev/null")
+    address = fleet["hosts"]["debian12"]["address"]
+    own = host.backend.hostname == "debian12"
+    addresses = {
+        "debian12": "unix:/run/pixel.sock" if own else f"{address}:8000",
+        "debian12-8001": "unix:/run/pixel-8001.sock" if own else f"{address}:8001",
+    }
+    for name, where in addresses.items():
+        assert f"server {where} weight=3 max_fails=10 fail_timeout=1s; # {name}" in config
+    # A ring has the same addresses on all balancers.
+    for port in (8000, 8001):
+        assert f"server {address}:{port} weight=3" in config
+
+
+def test_a_drain_takes_out_all_of_a_host(host: Any, many: Any) -> None:
+    assert host.check_output("pixel-lb drain debian12") == "changed"
+    try:
+        states = json.loads(host.check_output("pixel-lb status"))["backends"]
+        drained = [name for name, backend in states.items() if backend["state"] == "drained"]
+        assert drained == INSTANCES["debian12"]
+        assert many(20) == {"debian13": 20}
+        assert host.run("pixel-lb drain debian13").rc == 3
+    finally:
+        assert host.check_output("pixel-lb undrain debian12") == "changed"
+    assert many(50) == {"debian12": 15, "debian12-8001": 15, "debian13": 20}
+
+
+def test_a_dead_instance_fails_no_request_and_its_sibling_goes_on(shell: Any, many: Any) -> None:
+    shell("systemctl stop backend-8001", on="debian12")
+    try:
+        assert set(many(40)) == {"debian12", "debian13"}
+    finally:
+        shell("systemctl start backend-8001", on="debian12")
