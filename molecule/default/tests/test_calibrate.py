@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 testinfra_hosts = ["c5"]
 
+P99_MS = 250
+
 
 @pytest.fixture
 def inventory_copy(tmp_path: Path) -> Path:
@@ -29,13 +31,16 @@ def inventory_copy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def throttled() -> Iterator[None]:
-    """t2 has little CPU meanwhile, so that it is full long before what measures it."""
+    """t2 has little CPU meanwhile, so that it is full long before what measures it.
+
+    It gets that in slices of a tenth of a second, hence the p99 that it is allowed.
+    """
 
     def cpus(number: str) -> None:
         fleet = str(ROOT / "molecule" / "shared" / "fleet.py")
         subprocess.run([sys.executable, fleet, "cpus", "t2", number], check=True, env=os.environ)
 
-    cpus("0.1")
+    cpus("0.2")
     yield
     cpus("all")
 
@@ -43,12 +48,12 @@ def throttled() -> Iterator[None]:
 def test_a_host_is_measured_and_takes_requests_again(
     host: Any, play: Any, client: Any, inventory_copy: Path, throttled: None
 ) -> None:
-    done = play("playbooks/calibrate.yml", hosts=str(inventory_copy), host="t2", seconds=1)
+    done = play("playbooks/calibrate.yml", hosts=str(inventory_copy), host="t2", seconds=1, p99=P99_MS)
     assert done.returncode == 0, done.stdout + done.stderr
     written = yaml.safe_load((inventory_copy / "host_vars" / "t2" / "measured.yml").read_text())
     measured = written["nginx_lb_measured"]
     assert 50 < measured["requests_per_second"] < 5000
-    assert 0 < measured["p99_ms"] <= 50
+    assert 0 < measured["p99_ms"] <= P99_MS
     assert measured["date"] == datetime.datetime.now(datetime.UTC).date().isoformat()
     assert f"t2 {measured['requests_per_second']} {measured['p99_ms']} 100 150" in done.words
     # It is where it was, and nothing is left of the measurement.
