@@ -31,7 +31,8 @@ check: tools  ## the tests that need no host
 	cd bench && pytest -q
 
 scenarios: tools  ## the roles and the fleet, on hosts that boot
-	molecule test --all
+	molecule test --scenario-name default
+	molecule test --all --exclude default --workers 2
 
 bench: tools  ## compare ways to serve a durable pixel, on this machine
 	PYTHONPATH=$(CURDIR)/app/src $(BIN)/python bench/bench.py

@@ -242,12 +242,18 @@ def ensure_image(docker: Docker, suite: str) -> str:
         return own
     recipe = hashlib.sha256(RECIPE.read_bytes()).hexdigest()[:12]
     tag = f"pixel-host:{suite}-{recipe}"
-    if docker("image", "inspect", tag, check=False).returncode == 0:
-        return tag
-    enough_disk(docker)
-    base = _base_image(docker, suite)
-    say(f"building {tag}")
-    docker("build", "--file", str(RECIPE), "--build-arg", f"BASE={base}", "--tag", tag, str(RECIPE.parent))
+    images = ROOT / ".fleet" / "images.lock"
+    images.parent.mkdir(exist_ok=True)
+    with images.open("w") as lock:
+        # Two fleets may want it at the same time: the second waits, and finds it there.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if docker("image", "inspect", tag, check=False).returncode == 0:
+            return tag
+        enough_disk(docker)
+        base = _base_image(docker, suite)
+        say(f"building {tag}")
+        build = ("--build-arg", f"BASE={base}", "--tag", tag, str(RECIPE.parent))
+        docker("build", "--file", str(RECIPE), *build)
     return tag
 
 
