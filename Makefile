@@ -3,6 +3,7 @@ PYTHON ?= python3
 URL ?= http://127.0.0.1:8080
 RATE ?= 1000
 BIN = .venv/bin
+ROLES = edge nginx_lb pixel_app redis
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 help:  ## this list
@@ -32,7 +33,10 @@ check: tools  ## the tests that need no host
 
 scenarios: tools  ## the roles and the fleet, on hosts that boot
 	molecule test --scenario-name default
-	molecule test --all --exclude default --workers 2
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(ROLES)
+
+$(ROLES): tools
+	molecule test --scenario-name $@
 
 bench: tools  ## compare ways to serve a durable pixel, on this machine
 	PYTHONPATH=$(CURDIR)/app/src $(BIN)/python bench/bench.py
@@ -61,4 +65,4 @@ control:
 tools:
 	@$(PYTHON) molecule/shared/machine.py test
 
-.PHONY: help up down test lint check scenarios bench load locust report drill docs control tools
+.PHONY: help up down test lint check scenarios $(ROLES) bench load locust report drill docs control tools

@@ -251,6 +251,11 @@ def _weights(run: Run) -> list[str]:
     fit = {name: alone[name] / total for name in got}
     by_share = ", ".join(f"{name} {share:.0%}" for name, share in got.items())
     by_knee = ", ".join(f"{name} {share:.0%}" for name, share in fit.items())
+    if run.meta.get("shared_processors"):
+        return [
+            f"Shares were {by_share}; by what each holds alone {by_knee}: on one machine's"
+            " processors that says little of the weights."
+        ]
     worst = max(got, key=lambda name: abs(got[name] / fit[name] - 1))
     if abs(got[worst] / fit[worst] - 1) <= FITTING:
         return [f"The weights fit: shares were {by_share}; by what each holds alone {by_knee}."]

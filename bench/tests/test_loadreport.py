@@ -182,9 +182,17 @@ def test_findings_follow_from_the_data(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    said = sentences(reference(tmp_path / "run", {"c5": 0.4, "t2": 0.6}, shared_processors=True))
+    said = sentences(reference(tmp_path / "run", {"c5": 0.4, "t2": 0.6}))
     assert any(line.startswith("The weights don't fit: t2 gets more than it can") for line in said)
+
+
+def test_hosts_that_share_a_machine_say_little_of_weights_and_credits(tmp_path: Path) -> None:
+    said = sentences(reference(tmp_path / "run", {"c5": 0.4, "t2": 0.6}, shared_processors=True))
     assert any("shared the processors of one machine" in line for line in said)
+    assert (
+        "Shares were c5 40%, t2 60%; by what each holds alone c5 60%, t2 40%: on one machine's"
+        " processors that says little of the weights."
+    ) in said
     assert not any("credits" in line for line in said)
 
 
