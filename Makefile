@@ -48,7 +48,7 @@ locust:  ## users who look, paint and watch, by Locust: http://127.0.0.1:8089
 	$(PYTHON) molecule/shared/machine.py locust
 	$(BIN)/locust --locustfile bench/locustfile.py --host $(URL) --web-host 127.0.0.1
 
-report: control  ## drive the local fleet up to its knee, and draw what that took: 8 minutes
+report: control  ## drive the local fleet up to its knee, and draw what that took: 5 minutes
 	$(PYTHON) molecule/shared/machine.py report
 	$(BIN)/ansible-playbook playbooks/loadtest.yml
 

@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[3]
         (("--check",), {"c5", "t2"}),
         (("--limit", "t2"), {"t2"}),
         (("--tags", "nginx_lb"), {"c5", "t2"}),
-        (("--tags", "monitoring"), {"c5", "t2"}),
     ],
 )
 def test_a_run_that_has_nothing_to_do_changes_nothing(
