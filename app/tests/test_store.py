@@ -268,9 +268,10 @@ async def test_it_tries_to_connect_ever_more_rarely(
         assert await outcomes([store.write([Change(0, 0, 0, 1)])]) != ["ok"]
         await asyncio.sleep(1)
     pauses = [after - before for before, after in pairwise(attempts)]
-    assert 4 <= len(pauses) <= 8
-    assert pauses[:4] == sorted(pauses[:4])
-    assert pauses[0] < 0.1 < pauses[-1]
+    assert 3 <= len(pauses) <= 8
+    # Twice as long each time; a busy machine only adds to that.
+    for number, pause in enumerate(pauses[:4]):
+        assert pause > 0.95 * 0.02 * 2**number
     await store.write([Change(0, 0, 0, 1)])
     store.close()
 
