@@ -3,7 +3,7 @@ PYTHON ?= python3
 URL ?= http://127.0.0.1:8080
 RATE ?= 1000
 BIN = .venv/bin
-ROLES = edge nginx_lb pixel_app redis
+ROLES = $(filter-out default,$(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml))))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 help:  ## this list
