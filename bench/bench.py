@@ -182,7 +182,7 @@ class Bench:
                 honesty.check(VARIANTS[job.variant], stack)
                 yield stack
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)  # what is left harms no later run
 
     def _do(self, number: int, job: Job) -> None:
         with self._stack(job) as stack:

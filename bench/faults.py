@@ -264,4 +264,4 @@ QUICK = ("deploy", "bad deploy", "rollback", "worker killed", "redis killed")
 def clear_cache(label: str) -> None:
     """Removes what the control node keeps of the drill's releases."""
     for folder in (ROOT / ".cache" / "releases").glob(f"{label}-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what is left only takes room

@@ -104,4 +104,4 @@ def child_exit(server: Arbiter, worker: GunicornWorker) -> None:
 def on_exit(server: Arbiter) -> None:
     """Remove what isn't the service manager's to remove."""
     if own_metrics:
-        shutil.rmtree(own_metrics, ignore_errors=True)
+        shutil.rmtree(own_metrics, ignore_errors=True)  # the end is no time to fail
