@@ -45,7 +45,7 @@ from load import (
     run,
 )
 from machine import describe
-from outcomes import Outcome, Run, kind, table, unexcused
+from outcomes import Outcome, Run, behind_a_flush, kind, table, unexcused
 
 CANVAS = (1024, 1024)
 CONNECTIONS = 512
@@ -159,7 +159,9 @@ class Drill:
     ) -> Run:
         since, acted, until = times
         failures = [sample for sample in samples if sample.error is not None]
-        seen = unexcused(failures, event.excused, since, acted + event.grace)
+        flushes = await self._scene.fleet.slow_flushes() if failures else []
+        others = [sample for sample in failures if not behind_a_flush(sample, flushes)]
+        seen = unexcused(others, event.excused, since, acted + event.grace)
         faults += [f"{number} x {name}" for name, number in seen.items()]
         short = shortage(samples, normal, since, until)
         if not settled:
@@ -184,6 +186,7 @@ class Drill:
             recovery=recovery_of(short, since, event.planned) if settled else None,
             lack=short.lack if short is not None else "",
             faults=faults,
+            behind_flush=len(failures) - len(others),
         )
 
     async def _read(self, first: int, last: int) -> None:
@@ -258,8 +261,9 @@ def line(done: Run) -> str:
     recovery = "never at full capacity"
     if done.recovery is not None:
         recovery = f"full capacity after {done.recovery:.1f} s"
+    waited = f" ({done.behind_flush} behind a slow flush)" if done.behind_flush else ""
     return (
-        f"sent {done.sent}, failed {dict(done.failed) or 'none'}, lost {done.lost}, p99"
+        f"sent {done.sent}, failed {dict(done.failed) or 'none'}{waited}, lost {done.lost}, p99"
         f" {done.before.p99:.1f} then {done.during.p99:.1f} ms, took {done.took:.1f} s, {recovery}"
         + (f" (at last {done.lack})" if done.lack else "")
     )

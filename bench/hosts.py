@@ -7,11 +7,12 @@ import json
 import os
 import signal
 import sys
+import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 BALANCER = "c5"  # Nginx, Redis and a part of the app
@@ -22,6 +23,13 @@ NOWHERE = "02:00:00:00:00:01"  # nobody's link-layer address
 
 class FleetError(Exception):
     """The fleet did not do what was asked of it; the message says what it said."""
+
+
+class Flush(NamedTuple):
+    """One that took long: Redis waited for its disk, and every write for Redis."""
+
+    end: float  # on the clock of time.monotonic(), at most a second late
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,25 @@ class Fleet:
             if process.returncode is None:
                 await end(process, talking)
         return process.returncode or 0, output.decode(errors="replace")
+
+    async def slow_flushes(self) -> list[Flush]:
+        """Those that Redis remembers since its start: the longest of a second, from 0.1 s on."""
+        password = (ROOT / ".fleet" / self.name / "credentials" / "redis_admin").read_text().strip()
+        said = await self.ssh(
+            BALANCER,
+            f"""
+            export REDISCLI_AUTH={password}
+            for event in aof-fsync-always aof-write; do
+                redis-cli -e --user admin LATENCY HISTORY $event
+            done
+            """,
+        )
+        now = time.monotonic() - time.time()
+        numbers = [int(number) for number in said.split()]
+        return [
+            Flush(now + second + 1, milliseconds / 1000)
+            for second, milliseconds in zip(numbers[::2], numbers[1::2], strict=True)
+        ]
 
     # What is asked of the service
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import drill
 from drill import Drill
 from faults import Event, Scene
-from hosts import Fleet, FleetError
+from hosts import Fleet, FleetError, Flush
 from outcomes import Run
 from standin import HEIGHT, WIDTH, Deed, StandIn
 
@@ -21,14 +22,19 @@ class Healed(Fleet):
     """A fleet without hosts, which notes that it was healed."""
 
     times = 0
+    flushes: tuple[Flush, ...] = ()
 
     async def heal(self) -> None:
         type(self).times += 1
+
+    async def slow_flushes(self) -> list[Flush]:
+        return list(self.flushes)
 
 
 @pytest.fixture(autouse=True)
 def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Healed, "times", 0)
+    monkeypatch.setattr(Healed, "flushes", ())
     for name, value in {
         "WARM_UP": 0.1,
         "BEFORE": 0.5,
@@ -86,6 +92,20 @@ def test_failures_that_are_not() -> None:
     service = StandIn()
     (run,) = happen(service, Event("away", failing_for(service, Deed.BROKEN, 0.3), patience=5))
     assert run.faults == [f"{run.failed['503']} x 503"]
+
+
+def test_failures_while_the_disk_was_slow_are_not_the_events(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    service = StandIn()
+
+    async def act(scene: Scene, turn: int) -> None:
+        await failing_for(service, Deed.BROKEN, 0.3)(scene, turn)
+        monkeypatch.setattr(Healed, "flushes", (Flush(time.monotonic(), 1.0),))
+
+    (run,) = happen(service, Event("unlucky", act, patience=5))
+    assert run.faults == []
+    assert run.behind_flush == run.failed["503"] > 0
 
 
 def test_a_lost_write_is_a_fault() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import load
+from hosts import Fleet, Flush
 from load import Fate, Ledger, Plan, Report, Sample, Target, Verdict, read_canvas, run
 from standin import HEIGHT, WIDTH, Deed, StandIn
 
@@ -187,6 +189,20 @@ def test_failures_matter_when_strict() -> None:
     with every_tenth(Deed.BUSY).serving() as service:
         assert load.main(command(service)) == 0
         assert load.main(command(service, "--strict")) == 1
+
+
+@pytest.mark.parametrize(("deed", "status"), [(Deed.BROKEN, 0), (Deed.DROP, 1)])
+def test_a_slow_disk_is_forgiven_what_it_does(
+    deed: Deed, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def flushes(_: Fleet) -> list[Flush]:
+        return [Flush(time.monotonic(), 5)]
+
+    monkeypatch.setattr(Fleet, "load", lambda: Fleet("nobody", "", {}, {}))
+    monkeypatch.setattr(Fleet, "slow_flushes", flushes)
+    with every_tenth(deed).serving() as service:
+        assert load.main(command(service, "--strict", "--forgive-disk")) == status
+    assert ("while Redis waited for its disk" in capsys.readouterr().out) is (status == 0)
 
 
 def test_exit_1_when_nothing_is_acknowledged() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from figures import Spread
+from hosts import Flush
 from openloop import Sample
-from outcomes import Outcome, Run, table, unexcused
+from outcomes import Outcome, Run, behind_a_flush, table, unexcused
 
 CALM = Spread(1, 2, 3, 4, 5)
 
@@ -81,15 +82,37 @@ def test_where_nothing_is_excused_every_failure_counts() -> None:
     assert seen == {"503": 3}
 
 
+@pytest.mark.parametrize(
+    ("due", "error", "waited"),
+    [
+        (8.0, "status 503", True),  # given up while the disk was waited for
+        (9.2, "status 503", True),
+        (5.9, "status 503", False),  # answered before
+        (10.1, "status 503", False),  # due after it
+        (8.0, "status 502", False),
+        (8.0, "connection lost", False),
+    ],
+)
+def test_a_write_that_waited_for_the_disk_is_told_apart(
+    due: float, error: str, waited: bool
+) -> None:
+    flushes = [Flush(end=10.0, seconds=1.2), Flush(end=6.9, seconds=0.3)]  # the second is no matter
+    assert behind_a_flush(Sample(due, 0.8, error, "c5"), flushes) is waited
+
+
 def test_the_table_has_a_line_an_event_and_says_what_is_wrong() -> None:
     outcomes = [
         Outcome("redis killed", [a_run()]),
         Outcome("t2 frozen", [a_run(lost=2, recovery=None, faults=["lost: (1, 2) R"])]),
+        Outcome("deploy", [a_run(behind_flush=4), a_run(behind_flush=3)]),
     ]
-    head, redis, frozen, *rest = table(outcomes).splitlines()
+    head, redis, frozen, _, *rest = table(outcomes).splitlines()
     assert (
         " ".join(redis.split()) == "redis killed 1 100 90 10 x 503 0 1.0/3.0 2.0/6.0 1.5 2.0 (2.0)"
     )
     assert frozen.endswith("never (never)")
     assert len({len(head), len(redis), len(frozen)}) == 1
-    assert rest == ["", "Faults:", "  t2 frozen: lost: (1, 2) R"]
+    assert rest == [
+        "  deploy: 7 of the failed while Redis' disk was slow",
+        *("", "Faults:", "  t2 frozen: lost: (1, 2) R"),
+    ]

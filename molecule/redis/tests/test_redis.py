@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
@@ -69,6 +70,17 @@ def test_the_app_may_do_nothing_else(redis: Any, command: tuple[str, ...]) -> No
 def test_an_acknowledged_write_is_on_disk(redis: Any) -> None:
     for name, value in [("appendonly", "yes"), ("appendfsync", "always"), ("maxmemory-policy", "noeviction")]:
         assert redis("admin", "config", "get", name).split() == [name, value]
+
+
+def test_what_takes_long_is_remembered(redis: Any) -> None:
+    wait = """
+        local began = redis.call("time")
+        repeat local now = redis.call("time") until (now[1] - began[1]) * 1e6 + now[2] - began[2] > 2e5
+    """
+    redis("admin", "eval", wait, "0")
+    moment, milliseconds = redis("admin", "latency", "history", "command").split()[-2:]
+    assert abs(int(moment) - time.time()) < 60
+    assert 200 <= int(milliseconds) < 60_000
 
 
 def test_memory_is_bounded_by_the_hosts(host: Any, redis: Any) -> None:
