@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os.path
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from jinja2 import Environment, StrictUndefined
 ROLE = Path(__file__).resolve().parents[1] / "roles" / "nginx_lb"
 
 
-def staged(**hosts: dict[str, Any]) -> list[dict[str, Any]]:
+def staged(weights: str = "capacity", /, **hosts: dict[str, Any]) -> list[dict[str, Any]]:
     """The servers of upstream `pixel`, staged at host `a`."""
     environment = Environment(trim_blocks=True, undefined=StrictUndefined, autoescape=False)
     environment.filters |= {
         "bool": bool,
+        "extract": lambda key, container, more: reduce(getitem, more, container[key]),
         "splitext": os.path.splitext,
         "to_nice_json": lambda value, sort_keys: json.dumps(value, sort_keys=sort_keys),
     }
@@ -26,6 +29,7 @@ def staged(**hosts: dict[str, Any]) -> list[dict[str, Any]]:
     text = environment.from_string((ROLE / "templates" / "backends.json.j2").read_text()).render(
         yaml.safe_load((ROLE / "defaults" / "main.yml").read_text()),
         inventory_hostname="a",
+        nginx_lb_weights=weights,
         groups={"pixel_app": list(hosts)},
         hostvars={name: facts | facts_of_its_own for name, facts_of_its_own in hosts.items()},
         _nginx_lb_types=dict.fromkeys(hosts, ""),
@@ -57,6 +61,13 @@ def test_a_hosts_weight_is_its_instances_together_in_the_smallest_integers(
         for name, (weight, instances) in zip("abc", hosts, strict=False)
     }
     assert [server["weight"] for server in staged(**said)] == weights
+
+
+def test_measured_weights_are_in_the_ratio_of_what_was_measured() -> None:
+    measured = {"nginx_lb_weight": 7, "nginx_lb_measured": {"requests_per_second": 3000}}
+    slower = {"nginx_lb_measured": {"requests_per_second": 1290}, "pixel_app_instances": 2}
+    servers = staged("measured", a=measured, b=slower, c={"nginx_lb_measured": {"requests_per_second": 3}})
+    assert [server["weight"] for server in servers] == [200, 43, 43, 2]
 
 
 def test_every_instance_has_a_name_and_an_address_of_its_own() -> None:

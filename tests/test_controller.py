@@ -115,6 +115,19 @@ def test_going_out_does_not_wait_for_the_interval_and_coming_back_does() -> None
     assert world.in_force == {"A": DOWN, "B": WHOLE}
 
 
+def test_who_goes_out_is_out_in_one_step_whatever_its_share_was() -> None:
+    world = World(adaptive=True)
+    world.busy = {"A": 0.1, "B": 0.9}
+    while world.in_force["B"] == WHOLE:
+        world.look()
+    world.ready["B"] = False
+    world.run(6)
+    assert world.in_force["B"] == DOWN
+    world.written.clear()
+    world.run(30)
+    assert world.written == []
+
+
 def test_the_last_one_stays_and_it_is_said_loudly() -> None:
     world = World()
     world.ready["B"] = False

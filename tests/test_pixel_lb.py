@@ -7,6 +7,7 @@ import os
 import pwd
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,57 @@ def test_shares_that_nginx_refuses_are_not_kept(
     assert balancer.shares()["b"].factor == 0.5
 
 
+def test_a_drain_that_nginx_refuses_leaves_no_mark(
+    balancer: pixel_lb.Balancer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> bool:
+        raise pixel_lb.Refused("nginx -t refuses")
+
+    balancer.drain("b")
+    monkeypatch.setattr(balancer, "reload_if_needed", refuse)
+    with pytest.raises(pixel_lb.Refused):
+        balancer.undrain("b")
+    assert balancer.drained() == ["b"]
+    with pytest.raises(pixel_lb.Refused):
+        balancer.drain("a", force=True)
+    assert balancer.drained() == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("method", "backup", "waits"),
+    [
+        ("least_conn", False, True),
+        ("least_conn", True, False),
+        ("ip_hash", False, False),
+        ("hash", False, False),
+    ],
+)
+def test_who_may_get_no_request_of_ours_is_not_waited_for(
+    balancer: pixel_lb.Balancer, monkeypatch: pytest.MonkeyPatch, method: str, backup: bool, waits: bool
+) -> None:
+    path = balancer.nginx / "pixel" / "backends.json"
+    spec = json.loads(path.read_text())
+    spec |= {"probe": "http://127.0.0.1:9/ping", "watch": {"method": method}}
+    spec["upstreams"]["pixel"]["servers"][1]["backup"] = backup
+    path.write_text(json.dumps(spec))
+    monkeypatch.setattr(pixel_lb, "ask", lambda _: "a")
+    if waits:
+        with pytest.raises(pixel_lb.InVain, match="b has answered none"):
+            balancer.wait_until_seen("b", 0.1)
+    else:
+        balancer.wait_until_seen("b", 0.1)
+
+
+def test_what_the_controller_is_worried_about_is_told(balancer: pixel_lb.Balancer) -> None:
+    assert balancer.status()["controller"] == {"age_s": None, "alarm": "", "error": ""}
+    said = {"alarm": "no backend is ready", "error": "nginx -t refuses", "backends": []}
+    balancer.status_file.write_text(json.dumps(said))
+    os.utime(balancer.status_file, (time.time() - 100, time.time() - 100))
+    told = balancer.status()["controller"]
+    assert told | {"age_s": 0} == {"age_s": 0, "alarm": "no backend is ready", "error": "nginx -t refuses"}
+    assert 99 <= told["age_s"] <= 110
+
+
 def test_a_ring_keeps_its_base_weights(balancer: pixel_lb.Balancer) -> None:
     path = balancer.nginx / "pixel" / "backends.json"
     spec = json.loads(path.read_text())
@@ -232,11 +284,14 @@ class Standin(BaseHTTPRequestHandler):
     """Answers /readyz and /metrics as it is told to."""
 
     ready = 200
+    metrics = 200
 
     def do_GET(self) -> None:
+        if self.path == "/metrics" and self.metrics == 0:
+            return  # Without a word.
         cpu = "\n".join(f'pixel_host_cpu_seconds_total{{mode="{mode}"}} {n}' for n, mode in enumerate(MODES))
         content = f"# HELP x\n{cpu}\npixel_workers 4.0\n".encode() if self.path == "/metrics" else b"{}"
-        self.send_response(self.ready if self.path == "/readyz" else 200)
+        self.send_response(self.ready if self.path == "/readyz" else self.metrics)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -251,6 +306,9 @@ def test_a_look_at_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         address = f"127.0.0.1:{server.server_port}"
         seen = watch.look(address, 2)
         assert (seen.ready, seen.cpu) == (True, Cpu(busy=14, steal=7, total=28))
+        for broken in (0, 500):
+            monkeypatch.setattr(Standin, "metrics", broken)
+            assert watch.look(address, 2)[1:] == (True, "", None)
         monkeypatch.setattr(Standin, "ready", 503)
         seen = watch.look(address, 2)
         assert (seen.ready, seen.why, seen.cpu) == (False, "/readyz answers 503", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,21 @@ def test_a_wrong_variable_stops_the_play_before_anything_is_done(play: Any) -> N
     assert not any(f"changed={count}" in done.stdout for count in range(1, 10))
 
 
+def test_the_state_of_all_hosts_is_one_table(play: Any) -> None:
+    done = play("playbooks/status.yml")
+    assert done.returncode == 0
+    for host, weight in (("c5", 3), ("t2", 2)):
+        assert re.search(rf"^ *{host} +\S+ +active +up +{weight} +", done.stdout, re.M), done.stdout
+    assert "balancer c5 thinks:" in done.stdout
+
+
+def test_hosts_that_do_not_answer_are_in_the_table_too(play: Any) -> None:
+    done = play("playbooks/status.yml", ansible_port=9, ansible_ssh_retries=0)
+    for host in ("c5", "t2"):
+        assert re.search(rf"^ *{host} +– +unreachable +– +– +", done.stdout, re.M), done.stdout
+    assert "balancer c5 doesn't answer" in done.stdout
+
+
 WRONG = [
     ("redis_port", 80),
     ("redis_address", "10.255.255.1"),
@@ -80,6 +96,8 @@ WRONG = [
     ("nginx_lb_weights", "guessed"),
     ("nginx_lb_reload_interval", 5),
     ("nginx_lb_dead_band", 5),
+    ("nginx_lb_tls", "selfsigned"),  # without a name
+    ("nginx_lb_hsts", 3600),  # without TLS
     ("nginx_lb_health_fails", 0),
     ("nginx_lb_credit_source", "cloudwatch"),
     ("nginx_lb_limit_rate", -1),

@@ -57,7 +57,7 @@ def logged(host: Any, word: str) -> list[dict[str, Any]]:
 def test_a_flood_from_one_client_leaves_another_served(
     visitor: Any, sources: tuple[str, str], shell: Any, address: str
 ) -> None:
-    """Unhindered, the flood would be twice what both backends can do, and everyone would wait for seconds."""
+    """Unhindered, the flood would be twice what both backends can do, and most of it would get through."""
     flooder, other = sources
     shell(f"visitor rate {address} /work {flooder} 400 5 >/tmp/flood 2>&1 &", on="stranger")
     time.sleep(1)

@@ -220,10 +220,7 @@ class Controller:
         worse = any(wanted[each].down and not share.down for each, share in self._written.items())
         if worse and not rested:
             # It can't wait; the rest can, and stays as it is.
-            return {
-                name: Share(self._written[name].factor, share.down or self._written[name].down)
-                for name, share in wanted.items()
-            }
+            return {name: share if share.down else self._written[name] for name, share in wanted.items()}
         return wanted if worse or rested else None
 
     def wrote(self, now: float, shares: dict[str, Share]) -> None:

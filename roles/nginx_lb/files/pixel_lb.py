@@ -9,7 +9,8 @@ place, and the former one comes back if the reload fails.
     pixel-lb install        put the staged configuration in force
     pixel-lb drain NAME     give this host no new requests (never the last one, unless --force),
                             and wait until those in flight have ended
-    pixel-lb undrain NAME   give it requests again, and wait until it answers some
+    pixel-lb undrain NAME   give it requests again, and wait until it answers some (where requests go by
+                            a key, or to a backup, none may come: then it doesn't wait)
     pixel-lb certificate FOLDER
                             put this certificate and its key in force (certbot calls it after a renewal)
     pixel-lb reload         make Nginx read its files again
@@ -58,6 +59,8 @@ RELOAD_SECONDS = 10.0
 # Longer than busy clients leave a connection idle.
 ANNOUNCE_SECONDS = 2.0
 WHOLE = Share(1.0, False)
+# Methods that send all requests of one client, or with one key, to one server.
+KEYED = {"ip_hash", "hash"}
 
 
 class Refused(Exception):
@@ -224,9 +227,16 @@ class Balancer:
             deadline = time.monotonic() + RELOAD_SECONDS
             while not (workers := worker_pids(master)) or workers & before:
                 if time.monotonic() > deadline:
-                    raise Refused(
+                    late = (
                         f"old workers still serve {RELOAD_SECONDS:.0f} s after the reload; see the error log"
                     )
+                    if not workers - before:
+                        # It may still come to it: whatever files there are then have to be read anew.
+                        self.stamp.unlink(missing_ok=True)
+                        raise Refused(late)
+                    # New ones are there, and so the new files are in force.
+                    print(f"pixel-lb: {late}", file=sys.stderr)
+                    break
                 time.sleep(0.02)
         finally:
             self.closing.unlink(missing_ok=True)
@@ -243,15 +253,24 @@ class Balancer:
             raise LastBackend(
                 f"{name} is the last backend that takes requests; --force drains it all the same"
             )
-        (self.drained_dir / name).touch()
-        return self._apply(backends)
+        return self._mark(name, True, backends)
 
     def undrain(self, name: str) -> bool:
         """Take the mark away. True if there was one."""
         backends = self.backends(self.nginx)
         self._known(name, backends)
-        (self.drained_dir / name).unlink(missing_ok=True)
-        return self._apply(backends)
+        return self._mark(name, False, backends)
+
+    def _mark(self, name: str, drained: bool, backends: dict[str, Any]) -> bool:
+        """Drained or not; the former mark stays if Nginx doesn't take it."""
+        mark = self.drained_dir / name
+        former = _read(mark)
+        _restore(mark, b"" if drained else None)
+        try:
+            return self._apply(backends)
+        except Refused:
+            _restore(mark, former)
+            raise
 
     def give(self, shares: dict[str, Share]) -> None:
         """Put the controller's shares in force; the former ones stay if Nginx doesn't take them."""
@@ -293,10 +312,16 @@ class Balancer:
             time.sleep(0.05)
 
     def wait_until_seen(self, name: str, seconds: float) -> None:
-        """Wait until it has answered a request that came through Nginx."""
+        """Wait until it has answered a request that came through Nginx, if one of ours can come to it."""
         backends = self.backends(self.nginx)
         url = backends["probe"]
-        servers = {each["name"] for each in backends["upstreams"]["pixel"]["servers"] if each["host"] == name}
+        servers = {
+            each["name"]
+            for each in backends["upstreams"]["pixel"]["servers"]
+            if each["host"] == name and not each["backup"]
+        }
+        if not servers or backends["watch"]["method"] in KEYED:
+            return
         deadline = time.monotonic() + seconds
         while ask(url) not in servers:
             if time.monotonic() > deadline:
@@ -311,8 +336,8 @@ class Balancer:
     def status(self) -> dict[str, Any]:
         """Backends with address, weight and state, and whether Nginx runs with these files."""
         drained, shares = self.drained(), self.shares()
-        content = _read(self.status_file)
-        thoughts = {each["name"]: each["why"] for each in json.loads(content or b"{}").get("backends", [])}
+        said = json.loads(_read(self.status_file) or b"{}")
+        thoughts = {each["name"]: each["why"] for each in said.get("backends", [])}
         servers = self.backends(self.nginx)["upstreams"]["pixel"]["servers"]
         given = [shares.get(server["name"], WHOLE) for server in servers]
         backends = {
@@ -328,7 +353,13 @@ class Balancer:
             for server, share, weight in zip(servers, given, weigh(servers, given), strict=True)
         }
         loaded = self.stamp.exists() and self.stamp.read_text() == self.fingerprint()
-        return {"backends": backends, "running": master_pid() is not None, "loaded": loaded}
+        controller = {
+            "age_s": round(time.time() - self.status_file.stat().st_mtime) if said else None,
+            "alarm": said.get("alarm", ""),
+            "error": said.get("error", ""),
+        }
+        running = master_pid() is not None
+        return {"backends": backends, "controller": controller, "running": running, "loaded": loaded}
 
 
 def weigh(servers: list[dict[str, Any]], shares: list[Share]) -> list[int]:
@@ -477,10 +508,13 @@ def main() -> int:
                 say(balancer.install())
             elif args.command == "drain":
                 say(balancer.drain(args.name, force=args.force))
-                balancer.wait_until_idle(args.name, args.wait)
             else:
                 say(balancer.undrain(args.name))
-                balancer.wait_until_seen(args.name, args.wait)
+        # Not in the others' way: the controller may have to take another backend out meanwhile.
+        if args.command == "drain":
+            balancer.wait_until_idle(args.name, args.wait)
+        elif args.command == "undrain":
+            balancer.wait_until_seen(args.name, args.wait)
     except Refused as refusal:
         print(f"pixel-lb: {refusal}", file=sys.stderr)
         return refusal.status

@@ -17,6 +17,7 @@ Whatever goes wrong here, Nginx keeps the last configuration that was good.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import math
@@ -74,9 +75,11 @@ def look(address: str, timeout: float) -> Sample:
         status, _ = _get(connection, "/readyz")
         if status != 200:
             return Sample(time.monotonic(), False, f"/readyz answers {status}")
-        status, body = _get(connection, "/metrics")
-        modes = {mode: float(seconds) for mode, seconds in CPU_LINE.findall(body.decode())}
-        cpu = Cpu.of_modes(modes) if status == 200 and modes else None
+        # It is ready, whatever becomes of this; that there is no word of its CPU is seen by itself.
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            status, body = _get(connection, "/metrics")
+            modes = {mode: float(seconds) for mode, seconds in CPU_LINE.findall(body.decode())}
+            cpu = Cpu.of_modes(modes) if status == 200 and modes else None
     except TimeoutError:
         return Sample(time.monotonic(), False, f"/readyz has no answer within {timeout:g} s")
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -173,7 +176,9 @@ class Watch:
         shares = self.controller.decide(now, self.balancer.drained())
         while self.controller.notes:
             self.say(self.controller.notes.pop(0))
-        if shares is not None:
+        if shares is None:
+            self.error = ""  # What could not be put in force is no longer wanted.
+        else:
             self.put_in_force(shares)
         self.write_status()
 
