@@ -5,8 +5,9 @@
 Several addresses are the instances of one host, each of which gets its part of the rate. Each rate
 is half again the one before, until one is not served well: its 99th percentile is over the limit,
 or too many requests fail. Then the gap between the last good rate and the first bad one is halved
-a few times. Pixels are read, not written: nothing on the canvas changes. One line of JSON is
-printed. Only the standard library is used; `playbooks/calibrate.yml` runs this on a host.
+a few times. High rates are sent by several processes, up to one for each processor that this may
+use. Pixels are read, not written: nothing on the canvas changes. One line of JSON is printed. Only
+the standard library is used; `playbooks/calibrate.yml` runs this on a host.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from http1 import BadAnswerError, Target
-from ledger import Ledger
-from openloop import Plan, Report, run
+from openloop import Plan, run_together
 
 GROWTH = 1.5
 HALVINGS = 3
+A_PROCESS = 1000  # requests/s for each process of the generator, while there are processors
 SETTLE = 1.0  # the first second of a step warms up, and counts for nothing
 
 
@@ -70,8 +72,13 @@ async def search(
             f"even {first:g} requests/s are too many: p99 {steps[0].p99_ms:.0f} ms,"
             f" {steps[0].failed:.1%} failed"
         )
+    if good == rate:
+        raise ImpreciseError(
+            f"it serves even {rate:g} requests/s well, so what it can serve is not known: raise"
+            " --most (-e most=)"
+        )
     bad = rate
-    for _ in range(HALVINGS if bad > good else 0):
+    for _ in range(HALVINGS):
         middle = (good + bad) / 2
         good, bad = (middle, bad) if await bears(middle) else (good, middle)
     first_bad = next((step for step in steps if not limits.bears(step)), None)
@@ -88,7 +95,8 @@ async def measure(
 ) -> Step:
     parts = len(targets)
     plan = Plan(rate / parts, SETTLE + seconds, max(1, connections // parts), patience, reads=True)
-    reports: list[Report] = await asyncio.gather(*(run(each, plan, Ledger()) for each in targets))
+    processes = min(len(os.sched_getaffinity(0)), int(rate // A_PROCESS), plan.connections)
+    reports = await run_together([each.url for each in targets], plan, max(1, processes))
     for report in reports:
         report.timeline = report.timeline[round(SETTLE) :]
     failed, sent = (sum(getattr(each, what) for each in reports) for what in ("failed", "sent"))
@@ -118,7 +126,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--failed", type=float, default=0.1, help="percent of requests that may fail (0.1)")
     add("--first", type=float, default=100.0, help="requests/s to begin with (100)")
-    add("--most", type=float, default=20_000.0, help="requests/s to end with at most (20000)")
+    add("--most", type=float, default=20_000.0, help="requests/s that are tried at most (20000)")
     add("--seconds", type=float, default=5.0, help="for each rate (5)")
     add("--connections", type=int, default=64, help="kept open (64)")
     options = parser.parse_args(arguments)

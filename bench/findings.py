@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from loadtest import BUSY, knee
+from loadtest import BUSY, knee, throughput
 
 SATURATED = 0.85  # of a host's processors
 FITTING = 0.15  # how far shares may be from what the clusters hold by themselves
@@ -117,6 +117,16 @@ class Run:
         seen = self.during(host, stage)
         return mean(each.busy / each.processors for each in seen)
 
+    def stolen(self, host: str, stage: dict[str, Any]) -> float:
+        """The share of them that others took when it wanted it. A container sees its machine's."""
+        if self.meta.get("shared_processors"):
+            return 0.0
+        return mean(each.steal / each.processors for each in self.during(host, stage))
+
+    def load(self, host: str, stage: dict[str, Any]) -> float:
+        """The share of them that was wanted: a throttled host is full although not busy."""
+        return self.busy(host, stage) + self.stolen(host, stage)
+
     def steps(self, target: str) -> list[dict[str, Any]]:
         return [stage for stage in self.targets.get(target, []) if stage["kind"] == "step"]
 
@@ -150,10 +160,7 @@ def rows(run: Run) -> list[dict[str, Any]]:
                 "p99_knee": top["latency_ms"]["p99"] if top else None,
                 "cpu": cpu,
                 "cpu_ms_a_write": 1000 * spent / top["rate"] if top and run.hosts else None,
-                "at_once": {
-                    count: stage["acknowledged"] / stage["seconds"]
-                    for count, stage in first.items()
-                },
+                "at_once": {count: throughput(stage) for count, stage in first.items()},
                 "failed": sum(s["sent"] - s["acknowledged"] for s in run.targets[target]),
             }
         )
@@ -185,21 +192,14 @@ def _saturation(run: Run) -> list[str]:
         return []
     said = []
     for step in steps:
-        full = {host: busy for host in run.hosts if (busy := run.busy(host, step)) >= SATURATED}
-        if full:
-            host = max(full, key=lambda name: full[name])
-            said.append(
-                f"{host} is the first host to saturate: {full[host]:.0%} of its CPU at"
-                f" {step['rate']:.0f} a second; {_most_used(run, host, step)}."
-            )
+        host = max(run.hosts, key=lambda name: run.load(name, step))
+        if run.load(host, step) >= SATURATED:
+            said.append(f"{host} is the first host to saturate: {_used(run, host, step)}.")
             break
     else:
-        step = steps[-1]
-        host = max(run.hosts, key=lambda name: run.busy(name, step))
-        busy = run.busy(host, step)
         said.append(
-            f"No host was busy to {SATURATED:.0%}. The busiest was {host} with {busy:.0%} of its"
-            f" CPU at {step['rate']:.0f} a second; {_most_used(run, host, step)}."
+            f"No host was busy to {SATURATED:.0%}. The busiest was {host} with"
+            f" {_used(run, host, step)}."
         )
     generator = max(step["generator"]["cpu_share"] for step in steps)
     if generator > BUSY or any("generator" in step["verdict"] for step in steps):
@@ -213,6 +213,15 @@ def _saturation(run: Run) -> list[str]:
             " down by others before its own share looks full."
         )
     return said
+
+
+def _used(run: Run, host: str, step: dict[str, Any]) -> str:
+    stolen = run.stolen(host, step)
+    lost = f", and {stolen:.0%} that others took (steal)," if stolen >= 0.005 else ""
+    return (
+        f"{run.busy(host, step):.0%} of its CPU{lost} at {step['rate']:.0f} a second;"
+        f" {_most_used(run, host, step)}"
+    )
 
 
 def _most_used(run: Run, host: str, step: dict[str, Any]) -> str:
@@ -242,13 +251,22 @@ def _steal(run: Run) -> list[str]:
 
 
 def _weights(run: Run) -> list[str]:
-    alone = {name: knee(run.steps(name)) for name in run.targets if name != WHOLE}
     kept = [step for step in run.steps(WHOLE) if not step["verdict"]]
-    got = shares(kept)
-    if len(got) < 2 or not all(alone.get(name) for name in got):
+    if not kept:
         return []
-    total = sum(alone[name] for name in got)
-    fit = {name: alone[name] / total for name in got}
+    alone = {name: knee(run.steps(name)) for name in run.targets if name != WHOLE}
+    homes: defaultdict[str, list[str]] = defaultdict(list)
+    for cluster in alone:
+        for instance in shares(run.steps(cluster)):
+            homes[instance].append(cluster)
+    answered = shares(kept)
+    if why := _unjudged(alone, homes, answered):
+        return [f"Whether the weights fit can't be judged: {why}."]
+    got = dict.fromkeys(alone, 0.0)
+    for instance, share in answered.items():
+        got[homes[instance][0]] += share
+    total = sum(alone.values())
+    fit = {name: most / total for name, most in alone.items()}
     by_share = ", ".join(f"{name} {share:.0%}" for name, share in got.items())
     by_knee = ", ".join(f"{name} {share:.0%}" for name, share in fit.items())
     if run.meta.get("shared_processors"):
@@ -264,6 +282,22 @@ def _weights(run: Run) -> list[str]:
         f"The weights don't fit: {worst} gets {way} than it can hold in proportion"
         f" (shares {by_share}; by what each holds alone {by_knee})."
     ]
+
+
+def _unjudged(alone: dict[str, float], homes: dict[str, list[str]], answered: Iterable[str]) -> str:
+    """Why shares can't be held against what clusters hold by themselves; empty if they can."""
+    if len(alone) < 2:
+        return "that takes two clusters that are driven by themselves"
+    for cluster, most in alone.items():
+        if not most:
+            return f"cluster {cluster} kept no step by itself"
+    for instance in answered:
+        found = homes.get(instance, [])
+        if len(found) != 1:
+            name = instance or "who doesn't say its name"
+            where = f"in the clusters {' and '.join(found)}" if found else "in no cluster"
+            return f"{name} answers {where}"
+    return ""
 
 
 def _errors(run: Run) -> list[str]:
@@ -292,15 +326,28 @@ def _errors(run: Run) -> list[str]:
 def changes(before: Run, after: Run) -> list[str]:
     """What is different between two runs, target by target."""
     old = {row["target"]: row for row in rows(before)}
+    new = {row["target"]: row for row in rows(after)}
     said = []
-    for row in rows(after):
-        former = old.get(row["target"])
-        if not former or not former["knee"] or not row["knee"]:
-            continue
-        parts = [f"knee {former['knee']:.0f} → {row['knee']:.0f} a second"]
-        for name, title in (("p99_half", "p99 at half of it"), ("cpu_ms_a_write", "CPU a write")):
-            if former[name] and row[name]:
-                change = row[name] / former[name] - 1
-                parts.append(f"{title} {former[name]:.2f} → {row[name]:.2f} ms ({change:+.0%})")
-        said.append(f"{row['target']}: {', '.join(parts)}.")
+    for name, former in old.items():
+        row = new.get(name)
+        if row is None:
+            said.append(f"{name}: knee {former['knee']:.0f} a second before, and not driven now.")
+        elif not row["knee"]:
+            why = f" ({row['why']})" if row["why"] else ""
+            said.append(
+                f"{name}: knee {former['knee']:.0f} a second before, and no step kept now{why}."
+            )
+        elif not former["knee"]:
+            said.append(f"{name}: no step kept before, and knee {row['knee']:.0f} a second now.")
+        else:
+            said.append(_change(name, former, row))
     return said
+
+
+def _change(target: str, former: dict[str, Any], row: dict[str, Any]) -> str:
+    parts = [f"knee {former['knee']:.0f} → {row['knee']:.0f} a second"]
+    for name, title in (("p99_half", "p99 at half of it"), ("cpu_ms_a_write", "CPU a write")):
+        if former[name] and row[name]:
+            change = row[name] / former[name] - 1
+            parts.append(f"{title} {former[name]:.2f} → {row[name]:.2f} ms ({change:+.0%})")
+    return f"{target}: {', '.join(parts)}."

@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 import matplotlib
 
+import loadtest
 from findings import WHOLE, Run, changes, rows, sentences
 
 matplotlib.use("Agg")
@@ -63,7 +64,7 @@ def throughput(run: Run, before: Run | None) -> Figure:
             name = f"{target}, before" if line == ":" else target
             colour = COLOURS[number % len(COLOURS)]
             rates = [step["rate"] for step in steps]
-            done = [step["acknowledged"] / step["seconds"] for step in steps]
+            done = [loadtest.throughput(step) for step in steps]
             left.plot(rates, done, line, marker=".", color=colour, label=name)
             most = max([most, *rates])
             right.plot(*by_rate(steps, "p50"), line, marker=".", color=colour, alpha=0.4)

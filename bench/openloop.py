@@ -13,8 +13,10 @@ import json
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from figures import Spread
@@ -106,6 +108,31 @@ class Report:
     @property
     def cpu_share(self) -> float:
         return self.cpu_seconds / self.wall_seconds if self.wall_seconds else 0.0
+
+    @classmethod
+    def of_parts(cls, plan: Plan, parts: Sequence[Report]) -> Report:
+        """One of several that each had a part of the plan at the same time."""
+        seconds = max(len(part.timeline) for part in parts)
+        whole = cls(
+            plan,
+            timeline=[Second() for _ in range(seconds)],
+            connections_opened=sum(part.connections_opened for part in parts),
+            connections_closed_by_service=sum(part.connections_closed_by_service for part in parts),
+            started_at=min(part.started_at for part in parts),
+            wall_seconds=max(part.wall_seconds for part in parts),
+            cpu_seconds=sum(part.cpu_seconds for part in parts),
+            interrupted=any(part.interrupted for part in parts),
+        )
+        for part in parts:
+            whole.statuses.update(part.statuses)
+            whole.errors.update(part.errors)
+            whole.lags.extend(part.lags)
+            for second, more in zip(whole.timeline, part.timeline, strict=False):
+                second.due += more.due
+                second.acknowledged += more.acknowledged
+                second.failed += more.failed
+                second.latencies.extend(more.latencies)
+        return whole
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -433,3 +460,30 @@ async def _tell(report: Report, progress: Callable[[Report], None]) -> None:
     while True:
         await asyncio.sleep(1)
         progress(report)
+
+
+async def run_together(urls: Sequence[str], plan: Plan, processes: int) -> list[Report]:
+    """The plan for each of the addresses, at the same time, divided among so many processes.
+
+    It is for reads: each process has a ledger of its own, so writes would go to the same cells.
+    """
+    if processes == 1:
+        return await _run_each(urls, plan)
+    part = replace(
+        plan, rate=plan.rate / processes, connections=max(1, plan.connections // processes)
+    )
+    loop = asyncio.get_running_loop()
+    # Spawned: a fork would inherit this loop and its sockets.
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        parts = await asyncio.gather(
+            *(loop.run_in_executor(pool, _run_apart, urls, part) for _ in range(processes))
+        )
+    return [Report.of_parts(plan, reports) for reports in zip(*parts, strict=True)]
+
+
+def _run_apart(urls: Sequence[str], plan: Plan) -> list[Report]:
+    return asyncio.run(_run_each(urls, plan))
+
+
+async def _run_each(urls: Sequence[str], plan: Plan) -> list[Report]:
+    return await asyncio.gather(*(run(Target.parse(url), plan, Ledger()) for url in urls))

@@ -17,16 +17,27 @@ ROLE = ROOT / "roles" / "monitoring"
 CASES = ROOT / "tests" / "alerts.yml"
 
 
-@pytest.fixture(scope="module")
-def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rules as the role writes them with its defaults, and the cases beside them."""
+def write_rules(directory: Path, **chosen: Any) -> Path:
+    """The rules as the role writes them with its defaults, but for what is chosen."""
     environment = jinja2.Environment(
-        variable_start_string="[[", variable_end_string="]]", undefined=jinja2.StrictUndefined
+        variable_start_string="[[",
+        variable_end_string="]]",
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
-    text = (ROLE / "templates" / "rules.yml.j2").read_text()
-    path = tmp_path_factory.mktemp("rules") / "pixel.rules.yml"
-    path.write_text(environment.from_string(text).render(ansible_managed="test", **defaults))
+    variables = {"ansible_managed": "test", "groups": {"redis": ["c5"]}} | defaults | chosen
+    path = directory / "pixel.rules.yml"
+    path.write_text(
+        environment.from_string((ROLE / "templates" / "rules.yml.j2").read_text()).render(variables)
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of a fleet with all that there can be, and the cases beside them."""
+    path = write_rules(tmp_path_factory.mktemp("rules"))
     shutil.copy(CASES, path.parent)
     return path
 
@@ -66,10 +77,56 @@ def test_every_alert_has_a_case_that_is_quiet_that_fires_and_that_resolves(rules
         assert times == sorted(set(times)), case["name"]
 
 
+def test_of_a_redis_that_others_manage_there_are_no_backups_to_miss(rules: Path, tmp_path: Path) -> None:
+    managed = write_rules(tmp_path, groups={"pixel_app": ["c5"]})
+    left_out = [rule["alert"] for rule in alerts(rules) if rule not in alerts(managed)]
+    assert left_out == ["BackupTooOld", "BackupMissing"]
+    promtool("check", "rules", managed)
+
+
+def test_a_missing_redis_is_noticed_by_who_looks_once_a_minute(tmp_path: Path) -> None:
+    write_rules(tmp_path, monitoring_scrape_seconds=60)
+    file = yaml.safe_load(CASES.read_text())
+    [case] = [case for case in file["tests"] if case["name"] == "AppWithoutRedis"]
+    case["interval"] = "1m"
+    for check, time in zip(case["alert_rule_test"], ("10m", "18m", "38m"), strict=True):
+        check["eval_time"] = time
+    path = tmp_path / "cases.yml"
+    path.write_text(yaml.safe_dump(file | {"tests": [case]}))
+    promtool("test", "rules", path)
+
+
 def test_every_alert_says_what_to_do_and_how_urgent_it_is(rules: Path) -> None:
     for rule in alerts(rules):
         assert rule["labels"]["severity"] in ("page", "ticket"), rule["alert"]
         assert rule["annotations"]["summary"][-1] in ".?", rule["alert"]
+
+
+def test_all_that_a_host_has_is_known_as_its_own() -> None:
+    """By that, Alertmanager holds back what only says again that a host is away."""
+    environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {
+        "extract": lambda key, container, name: container[key][name],
+        "regex_replace": lambda text, _, end: text + end,
+        "to_json": json.dumps,
+    }
+    defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
+    variables = defaults | yaml.safe_load((ROLE / "vars" / "main.yml").read_text())
+    text = environment.from_string((ROLE / "templates" / "prometheus.yml.j2").read_text()).render(
+        variables | {"monitoring_app_port": 8000, "_monitoring_servers": ["c5"], "ansible_managed": "test"},
+        groups={"pixel_app": ["c5", "t2"], "nginx_lb": ["t2"]},
+        hostvars={
+            "c5": {"private_address": "10.0.0.1", "pixel_app_instances": 2},
+            "t2": {"private_address": "10.0.0.2"},
+        },
+    )
+    jobs = yaml.safe_load(text)["scrape_configs"]
+    found = [
+        (job["job_name"], *each["labels"].values()) for job in jobs for each in job["static_configs"] or []
+    ]
+    assert found[:3] == [("pixel", "c5", "c5"), ("pixel", "c5-8001", "c5"), ("pixel", "t2", "t2")]
+    assert found[3:5] == [("node", "c5", "c5"), ("node", "t2", "t2")]
+    assert "equal: [host]" in (ROLE / "templates" / "alertmanager.yml.j2").read_text()
 
 
 def test_every_query_of_the_dashboard_can_be_parsed(tmp_path: Path) -> None:

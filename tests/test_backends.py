@@ -16,7 +16,9 @@ from jinja2 import Environment, StrictUndefined
 ROLE = Path(__file__).resolve().parents[1] / "roles" / "nginx_lb"
 
 
-def staged(weights: str = "capacity", /, **hosts: dict[str, Any]) -> list[dict[str, Any]]:
+def staged(
+    weights: str = "capacity", app: dict[str, int] | None = None, /, **hosts: dict[str, Any]
+) -> list[dict[str, Any]]:
     """The servers of upstream `pixel`, staged at host `a`."""
     environment = Environment(trim_blocks=True, undefined=StrictUndefined, autoescape=False)
     environment.filters |= {
@@ -26,8 +28,10 @@ def staged(weights: str = "capacity", /, **hosts: dict[str, Any]) -> list[dict[s
         "to_nice_json": lambda value, sort_keys: json.dumps(value, sort_keys=sort_keys),
     }
     facts = {"private_address": "10.0.0.1", "ansible_facts": {"processor_vcpus": 4}}
+    defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
+    port = environment.from_string(defaults["nginx_lb_backend_port"]).render(app or {})
     text = environment.from_string((ROLE / "templates" / "backends.json.j2").read_text()).render(
-        yaml.safe_load((ROLE / "defaults" / "main.yml").read_text()),
+        defaults | {"nginx_lb_backend_port": port},
         inventory_hostname="a",
         nginx_lb_weights=weights,
         groups={"pixel_app": list(hosts)},
@@ -84,3 +88,8 @@ def test_every_instance_has_a_name_and_an_address_of_its_own() -> None:
 
 def test_a_host_that_says_nothing_of_instances_has_one() -> None:
     assert [server["name"] for server in staged(a={}, b={})] == ["a", "b"]
+
+
+def test_the_backends_port_is_the_apps() -> None:
+    servers = staged("capacity", {"pixel_app_port": 9000}, b={"private_address": "10.0.0.2"})
+    assert [server["address"] for server in servers] == ["10.0.0.2:9000"]

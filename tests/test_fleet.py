@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fleet
 import machine
@@ -13,6 +19,23 @@ import pytest
 
 def plan(name: str = "pixel", **environ: str) -> fleet.Fleet:
     return fleet.plan(name, ["c5", "t2:trixie"], environ)
+
+
+class Engine(fleet.Docker):
+    """Answers from a table, by a command's first words; everything else succeeds in silence."""
+
+    def __init__(self, **answers: str) -> None:
+        super().__init__()
+        self.answers = answers
+        self.asked: list[str] = []
+
+    def __call__(self, *args: str, **_: Any) -> subprocess.CompletedProcess[str]:
+        self.asked.append(" ".join(args))
+        answer = self.answers.get("_".join(args[:2]), "")
+        return subprocess.CompletedProcess(args, 1 if answer == "none" else 0, answer, "")
+
+    def did(self, command: str) -> list[str]:
+        return [asked for asked in self.asked if asked.startswith(command)]
 
 
 def test_the_default_fleet_has_the_ports_that_the_readme_names() -> None:
@@ -41,6 +64,12 @@ def test_a_name_that_cannot_be_one_is_refused(name: str) -> None:
 def test_a_port_that_cannot_be_one_is_refused(port: str) -> None:
     with pytest.raises(machine.Problem, match="PIXEL_FLEET_PORT"):
         plan(PIXEL_FLEET_PORT=port)
+
+
+def test_a_folder_of_data_has_to_be_a_whole_path() -> None:
+    assert plan(PIXEL_FLEET_DATA="/dev/shm").data == "/dev/shm"
+    with pytest.raises(machine.Problem, match="PIXEL_FLEET_DATA='shm'"):
+        plan(PIXEL_FLEET_DATA="shm")
 
 
 @pytest.mark.parametrize("subnet", ["10.0.0.0/30", "10.0.0.7/24", "here"])
@@ -124,3 +153,185 @@ def test_without_a_bootstrap_the_public_image_is_taken(
     docker.command = ("false",)
     assert fleet._base_image(docker, "bookworm") == "debian:bookworm-slim"
     assert "mount: permission denied" in capsys.readouterr().out
+
+
+def test_port_and_subnet_are_remembered_until_others_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fleet, "ROOT", tmp_path)
+    named = {"PIXEL_FLEET_PORT": "8081", "PIXEL_FLEET_SUBNET": "172.29.200.0/24"}
+    empty = {"PIXEL_FLEET_PORT": "", "PIXEL_FLEET_SUBNET": ""}
+    assert fleet.as_made("pixel", empty)[0] == ["c5", "t2"]
+    assert plan(**fleet.as_made("pixel", empty)[1]) == plan()
+    made = plan(**named)
+    made.state.mkdir(parents=True)
+    fleet._write_state(Engine(), made)
+    for environ in ({}, empty):
+        specs, defaults = fleet.as_made("pixel", environ)
+        assert fleet.plan("pixel", specs, defaults) == made
+    _, other = fleet.as_made("pixel", {"PIXEL_FLEET_PORT": "8082"})
+    assert (plan(**other).url, plan(**other).subnet) == ("http://127.0.0.1:8082", made.subnet)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("pixel old running image 8080 22000", "another port, address or option"),
+        ("pixel old running former 8080 22000", "its image is former, and is to be image"),
+    ],
+)
+def test_who_loses_data_is_told_so(
+    answer: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fleet, "enough_disk", lambda docker: None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        one = plan(PIXEL_FLEET_PORT=port)
+        refused = Engine(container_inspect=answer)
+        with pytest.raises(machine.Problem, match="is taken"):
+            fleet._ensure_container(refused, one, one.hosts[0], "image")
+        assert not refused.did("rm")
+        # The same port, held by the container itself.
+        docker = Engine(container_inspect=answer.replace("8080", port))
+        fleet._ensure_container(docker, one, one.hosts[0], "image")
+    assert docker.did("rm") == ["rm --force --volumes pixel-c5"]
+    said = capsys.readouterr().out
+    assert "removing pixel-c5 and the data on it" in said
+    assert why in said
+
+
+def test_what_no_fleet_made_is_left_alone() -> None:
+    one = plan()
+    docker = Engine(container_inspect="  running redis 8080\n", network_inspect=f" {one.subnet}\n")
+    with pytest.raises(machine.Problem, match="container pixel-c5 that isn't this fleet's"):
+        fleet._ensure_container(docker, one, one.hosts[0], "image")
+    with pytest.raises(machine.Problem, match="network pixel that isn't this fleet's"):
+        fleet._ensure_network(docker, one)
+    fleet.destroy(docker, plan("other"))
+    assert not docker.did("rm")
+    assert not docker.did("network rm")
+
+
+def test_a_pixel_is_read_from_the_other_host_by_its_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def ask(request: Any) -> tuple[str, str]:
+        asked.append(request.full_url)
+        if request.data:
+            return "t2-8001", json.dumps({"status": "ok", "received": json.loads(request.data)})
+        return "c5", '{"R": 255}'
+
+    monkeypatch.setattr(fleet, "_ask", ask)
+    assert "written by t2-8001, read from c5" in fleet.first_pixel(plan())
+    assert asked[1:] == ["http://127.0.0.1:8080/cluster/c5/pixel/10/20"]
+
+
+def test_repositories_without_components_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Path, "read_text", lambda path: 'ID=debian\nVERSION_CODENAME="trixie"\n', raising=True
+    )
+    monkeypatch.setattr("shutil.which", lambda *_, **__: "/usr/bin/apt-get")
+    listing = "http://mirror.example/ trixie main\nhttp://flat.example/ ./\n"
+    monkeypatch.setattr(fleet, "run", lambda *_: SimpleNamespace(stdout=listing))
+    assert fleet._apt_sources("bookworm") == ["deb http://mirror.example/ bookworm main"]
+
+
+def test_a_missing_client_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = []
+
+    def install(*packages: str, if_known: tuple[str, ...]) -> None:
+        installed.append((packages, if_known))
+
+    monkeypatch.setattr(fleet, "find", lambda command: command if command == "dockerd" else None)
+    monkeypatch.setattr(fleet, "install_packages", install)
+    docker = fleet.Docker()
+    docker.command = ("/nowhere/docker",)
+    monkeypatch.setattr(docker, "_start", lambda: None)
+    with pytest.raises(machine.Problem, match="doesn't answer"):
+        docker.ensure()
+    assert installed == [(("docker.io",), ("docker-cli",))]
+
+
+def test_packages_that_a_release_has_not_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def run(*command: str, **_: Any) -> SimpleNamespace:
+        ran.append(command)
+        return SimpleNamespace(stdout="Package: docker-cli" if command[-1] == "docker-cli" else "")
+
+    monkeypatch.setattr(machine, "run", run)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: "/usr/bin/it")
+    machine.install_packages("docker.io", if_known=("docker-cli", "chromium"))
+    assert ran[-1][-2:] == ("docker.io", "docker-cli")
+
+
+def test_a_missing_browser_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed = []
+    monkeypatch.setattr(machine, "find", lambda command: None if command in ("chromium", "wrk") else command)
+    monkeypatch.setattr(machine, "install_packages", lambda *names, **more: installed.append((names, more)))
+    machine.ensure_packages("test")
+    assert installed == [(("wrk",), {"if_known": ("chromium",)})]
+    assert "no chromium" in capsys.readouterr().out
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Runs fleet.py with this argument, for a fleet that isn't there."""
+
+    def start(argument: str) -> None:
+        monkeypatch.setattr("sys.argv", ["fleet.py", argument])
+        fleet.main()
+
+    monkeypatch.setattr(fleet, "ROOT", tmp_path)
+    return start
+
+
+def test_where_no_docker_is_nothing_is_installed_to_remove_nothing(
+    command: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fleet, "find", lambda _: None)
+    command("down")
+    assert "no fleet to remove" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired(["docker"], 900), PermissionError("no")])
+def test_what_the_system_refuses_is_one_line(
+    error: Exception,
+    command: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(_: fleet.Docker) -> str:
+        raise error
+
+    monkeypatch.setattr(fleet, "find", lambda name: name)
+    monkeypatch.setattr(fleet.Docker, "ensure", fails)
+    with pytest.raises(SystemExit):
+        command("down")
+    assert capsys.readouterr().err == f"fleet: {error}\n"
+
+
+def test_a_failure_shows_the_journals_of_all_hosts(tmp_path: Path) -> None:
+    tests, state = tmp_path / "molecule", tmp_path / ".fleet" / "x"
+    for folder in (tests, state):
+        folder.mkdir(parents=True)
+    shutil.copy(Path(__file__).parents[1] / "molecule" / "conftest.py", tests)
+    (tests / "test_it.py").write_text("def test_it():\n    assert False\n")
+    (state / "fleet.json").write_text('{"hosts": {"c5": {}, "t2": {}}}')
+    (tmp_path / "ssh").write_text("#!/bin/sh\nshift 4; echo $1 says this\n")
+    (tmp_path / "ssh").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--rootdir", tests, tests],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PIXEL_FLEET": "x"},
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert "c5 says this" in done.stdout
+    assert "t2 says this" in done.stdout
+    assert "1 failed" in done.stdout

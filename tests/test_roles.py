@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ansible.parsing.dataloader import DataLoader  # type: ignore[import-untyped]
+from ansible.template import Templar, trust_as_template  # type: ignore[import-untyped]
+from jinja2 import Environment, StrictUndefined
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
@@ -49,3 +54,53 @@ def test_the_readme_is_generated_from_the_arguments(role: str, tmp_path: Path) -
     arguments: list[str | Path] = ["--output-file", fresh, ROOT / "roles" / role, "markdown"]
     subprocess.run([program, *arguments], check=True, capture_output=True)
     assert (ROOT / "roles" / role / "README.md").read_text() == fresh.read_text()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_no_part_of_a_role_can_be_run_without_what_it_builds_on(role: str) -> None:
+    """Tags are the playbooks', one for each role; within it only the preflight has one, and always runs."""
+    for path in (ROOT / "roles" / role).rglob("tasks/*.yml"):
+        tags = re.findall(r"^\s*tags: (.*)", path.read_text(), re.M)
+        assert tags == (["[always]"] if path.name == "main.yml" else []), path
+
+
+def test_a_wheelhouse_that_was_cut_off_is_packed_again(tmp_path: Path) -> None:
+    tasks = load("pixel_app", "tasks/wheelhouse.yml")
+    pack = next(task["ansible.builtin.shell"] for task in tasks if task["name"].startswith("Pack it"))
+    wheels, own, bundle = tmp_path / "all wheels", tmp_path / "own", tmp_path / "own" / "bundle.tar"
+    whole = [wheels / "one.whl", own / "requirements.txt", own / "pixel-1-py3-none-any.whl"]
+    for path in (*whole, wheels / ".complete"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(path.name)
+    environment = Environment(undefined=StrictUndefined, autoescape=False)
+    environment.filters["quote"] = lambda path: shlex.quote(str(path))
+    paths = {"_pixel_app_bundle": bundle, "_pixel_app_wheels": wheels, "_pixel_app_own_wheel": own}
+    command = environment.from_string(pack["cmd"]).render(paths, _pixel_app_version="1")
+    assert pack["creates"] == "{{ _pixel_app_bundle }}"
+
+    # A disk that is full: tar ends with an error, and half a file.
+    full = f"ulimit -f 2; trap '' XFSZ; {command}"
+    assert subprocess.run(["bash", "-c", full], capture_output=True, check=False).returncode != 0
+    assert not bundle.exists()
+    subprocess.run(["sh", "-c", command], check=True)
+    with tarfile.open(bundle) as packed:
+        names = {Path(name).name for name in packed.getnames() if name != "."}
+    assert names == {path.name for path in whole}
+
+
+@pytest.mark.parametrize(
+    ("value", "is_refused"),
+    [
+        ("it's", True),
+        ("two\nlines", True),
+        (["a"], True),
+        ('["a", "b"]', False),
+        ("C:\\n", False),
+        (12, False),
+        (True, False),
+    ],
+)
+def test_a_setting_that_the_environment_file_cannot_hold_is_named(value: Any, is_refused: bool) -> None:
+    variables = {"pixel_app_settings": {"PIXEL_LOG_LEVEL": "info", "PIXEL_TRIED": value}}
+    unwritable = trust_as_template(load("pixel_app", "vars/main.yml")["_pixel_app_unwritable"])
+    assert Templar(DataLoader(), variables).template(unwritable) == ["PIXEL_TRIED"] * is_refused

@@ -247,14 +247,14 @@ async def test_a_client_who_leaves_is_no_harm_to_others(
         assert served.came == []
 
 
-async def test_a_write_in_doubt_is_a_503_that_says_so(
-    fragile_redis: RedisServer,
+async def test_a_write_in_doubt_is_a_503_that_says_so_and_is_logged(
+    fragile_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serving(fragile_redis.settings()) as served:
         client, other = await served.connect(), await served.connect()
         await client.ask(head(len(GOOD)) + GOOD)
         fragile_redis.pause()
-        await client.send(head(len(GOOD)) + GOOD)
+        await client.send(head(len(GOOD), "X-Request-ID: r-17") + GOOD)
         await asyncio.sleep(0.05)
         await other.send(head(len(GOOD)) + GOOD)
         fragile_redis.kill()
@@ -267,6 +267,9 @@ async def test_a_write_in_doubt_is_a_503_that_says_so(
         assert (await other.answer()).status == 200
         assert (await client.ask(head(len(GOOD)) + GOOD)).status == 200
         assert served.came == []
+    [logged] = [record for record in caplog.records if "answered" in record.message]
+    assert (logged.levelname, logged.message) == ("WARNING", "POST /pixel was answered 503")
+    assert getattr(logged, "request_id", "") == "r-17"
 
 
 async def test_who_waits_when_the_service_stops_is_answered_first(

@@ -303,8 +303,14 @@ def test_it_starts_without_redis_and_says_that_it_is_not_ready(
     assert httpx.get(f"{service.url}/healthz", timeout=20).status_code == 200
     started = time.monotonic()
     assert httpx.get(f"{service.url}/readyz").status_code == 503
-    assert httpx.post(f"{service.url}/pixel", json=PIXEL).status_code == 503
-    assert time.monotonic() - started < 2
+    name = {"X-Request-ID": "0123456789abcdef"}
+    assert httpx.post(f"{service.url}/pixel", json=PIXEL, headers=name).status_code == 503
+    assert httpx.post(f"{service.url}/pixels", json=[PIXEL], headers=name).status_code == 503
+    assert time.monotonic() - started < 3
+    wait_until(lambda: service.output().count("0123456789abcdef") == 2)
+    lines = [json.loads(line) for line in service.output().splitlines()]
+    said = [line["message"] for line in lines if "answered" in line["message"]]
+    assert said == ["POST /pixel was answered 503", "POST /pixels was answered 503"]
     fragile_redis.start()
     wait_until(lambda: httpx.get(f"{service.url}/readyz").status_code == 200)
 

@@ -14,6 +14,8 @@ import findings
 import loadreport
 import loadtest
 from findings import Run, changes, intervals, rows, sentences
+from http1 import Target
+from openloop import Plan, Report, Sample
 from standin import Deed, StandIn
 
 NOON = 1_800_000_000.0
@@ -77,6 +79,21 @@ def test_a_target_that_nobody_serves(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "cannot reach http://127.0.0.1:1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_playbook_can_have_any_certificate_taken(
+    wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def drive(target: Target, stage: str, before: object) -> list[Any]:
+        assert target.tls is not None
+        assert target.tls.check_hostname is not wanted
+        return []
+
+    monkeypatch.setattr(loadtest, "drive", drive)
+    monkeypatch.setenv("LOADTEST_INSECURE", "1" if wanted else "")
+    arguments = ["--url", "https://127.0.0.1:1", "--target", "all", "--out", str(tmp_path)]
+    assert loadtest.main(arguments) == 0
+
+
 def step(rate: float, shares: dict[str, float], began: float, **others: Any) -> dict[str, Any]:
     """A step as the file has it, of five seconds."""
     sent = int(rate * 5)
@@ -138,8 +155,8 @@ def write(folder: Path, targets: dict[str, Any], hosts: dict[str, Any], **meta: 
 def reference(folder: Path, shares: dict[str, float], **meta: Any) -> Run:
     """c5 holds 600 and t2 400 by themselves; c5 saturates at 1,000 of the whole."""
     targets = {
-        "c5": [step(600, {"c5": 1}, NOON)],
-        "t2": [step(400, {"t2": 1}, NOON)],
+        "c5": [step(600, {name: 1 for name in shares if "c5" in name}, NOON)],
+        "t2": [step(400, {name: 1 for name in shares if "t2" in name}, NOON)],
         "all": [step(1000, shares, NOON)],
     }
     return write(folder, targets, {"c5": samples(1.8), "t2": samples(1.0, 0.4)}, **meta)
@@ -186,6 +203,82 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert any(line.startswith("The weights don't fit: t2 gets more than it can") for line in said)
 
 
+def test_shares_of_instances_are_those_of_their_clusters(tmp_path: Path) -> None:
+    shares = {"c5-1": 0.3, "c5-8001": 0.3, "t2-1": 0.4}
+    said = sentences(reference(tmp_path / "run", shares))
+    assert (
+        "The weights fit: shares were c5 60%, t2 40%; by what each holds alone c5 60%, t2 40%."
+    ) in said
+
+
+def test_a_cluster_that_gets_nothing_is_named(tmp_path: Path) -> None:
+    said = sentences(reference(tmp_path / "run", {"c5-1": 1.0, "t2-1": 0.0}))
+    assert any(line.startswith("The weights don't fit: t2 gets less than it can") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("others", "why"),
+    [
+        ({}, "that takes two clusters that are driven by themselves"),
+        ({"t2": [step(400, {"c5": 1}, NOON)]}, "c5 answers in the clusters c5 and t2"),
+        ({"t2": [step(400, {"t2": 1}, NOON)]}, "stray answers in no cluster"),
+        (
+            {"t2": [step(400, {"t2": 1}, NOON, verdict="p99 300 ms")]},
+            "cluster t2 kept no step by itself",
+        ),
+    ],
+)
+def test_weights_that_can_not_be_judged_are_told(
+    tmp_path: Path, others: dict[str, Any], why: str
+) -> None:
+    targets = {
+        "c5": [step(600, {"c5": 1}, NOON)],
+        **others,
+        "all": [step(1000, {"c5": 0.6, "stray": 0.4}, NOON)],
+    }
+    said = sentences(write(tmp_path / "run", targets, {}))
+    assert f"Whether the weights fit can't be judged: {why}." in said
+
+
+def test_a_throttled_host_is_full_although_not_busy(tmp_path: Path) -> None:
+    targets = {"all": [step(1000, {"c5": 0.6, "t2": 0.4}, NOON)]}
+    hosts = {"c5": samples(1.0), "t2": samples(0.5, 1.3)}
+    said = sentences(write(tmp_path / "run", targets, hosts))
+    assert (
+        "t2 is the first host to saturate: 25% of its CPU, and 65% that others took (steal), at"
+        " 1000 a second; most of what its services use there is the app's (75%)."
+    ) in said
+    shared = sentences(write(tmp_path / "shared", targets, hosts, shared_processors=True))
+    assert any(line.startswith("No host was busy to 85%. The busiest was c5") for line in shared)
+
+
+@pytest.mark.parametrize("answered_within", [None, 5.0, 7.5])
+def test_throughput_is_until_the_last_answer(answered_within: float | None) -> None:
+    one = step(1500, {}, NOON)
+    if answered_within is not None:
+        one["answered_within"] = answered_within
+    assert loadtest.throughput(one) == (1000 if answered_within == 7.5 else 1500)
+
+
+def test_a_stage_knows_when_its_last_answer_came() -> None:
+    samples = [Sample(10, 0.1, None, ""), Sample(11, 2.5, None, ""), Sample(12, 5, "late", "")]
+    assert loadtest.stage_of("step", samples, NOON, 3)["answered_within"] == 3.5
+
+
+def test_a_late_generator_is_told_before_the_latency_that_it_made() -> None:
+    late = step(100, {}, NOON, generator={"cpu_share": 0.3, "late_ms": 400})
+    late["latency_ms"]["p99"] = 450
+    assert loadtest.verdict(late) == "the generator can't send faster from here"
+    late["generator"]["late_ms"] = 40
+    assert loadtest.verdict(late) == "p99 450 ms"
+
+
+def test_runs_in_one_process_do_not_add_up_their_cpu() -> None:
+    calm = Report(Plan(1, 1), cpu_seconds=4.8, wall_seconds=16)
+    on_top = Report(Plan(1, 1), cpu_seconds=1.8, wall_seconds=3)
+    assert loadtest.effort([calm, on_top])["cpu_share"] == 0.6
+
+
 def test_hosts_that_share_a_machine_say_little_of_weights_and_credits(tmp_path: Path) -> None:
     said = sentences(reference(tmp_path / "run", {"c5": 0.4, "t2": 0.6}, shared_processors=True))
     assert any("shared the processors of one machine" in line for line in said)
@@ -214,9 +307,20 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
         {"all": [step(1000, {"c5": 1}, NOON), step(1500, {"c5": 1}, NOON + 6)]},
         {"c5": samples(1.4)},
     )
-    [said] = changes(before, after)
+    c5, t2, said = changes(before, after)
+    assert c5 == "c5: knee 600 a second before, and not driven now."
+    assert t2 == "t2: knee 400 a second before, and not driven now."
     assert said.startswith("all: knee 1000 → 1500 a second, p99 at half of it 3.00 → 3.00 ms (+0%)")
     assert "CPU a write 2.80 → 0.93 ms (-67%)" in said
+
+
+def test_a_knee_that_collapsed_is_said(tmp_path: Path) -> None:
+    good = write(tmp_path / "good", {"all": [step(1000, {}, NOON)]}, {})
+    bad = write(tmp_path / "bad", {"all": [step(100, {}, NOON, verdict="p99 300 ms")]}, {})
+    assert changes(good, bad) == [
+        "all: knee 1000 a second before, and no step kept now (p99 300 ms)."
+    ]
+    assert changes(bad, good) == ["all: no step kept before, and knee 1000 a second now."]
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,10 @@ installed. Everything about one fleet lies in `.fleet/<name>/` of the repository
     fleet.py down                    the same, and the images that no other fleet uses
 
 Environment: PIXEL_FLEET (name, default `pixel`), PIXEL_HOST_IMAGE (an image to use instead of
-building one), PIXEL_FLEET_PORT (loopback port of the balancer), PIXEL_FLEET_SUBNET (a /24).
+building one), PIXEL_FLEET_PORT (loopback port of the balancer), PIXEL_FLEET_SUBNET (a /24). These
+two are remembered until the fleet is removed; another one makes hosts anew, without their data.
+PIXEL_FLEET_DATA is a folder of this machine, such as /dev/shm, where each host has one for Redis' data,
+which goes with the host; without it the data are in the container.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,6 +51,7 @@ LOGIN = "ops"
 # c5.xlarge to t2.xlarge: what the clock speeds are to each other.
 CPU_SHARES = {"c5": 1536, "t2": 1024}
 BALANCER = "c5"
+REDIS_DATA = "/var/lib/redis"
 SCARCE_DISK = 3 * 1024**3
 
 
@@ -70,6 +74,7 @@ class Fleet:
     name: str
     subnet: ipaddress.IPv4Network
     hosts: tuple[Host, ...]
+    data: str = ""  # the folder of this machine where Redis' data is kept; none: in the containers
 
     @property
     def state(self) -> Path:
@@ -88,7 +93,7 @@ class Fleet:
         return f"{self.name}-{host.name}"
 
 
-def plan(name: str, host_specs: list[str], environ: dict[str, str]) -> Fleet:
+def plan(name: str, host_specs: list[str], environ: Mapping[str, str]) -> Fleet:
     """Derive a fleet from its name; equal names give equal ports, so that a second run finds it."""
     if not re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", name):
         raise Problem(
@@ -108,6 +113,9 @@ def plan(name: str, host_specs: list[str], environ: dict[str, str]) -> Fleet:
             f"PIXEL_FLEET_SUBNET={subnet_text!r} is no usable network ({error});"
             " write one like 172.29.40.0/24."
         ) from error
+    data = environ.get("PIXEL_FLEET_DATA", "")
+    if data and not Path(data).is_absolute():
+        raise Problem(f"PIXEL_FLEET_DATA={data!r} is no absolute path: write one like /dev/shm.")
     hosts = []
     for index, spec in enumerate(host_specs):
         host, _, suite = spec.partition(":")
@@ -121,14 +129,19 @@ def plan(name: str, host_specs: list[str], environ: dict[str, str]) -> Fleet:
                 cpu_shares=CPU_SHARES.get(host, 1024),
             )
         )
-    return Fleet(name=name, subnet=subnet, hosts=tuple(hosts))
+    return Fleet(name=name, subnet=subnet, hosts=tuple(hosts), data=data)
 
 
-def known_hosts(name: str) -> list[str]:
-    """The hosts that the fleet was made with, or the reference fleet's."""
+def as_made(name: str, environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The hosts that the fleet was made with, and the environment with its port and subnet as defaults."""
     state = ROOT / ".fleet" / name / "fleet.json"
-    specs: list[str] = json.loads(state.read_text())["specs"] if state.exists() else ["c5", "t2"]
-    return specs
+    facts = json.loads(state.read_text()) if state.exists() else {}
+    made = {
+        "PIXEL_FLEET_PORT": (facts.get("url") or "").rpartition(":")[2],
+        "PIXEL_FLEET_SUBNET": facts.get("subnet", ""),
+    }
+    said = {variable: value for variable, value in environ.items() if value}
+    return facts.get("specs", ["c5", "t2"]), made | said
 
 
 def _port(text: str) -> int:
@@ -164,8 +177,9 @@ class Docker:
             self._through_sudo()
             refusal = self._answers()
         if refusal:
-            if not find("dockerd"):
-                install_packages("docker.io")
+            if not find("dockerd") or not find("docker"):
+                # Since Debian 13 the client is a package of its own.
+                install_packages("docker.io", if_known=("docker-cli",))
             refusal = self._answers()
             if refusal and "permission denied" not in refusal:
                 self._start()
@@ -311,7 +325,9 @@ def _apt_sources(suite: str) -> list[str]:
     )
     lines = set()
     for entry in listing.stdout.splitlines():
-        uri, release_name, component = entry.split()
+        if len(fields := entry.split()) != 3:
+            continue  # A flat repository has no component; Debian's own ones have.
+        uri, release_name, component = fields
         pocket = release_name.removeprefix(own_suite)
         if pocket in ("", "-updates", "-security") and component == "main":
             lines.add(f"deb {uri} {suite}{pocket} main")
@@ -362,18 +378,37 @@ def _drop_strangers(docker: Docker, fleet: Fleet) -> None:
     wanted = {fleet.container(host) for host in fleet.hosts}
     for name in _containers(docker, fleet):
         if name not in wanted:
-            docker("rm", "--force", "--volumes", name)
+            _remove(docker, name, "the fleet is to have no such host")
+
+
+def _remove(docker: Docker, name: str, why: str) -> None:
+    say(f"removing {name} and the data on it: {why}")
+    _remove_container(docker, name)
+
+
+def _remove_container(docker: Docker, name: str) -> None:
+    mounts = json.loads(docker("inspect", name, "--format", "{{json .Mounts}}").stdout or "[]")
+    docker("rm", "--force", "--volumes", name)
+    for mount in mounts:
+        if mount["Destination"] == REDIS_DATA:
+            run(*as_root("rm", "--recursive", "--force", mount["Source"]))
+
+
+def _not_ours(what: str) -> Problem:
+    return Problem(f"there is a {what} that isn't this fleet's; name the fleet otherwise: PIXEL_FLEET=other")
 
 
 def _ensure_network(docker: Docker, fleet: Fleet) -> None:
-    found = docker(
-        "network", "inspect", fleet.name, "--format", "{{(index .IPAM.Config 0).Subnet}}", check=False
-    )
+    wanted = '{{index .Labels "pixel.fleet"}} {{range .IPAM.Config}}{{.Subnet}}{{end}}'
+    found = docker("network", "inspect", fleet.name, "--format", wanted, check=False)
     if found.returncode == 0:
-        if found.stdout.strip() == str(fleet.subnet):
+        owner, _, subnet = found.stdout.strip("\n").partition(" ")
+        if owner != fleet.name:
+            raise _not_ours(f"network {fleet.name}")
+        if subnet == str(fleet.subnet):
             return
         for name in _containers(docker, fleet):
-            docker("rm", "--force", "--volumes", name)
+            _remove(docker, name, f"its network is {subnet}, and is to be {fleet.subnet}")
         docker("network", "rm", fleet.name)
     made = docker(
         *("network", "create", "--label", fleet.label, "--subnet", str(fleet.subnet), fleet.name),
@@ -414,6 +449,7 @@ def _ensure_container(docker: Docker, fleet: Fleet, host: Host, image: str) -> N
         *("--cap-add", "SYS_ADMIN", "--cap-add", "NET_ADMIN", "--cap-add", "SYS_PTRACE"),
         *("--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"),
         *("--cgroupns", "host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw"),
+        *(("--volume", f"{fleet.data}/{name}:{REDIS_DATA}") if fleet.data else ()),
         *("--tmpfs", "/run", "--tmpfs", "/run/lock", image),
         # Mounts that systemd makes for a unit (its credentials) must be seen by the unit.
         *("sh", "-c", "mount --make-rshared / && exec /sbin/init"),
@@ -424,27 +460,46 @@ def _ensure_container(docker: Docker, fleet: Fleet, host: Host, image: str) -> N
         "inspect",
         name,
         "--format",
-        '{{index .Config.Labels "pixel.spec"}} {{.State.Status}}',
+        '{{index .Config.Labels "pixel.fleet"}} {{index .Config.Labels "pixel.spec"}}'
+        " {{.State.Status}} {{.Config.Image}}"
+        "{{range .HostConfig.PortBindings}}{{range .}} {{.HostPort}}{{end}}{{end}}",
         check=False,
     )
+    held: list[str] = []
     if found.returncode == 0:
-        have, _, status = found.stdout.strip().partition(" ")
+        owner, have, status, old_image, *held = found.stdout.strip("\n").split(" ")
+        if owner != fleet.name:
+            raise _not_ours(f"container {name}")
         if have == spec and status == "running":
             return
         if have == spec and status == "exited":
             _ports_free(host)
             docker("start", name)
             return
-        docker("rm", "--force", "--volumes", name)
+        if status not in ("running", "paused"):
+            held = []  # A stopped one holds none.
+    # Before what is there is removed: its data shall not go for nothing.
     enough_disk(docker)
-    _ports_free(host)
+    _ports_free(host, held)
+    if found.returncode == 0:
+        if have == spec:
+            why = f"it is {status}"
+        elif old_image != image:
+            why = f"its image is {old_image}, and is to be {image}"
+        else:
+            why = "it is to have another port, address or option"
+        _remove(docker, name, f"{why}; it is made anew")
     labels = ("--label", fleet.label, "--label", f"pixel.spec={spec}")
     docker("run", "--detach", "--name", name, *labels, *arguments)
 
 
-def _ports_free(host: Host) -> None:
-    for port, variable in ((host.http_port, "PIXEL_FLEET_PORT=8081"), (host.ssh_port, "PIXEL_FLEET=other")):
-        if port is None:
+def _ports_free(host: Host, held: Collection[str] = ()) -> None:
+    """Stop if a port is taken by another than the container that there is, which holds some."""
+    for port, other in (
+        (host.http_port, f"PIXEL_FLEET_PORT=8081 (which makes {host.name} anew, without its data)"),
+        (host.ssh_port, "PIXEL_FLEET=other"),
+    ):
+        if port is None or str(port) in held:
             continue
         with contextlib.closing(socket.socket()) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -454,7 +509,7 @@ def _ports_free(host: Host) -> None:
                 raise Problem(
                     f"port {port} on 127.0.0.1, which {host.name} needs, is taken ({error.strerror}):"
                     f" stop what listens there (`ss -ltnp sport = :{port}` shows it),"
-                    f" or choose another with {variable}"
+                    f" or choose another with {other}"
                 ) from error
 
 
@@ -555,9 +610,10 @@ def cpus(docker: Docker, fleet: Fleet, host: Host, number: float | None) -> None
 def destroy(docker: Docker, fleet: Fleet) -> None:
     """Remove the fleet's containers, network and state; nothing of another fleet."""
     for name in _containers(docker, fleet):
-        docker("rm", "--force", "--volumes", name)
-    if docker("network", "inspect", fleet.name, check=False).returncode == 0:
-        docker("network", "rm", fleet.name)
+        _remove_container(docker, name)
+    networks = docker("network", "ls", "--filter", f"label={fleet.label}", "--format", "{{.Name}}")
+    for name in networks.stdout.split():
+        docker("network", "rm", name)
     shutil.rmtree(fleet.state, ignore_errors=True)
 
 
@@ -591,12 +647,9 @@ def first_pixel(fleet: Fleet) -> str:
     writer, answer = _ask(request)
     if json.loads(answer) != {"status": "ok", "received": pixel}:
         raise Problem(f"POST /pixel answered {answer}")
-    for _ in range(50):
-        reader, answer = _ask(urllib.request.Request(f"{fleet.url}/pixel/10/20"))
-        if reader != writer:
-            break
-    else:
-        raise Problem(f"50 requests in a row were answered by {writer}: the other host gets none.")
+    # By the other's own path: an open event stream has a say in whose turn it is.
+    other = next(host.name for host in fleet.hosts if not f"{writer}-".startswith(f"{host.name}-"))
+    reader, answer = _ask(urllib.request.Request(f"{fleet.url}/cluster/{other}/pixel/10/20"))
     if json.loads(answer)["R"] != 255:
         raise Problem(f"written through {writer}, but {reader} reads {answer}")
     return f"POST /pixel written by {writer}, read from {reader}: {answer}"
@@ -680,8 +733,13 @@ def main() -> None:
     docker = Docker()
     name = os.environ.get("PIXEL_FLEET") or "pixel"
     try:
-        fleet = plan(name, getattr(args, "hosts", None) or known_hosts(name), dict(os.environ))
+        hosts, environ = as_made(name, os.environ)
+        fleet = plan(name, getattr(args, "hosts", None) or hosts, environ)
         with alone(fleet):
+            if args.command in ("destroy", "down") and not find("docker") and not find("dockerd"):
+                shutil.rmtree(fleet.state, ignore_errors=True)
+                say("there is no Docker here, so there is no fleet to remove")
+                return
             if args.command == "up":
                 up(docker, fleet)
                 return
@@ -697,7 +755,7 @@ def main() -> None:
                 if args.command == "down":
                     drop_images(docker)
                     say(f"fleet {name} is gone; .venv and the Docker engine stay")
-    except Problem as problem:
+    except (Problem, OSError, subprocess.TimeoutExpired) as problem:
         fail(str(problem))
     except KeyboardInterrupt:
         fail("interrupted; run it again to go on from here, or `make down` to remove what is there.")

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pixel import metrics
+from pixel import logs, metrics
 from pixel.canvas import Canvas
 from pixel.events import Hub
 from pixel.openapi import DescribedAPI
@@ -60,6 +60,7 @@ class Front:
             return
         started = perf_counter()
         status = DISCONNECTED
+        level = logging.DEBUG
         method = scope["method"]
         if method == "HEAD":  # is GET, without the body
             scope = {**scope, "method": "GET"}
@@ -76,6 +77,9 @@ class Front:
 
         try:
             await self._api(scope, receive, watch)
+            # Whether Redis is there is asked every other second, and the store says it once.
+            if status >= HTTPStatus.INTERNAL_SERVER_ERROR and scope["path"] != "/readyz":
+                level = logging.WARNING
         except ClientDisconnect:
             pass
         except Exception:
@@ -84,21 +88,13 @@ class Front:
         route = getattr(scope.get("route"), "path", "")
         seconds = perf_counter() - started
         metrics.observe(method, route, status, seconds)
-        if log.isEnabledFor(logging.DEBUG):
-            what = {"request_id": request_id(scope), "seconds": round(seconds, 6)}
-            log.debug("%s %s was answered %d", method, scope["path"], status, extra=what)
-
-
-def request_id(scope: Scope) -> str:
-    """The id that the balancer has given a request, and has in its own log."""
-    found: bytes = dict(scope["headers"]).get(b"x-request-id", b"")
-    return found.decode("latin-1")
+        logs.answered(level, method, scope["path"], status, seconds, scope["headers"])
 
 
 def log_fault(scope: Scope) -> None:
     """Log the exception at hand."""
     what = (scope["method"], scope["path"])
-    log.exception("%s %s failed", *what, extra={"request_id": request_id(scope)})
+    log.exception("%s %s failed", *what, extra={"request_id": logs.request_id(scope["headers"])})
 
 
 async def fault_answer(request: Request, error: Exception) -> Response:

@@ -1,14 +1,38 @@
 """Logs: a JSON object a line, to standard error, which systemd keeps.
 
 Answers aren't logged one by one (Nginx does that), but for those that are our fault, and at level
-debug. Such a line has the ``request_id`` that Nginx' line has.
+debug. Such a line has the ``request_id`` that Nginx' line has. While Redis is away that is a line
+a request; how many there may be is the journal's to say, which has a limit for each service.
 """
 
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 
 from pixel.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The id that the balancer has given a request, and has in its own log."""
+    return dict(headers).get(b"x-request-id", b"").decode("latin-1")
+
+
+def answered(
+    level: int,
+    method: str,
+    path: str,
+    status: int,
+    seconds: float,
+    headers: Iterable[tuple[bytes, bytes]],
+) -> None:
+    """Log an answer; ``headers`` are its request's."""
+    if log.isEnabledFor(level):
+        what = {"request_id": request_id(headers), "seconds": round(seconds, 6)}
+        log.log(level, "%s %s was answered %d", method, path, status, extra=what)
 
 
 def config(settings: Settings) -> dict[str, Any]:

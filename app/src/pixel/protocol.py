@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from pixel import metrics
+from pixel import logs, metrics
 from pixel.pixel import Pixel, Received
 from pixel.problems import Problem
 from pixel.requests import State, check_size, check_type
@@ -32,8 +32,9 @@ class Write:
 
     message_event = asyncio.Event()  # which nobody waits for
 
-    def __init__(self, pixel: Pixel) -> None:
+    def __init__(self, pixel: Pixel, headers: Headers) -> None:
         self.pixel = pixel
+        self.headers = headers
         self.started = perf_counter()
         self.disconnected = False
         self.keep_alive = True
@@ -122,7 +123,7 @@ class PixelProtocol(HttpToolsProtocol):
             self._hand_on()
             return False
         self._held = None
-        write = Write(pixel)
+        write = Write(pixel, self.headers)
         self.cycle = write  # type: ignore[assignment]
         written.add_done_callback(partial(self._answer, write))
         return True
@@ -146,7 +147,10 @@ class PixelProtocol(HttpToolsProtocol):
                 self.transport.close()
         write.response_complete = True
         self.on_response_complete()
-        metrics.observe("POST", "/pixel", status, perf_counter() - write.started)
+        seconds = perf_counter() - write.started
+        metrics.observe("POST", "/pixel", status, seconds)
+        if problem is not None:
+            logs.answered(logging.WARNING, "POST", "/pixel", status, seconds, write.headers)
 
     def on_response_complete(self) -> None:
         self._active = self.loop.time()

@@ -114,6 +114,7 @@ WRONG = [
     ("monitoring_retention_days", 0),
     ("monitoring_p99_seconds", 60),
     ("monitoring_error_ratio", 2),
+    ("monitoring_least_credits", 0),
     ("monitoring_webhook_url", "example.org/hook"),
     ("monitoring_mail_to", "ops@example.org"),
     ("firewall_public_ports", [0]),

@@ -33,7 +33,8 @@ def ask(url: str, body: dict[str, Any] | None = None) -> tuple[str, Any]:
 @pytest.mark.parametrize("states", [("reboot",), ("off", "on")], ids=["reboot", "power cut"])
 def test_all_comes_back_by_itself(fleet: dict[str, Any], name: str, states: tuple[str, ...]) -> None:
     url = fleet["url"]
-    value = 100 + len(states) + len(name)
+    # Another value than it has: a lost write would be seen.
+    value = (ask(f"{url}/pixel/1/2")[1]["G"] + 1) % 256
     ask(f"{url}/pixel", {"x": 1, "y": 2, "channel": "G", "value": value})
     for state in states:
         power(name, state)

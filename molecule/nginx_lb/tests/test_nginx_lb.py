@@ -257,3 +257,9 @@ def test_the_unit_gives_requests_time_to_end(host: Any) -> None:
     properties = host.service("nginx").systemd_properties
     assert "nginx -s quit" in properties["ExecStop"]
     assert int(properties["LimitNOFILE"]) == 16384
+
+
+def test_what_the_unit_says_is_in_force_since_the_package_started_it(host: Any) -> None:
+    process = f"/proc/{master(host)}"
+    assert host.check_output(f"grep '^Max open files' {process}/limits").split()[3:5] == ["16384", "16384"]
+    assert "NoNewPrivs:\t1" in host.check_output(f"cat {process}/status")

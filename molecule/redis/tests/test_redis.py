@@ -172,3 +172,25 @@ def test_a_log_cut_off_at_its_end_is_repaired_and_reported(
     host.run_expect([0], "systemctl kill --signal=KILL redis-server && sleep 3")
     assert redis("app", "exists", "pixel:test:whole", "pixel:test:later", "pixel:test:later:2") == "3"
     assert repairs() == 0
+
+
+def test_a_run_that_was_cut_off_before_the_restart_is_healed(host: Any, play: Any, redis: Any) -> None:
+    def main_pid() -> str:
+        return str(host.service("redis-server").systemd_properties["MainPID"])
+
+    def converge() -> Any:
+        return play("molecule/redis/converge.yml", "--limit", host.backend.hostname)
+
+    # Redis runs with another password than its file has.
+    assert redis("admin", "acl", "setuser", "pixel", "resetpass") == "OK"
+    told = converge()
+    assert told.returncode != 0
+    assert "answer pixel (WRONGPASS" in told.words
+    before = main_pid()
+    host.run_expect([0], "touch /etc/redis/users.acl")
+    assert converge().returncode == 0
+    after = main_pid()
+    assert after != before
+    assert redis("app", "ping") == "PONG"
+    assert converge().changes() == {host.backend.hostname: 0}
+    assert main_pid() == after

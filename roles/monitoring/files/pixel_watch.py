@@ -4,6 +4,7 @@
     pixel_lb_backend_weight{backend}            its weight now
     pixel_lb_backend_share{backend}             the part of its usual weight that it gets, where weights adapt
     pixel_lb_backend_up{backend}                0 if an operator or the controller has taken it out
+    pixel_lb_backend_cpu_credits{backend}       CPU credits left, where the controller knows them
     pixel_lb_loaded                             0 if Nginx runs with other files than there are
     pixel_certificate_not_after_seconds{path}   when a certificate ends
 
@@ -17,20 +18,32 @@ import json
 import re
 import ssl
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 OUTPUT = Path("/var/lib/prometheus/node-exporter/pixel_balancer.prom")
 NGINX = Path("/etc/nginx")
 SHARES = Path("/var/lib/pixel-lb/shares.json")
+THOUGHTS = Path("/run/pixel-lb/status.json")
+# Seconds after which what the controller thinks is what a stopped one thought.
+OLD = 60
 
 
 def run(*command: str) -> str:
     return subprocess.run(command, text=True, capture_output=True, check=True, timeout=30).stdout
 
 
-def balancer(status: dict[str, Any], shares: dict[str, Any]) -> list[str]:
-    """Lines from what `pixel-lb status` says, and from what its controller gives each backend."""
+def credits_left() -> dict[str, float]:
+    """CPU credits by backend, of those of which the controller knows."""
+    if not THOUGHTS.exists() or time.time() - THOUGHTS.stat().st_mtime > OLD:
+        return {}
+    backends = json.loads(THOUGHTS.read_text())["backends"]
+    return {each["name"]: each["cpu_credits"] for each in backends if each["cpu_credits"] is not None}
+
+
+def balancer(status: dict[str, Any], shares: dict[str, Any], left: dict[str, float]) -> list[str]:
+    """Lines from what `pixel-lb status` says, what its controller gives each backend, and credits."""
     lines = [f"pixel_lb_loaded {int(status['loaded'])}"]
     for name, backend in status["backends"].items():
         label = f'{{backend="{name}"}}'
@@ -38,6 +51,8 @@ def balancer(status: dict[str, Any], shares: dict[str, Any]) -> list[str]:
         lines.append(f"pixel_lb_backend_up{label} {int(backend['state'] == 'up')}")
         share, _ = shares.get(name, (1.0, False))
         lines.append(f"pixel_lb_backend_share{label} {share}")
+        if name in left:
+            lines.append(f"pixel_lb_backend_cpu_credits{label} {left[name]}")
     return lines
 
 
@@ -55,7 +70,7 @@ def end_of(path: str) -> int:
 
 def main() -> None:
     shares = json.loads(SHARES.read_text()) if SHARES.exists() else {}
-    lines = balancer(json.loads(run("/usr/local/sbin/pixel-lb", "status")), shares)
+    lines = balancer(json.loads(run("/usr/local/sbin/pixel-lb", "status")), shares, credits_left())
     for path in certificate_paths(run("/usr/sbin/nginx", "-T")):
         lines.append(f'pixel_certificate_not_after_seconds{{path="{path}"}} {end_of(path)}')
     half = OUTPUT.with_suffix(".half")
