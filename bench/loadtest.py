@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter, defaultdict
@@ -268,12 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", required=True, help="what it is called in the report")
     parser.add_argument("--stage", choices=STAGES, action="append", help="default: all")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
-    parser.add_argument(
-        "--insecure",
-        action="store_true",
-        default=bool(os.environ.get("LOADTEST_INSECURE")),
-        help="accept any TLS certificate (or LOADTEST_INSECURE=1)",
-    )
+    parser.add_argument("--insecure", action="store_true", help="accept any TLS certificate")
     options = parser.parse_args(arguments)
     try:
         target = Target.parse(options.url, insecure=options.insecure)
