@@ -71,8 +71,13 @@ def test_a_drain_marks_down_and_an_undrain_takes_it_back(balancer: pixel_lb.Bala
     before = upstreams(balancer)
     balancer.drain("b")
     assert servers_of(balancer) == [
-        "weight=3 max_fails=0 fail_timeout=5s; # a",
+        "weight=3 max_fails=3 fail_timeout=5s; # a",
         "weight=2 max_fails=3 fail_timeout=5s down; # b",
+    ]
+    # Nginx sees the only one that is left, and no other.
+    assert [line.strip() for line in upstreams(balancer).splitlines() if "server " in line] == [
+        "server 10.0.0.1:8000 weight=3 max_fails=3 fail_timeout=5s; # a",
+        "# server 10.0.0.2:8000 weight=2 max_fails=3 fail_timeout=5s down; # b",
     ]
     assert balancer.status()["backends"]["b"]["state"] == "drained"
     balancer.undrain("b")
@@ -86,6 +91,18 @@ def test_the_last_one_is_drained_by_force_only(balancer: pixel_lb.Balancer) -> N
     assert balancer.drained() == ["a"]
     balancer.drain("b", force=True)
     assert balancer.drained() == ["a", "b"]
+
+
+def test_a_backup_that_is_left_alone_is_none(balancer: pixel_lb.Balancer) -> None:
+    path = balancer.nginx / "pixel" / "backends.json"
+    spec = json.loads(path.read_text())
+    spec["upstreams"]["pixel"]["servers"][1]["backup"] = True
+    path.write_text(json.dumps(spec))
+    balancer.undrain("a")
+    assert " backup;" in servers_of(balancer)[1]
+    balancer.drain("a")
+    # Nginx takes no upstream of backups alone.
+    assert "backup" not in servers_of(balancer)[1]
 
 
 def test_a_wrong_name_changes_nothing(balancer: pixel_lb.Balancer) -> None:
@@ -113,7 +130,7 @@ def test_open_connections_are_counted(balancer: pixel_lb.Balancer, tmp_path: Pat
 
 
 def servers_of(balancer: pixel_lb.Balancer) -> list[str]:
-    lines = [line.strip() for line in upstreams(balancer).splitlines()]
+    lines = [line.strip().removeprefix("# ") for line in upstreams(balancer).splitlines()]
     return [line.split(" ", 2)[2] for line in lines if line.startswith("server")]
 
 

@@ -141,14 +141,16 @@ class Balancer:
                 server["host"] in drained or (share.down and not sparing)
                 for server, share in zip(servers, given, strict=True)
             ]
-            # Who is left alone is never left out for failures, as where there is but one server.
-            alone = len(servers) > 1 and downs.count(False) == 1
+            # Who is left alone is the only server that Nginx sees. It is then asked again if it closed a kept
+            # connection just as a request went out on it (of several, Nginx would ask another one), and never
+            # left out for failures.
+            alone = downs.count(False) == 1
             for server, weight, down in zip(servers, weights, downs, strict=True):
-                max_fails = 0 if alone and not down else server["max_fails"]
-                flags = " backup" * server["backup"] + " down" * down
+                flags = " backup" * (server["backup"] and not alone) + " down" * down
                 parts.append(
-                    f"    server {server['address']} weight={weight} max_fails={max_fails}"
-                    f" fail_timeout={server['fail_timeout']}{flags}; # {server['name']}\n"
+                    f"    {'# ' * (alone and down)}server {server['address']} weight={weight}"
+                    f" max_fails={server['max_fails']} fail_timeout={server['fail_timeout']}{flags};"
+                    f" # {server['name']}\n"
                 )
             parts += [f"    {line};\n" for line in upstream["lines"]["last"]]
             parts.append("}\n")
