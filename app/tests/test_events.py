@@ -12,7 +12,8 @@ from pixel import events
 from pixel.canvas import CHANNELS, Region
 from pixel.events import Hub
 from pixel.pixel import Change
-from pixel.store import EVENTS, NO_EVENT, EventId, Store
+from pixel.store import Store
+from pixel.stream import EVENTS, NO_EVENT, EventId
 
 Cells = dict[tuple[int, int, str], int]
 

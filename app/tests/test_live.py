@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sy
 from starlette.testclient import TestClient
 
 from pixel.routes import live
-from pixel.store import EVENTS
+from pixel.stream import EVENTS
 
 PARTS = sorted(f"/live/{name}" for name in live._FILES)
 

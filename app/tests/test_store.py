@@ -14,7 +14,8 @@ from pixel.canvas import TILE_BYTES, locate
 from pixel.pixel import Change, unpack
 from pixel.problems import Problem
 from pixel.resp import Connection, Server
-from pixel.store import EVENT_CHANGES, EVENTS, EventId, Store
+from pixel.store import Store
+from pixel.stream import EVENT_CHANGES, EVENTS, EventId
 
 TILE_00 = "pixel:{0:0}"
 
@@ -298,7 +299,7 @@ async def test_a_fault_of_ours_costs_its_own_batch_only(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr("pixel.store.pack", lambda changes: 1 / 0)
+        broken.setattr("pixel.commit.pack", lambda changes: 1 / 0)
         assert await outcomes([store.write([Change(0, 0, 0, 1)])]) == [
             "The write may have been made."
         ]

@@ -18,7 +18,8 @@ from pixel import metrics
 from pixel.canvas import CHANNELS
 from pixel.pixel import RECORD_BYTES, unpack
 from pixel.problems import Problem
-from pixel.store import EventId, Events, Store
+from pixel.store import Events, Store
+from pixel.stream import EventId
 
 PAUSE = 0.05
 """Seconds from one message to a viewer to the next, at least."""

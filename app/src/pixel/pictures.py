@@ -5,7 +5,8 @@ from collections import OrderedDict
 from hashlib import blake2b
 
 from pixel.canvas import Region, encode_png
-from pixel.store import EventId, Store
+from pixel.store import Store
+from pixel.stream import EventId
 
 KEPT_PICTURES = 4
 KEPT_BYTES = 32 * 1024 * 1024

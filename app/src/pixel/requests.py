@@ -15,7 +15,8 @@ from pixel.pictures import Gallery
 from pixel.pixel import Reader
 from pixel.problems import Problem
 from pixel.settings import Settings
-from pixel.store import EventId, Store
+from pixel.store import Store
+from pixel.stream import EventId
 
 BODY_SECONDS = 10.0
 """How long the rest of a body may take that didn't come with its request."""

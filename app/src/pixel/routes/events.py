@@ -7,7 +7,7 @@ from fastapi.responses import StreamingResponse
 
 from pixel import openapi
 from pixel.requests import state_of
-from pixel.store import NO_EVENT, EventId
+from pixel.stream import NO_EVENT, EventId
 
 router = APIRouter(tags=["canvas"])
 
