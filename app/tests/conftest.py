@@ -29,7 +29,7 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 
-APP_USER = "~pixel:* resetchannels +@read +@write +@connection +@transaction -@dangerous"
+APP_USER = "~pixel:* resetchannels +@read +@write +@connection +@transaction +time -@dangerous"
 PASSWORD = "correct-horse"
 GUNICORN = ("gunicorn", "--config", "python:pixel.gunicorn_conf", "pixel.app:app")
 

@@ -3,6 +3,7 @@
 Nearly every ``POST /pixel``, the hot path, is answered before it comes here: see ``protocol``.
 """
 
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -105,7 +106,7 @@ async def fault_answer(request: Request, error: Exception) -> Response:
 async def problem_answer(request: Request, error: Exception) -> Response:
     """A problem that a route has raised."""
     assert isinstance(error, Problem)
-    return error.response()
+    return error.response(request.scope["headers"])
 
 
 async def http_answer(request: Request, error: Exception) -> Response:
@@ -151,6 +152,8 @@ def create_api(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         metrics.WORKERS.set(1)
         store = Store(settings)
+        with contextlib.suppress(Problem):  # Redis may be away; this is done again each second.
+            await store.exchange_differences()
         yield {
             "settings": settings,
             "store": store,

@@ -1,13 +1,16 @@
-"""Group commit: writes that wait together go to Redis in one transaction."""
+"""Group commit: writes that wait together go to Redis in one transaction, within its lease."""
 
 import asyncio
 import logging
+import secrets
 from collections import deque
 from collections.abc import Container, Sequence
-from time import perf_counter
+from time import monotonic, perf_counter
+from typing import NamedTuple
 
 from pixel import metrics
 from pixel.canvas import TILE_BYTES, locate, tile_key
+from pixel.lifetime import RedisClock
 from pixel.link import Health
 from pixel.pixel import Change, pack
 from pixel.problems import Problem
@@ -21,69 +24,136 @@ _GROW = ("INCRBY", "u8", (TILE_BYTES - 1) * 8, 0)
 # Pauses between attempts to connect, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 
-_SAMPLING = 1.0  # seconds from one look at the queue's length to the next
+_RESTART = 2.0
+"""Seconds that a restart of Redis may take; meanwhile, writes wait for it."""
+
+# Errors of a server that isn't there yet, or not ready, but whose host answers.
+_RESTARTING = (ConnectionRefusedError, ConnectionResetError, FileNotFoundError, ReplyError)
+
+# A lease lasts, and is renewed when less is left than, these parts of the Redis timeout.
+_LEASE, _RENEWAL = 0.75, 0.5
+
+_SAMPLING = 1.0  # seconds between two measurements of the queue's length
 
 log = logging.getLogger(__name__)
 
-_Request = tuple[Sequence[Change], asyncio.Future[EventId]]
+
+class _Request(NamedTuple):
+    changes: Sequence[Change]
+    future: asyncio.Future[EventId]
+    begin_by: float  # Redis's time
+
+    def fail(self, problem: Problem) -> None:
+        if not self.future.done():
+            self.future.set_exception(problem)
 
 
 class _Batch:
-    """Requests that go to Redis together, and are answered before the timer runs out."""
+    """Requests that go to Redis together."""
 
     def __init__(self) -> None:
         self.timer: asyncio.TimerHandle
-        self.size = 0
+        self.size = 0  # channel writes
         self.requests: list[_Request] = []
 
-    def fail(self, detail: str) -> None:
-        """Answer whoever still waits with a 503."""
-        for _, future in self.requests:
-            if not future.done():
-                future.set_exception(Problem.unavailable(detail))
+    def refuse(self, reason: str) -> None:
+        """Answer 503: nothing was written."""
+        for request in self.requests:
+            request.fail(Problem.not_written(reason))
+
+    def doubt(self, reason: str) -> None:
+        """Answer 503: the writes may have been made."""
+        for request in self.requests:
+            request.fail(Problem.in_doubt(reason))
+
+
+class _Lease:
+    """A key that expires by Redis's own clock, and without which a transaction isn't executed.
+
+    The transaction watches the key. If it has expired before EXEC, or is missing (then SET NX
+    creates it, which is a change too), EXEC does nothing. So it doesn't matter where a transaction
+    was held up: in this process, in a buffer of either kernel, in the network or in Redis.
+    """
+
+    def __init__(self, name: str, seconds: float, renewal: float) -> None:
+        # A connection has its own: renewing it must not revive what another one left behind.
+        self._key = f"pixel:lease:{name}:{secrets.token_hex(4)}"
+        self._seconds = seconds
+        self._renewal = renewal
+        self.end = 0.0
+        """Redis's time at which it expires."""
+        self.conditions: tuple[Command, Command] = (
+            ("WATCH", self._key),
+            ("SET", self._key, 0, "NX", "PX", 1),
+        )
+
+    def renew(self, now: float) -> list[Command]:
+        """What to send before a transaction; nothing, while enough of the lease is left."""
+        if self.end - now >= self._renewal:
+            return []
+        self.end = now + self._seconds
+        return [("TIME",), ("SET", self._key, 1, "PXAT", int(self.end * 1000))]
 
 
 class GroupCommit:
     """Writes that arrive while others are on their way to Redis go together, as the next batch.
 
     One transaction is in flight at a time. It holds a BITFIELD for each tile that is written to,
-    and the event, so that the events stand in the order in which the canvas changed. There is no
+    and the event, so that the events have the order in which the canvas changed. There is no
     timer that collects writes: one that finds nothing in flight leaves at once.
 
-    A request is answered once Redis has acknowledged its own tiles. When the connection is lost,
-    those in flight fail: nobody knows what became of them, and nothing is sent a second time.
-    Those behind them wait for the next connection until their own time is up.
+    A request is answered once Redis has acknowledged its own tiles. When the connection is lost or
+    Redis doesn't answer in time, what was in flight is in doubt; it is answered when its lease has
+    expired, so it can't be made later. Requests behind it wait while Redis restarts. While Redis
+    doesn't answer at all, new ones are refused at once.
     """
 
-    def __init__(self, server: Server, settings: Settings) -> None:
+    def __init__(self, server: Server, settings: Settings, clock: RedisClock, worker: str) -> None:
         self._server = server
         self._timeout = settings.redis_timeout
+        self._patience = settings.start_limit
         self._limit = settings.write_queue
         self._event = ("XADD", EVENTS, "MAXLEN", "~", settings.events_maxlen, "*", "c")
+        self._clock = clock
+        self._worker = worker
         self._loop = asyncio.get_running_loop()
         self._health = Health("write")
         self._connection: Connection | None = None
+        self._lease = self._new_lease()
         self._grown: set[str] = set()
         self._queue: deque[_Batch] = deque()
         self._depth = 0
+        self._unreachable = ""
         self._arrival = asyncio.Event()
         self._task = self._loop.create_task(self._run(), name="group commit")
         self._count_queue()
 
-    def write(self, changes: Sequence[Change]) -> asyncio.Future[EventId]:
+    def write(
+        self, changes: Sequence[Change], begin_by: float | None = None
+    ) -> asyncio.Future[EventId]:
         """Done when Redis has acknowledged the changes, which are made in their order.
 
-        The result is an event: whoever has heard up to it has heard of the changes.
-        No changes at all ask whether Redis can be written to.
-        Raises a 503 ``Problem`` if the queue is full, Redis refuses, or time is up.
+        Args:
+            changes: channel writes; none at all ask whether Redis can be written to.
+            begin_by: Redis's time until when they may be sent to Redis (``StartLimit.begin_by``).
+
+        Returns:
+            The event that contains the changes, or a later one.
+
+        Raises:
+            Problem: 503, if the queue is full, Redis refuses, or time is up.
         """
+        if self._unreachable:
+            raise Problem.not_written(self._unreachable)
         if self._depth + len(changes) > self._limit:
-            raise Problem.unavailable("Too many writes are waiting; nothing was written.")
+            raise Problem.not_written("Too many writes are waiting")
         if not self._queue or self._queue[-1].size + len(changes) > MAX_BATCH:
             self._open_batch()
         batch = self._queue[-1]
         future: asyncio.Future[EventId] = self._loop.create_future()
-        batch.requests.append((changes, future))
+        if begin_by is None:
+            begin_by = self._clock.now() + self._patience
+        batch.requests.append(_Request(changes, future, begin_by))
         batch.size += len(changes)
         self._depth += len(changes)
         return future
@@ -95,9 +165,12 @@ class GroupCommit:
         if self._connection:
             self._connection.close()
 
+    def _new_lease(self) -> _Lease:
+        return _Lease(self._worker, _LEASE * self._timeout, _RENEWAL * self._timeout)
+
     def _open_batch(self) -> None:
         batch = _Batch()
-        batch.timer = self._loop.call_later(self._timeout, self._expire, batch)
+        batch.timer = self._loop.call_later(self._patience, self._expire, batch)
         self._queue.append(batch)
         self._arrival.set()
 
@@ -107,74 +180,145 @@ class GroupCommit:
         self._sampling = self._loop.call_later(_SAMPLING, self._count_queue)
 
     def _expire(self, batch: _Batch) -> None:
-        """Answer those whose time is up; a batch in flight ends with its connection."""
+        """Refuse a batch that has waited too long to be sent."""
         if batch in self._queue:
             self._queue.remove(batch)
             self._depth -= batch.size
-            batch.fail("Redis can't be reached; nothing was written.")
-        elif self._connection:
-            self._connection.close("no answer in time")
+            batch.refuse("Redis can't be reached")
 
     async def _run(self) -> None:
         while True:
+            if self._connection is None or self._connection.closed:
+                await self._connect()
             # What woke it may have expired by now: a process that was stopped has late timers.
             while not self._queue:
                 self._arrival.clear()
                 await self._arrival.wait()
             connection = self._connection
             if connection is None or connection.closed:
-                await self._connect()
-            else:
-                batch = self._queue.popleft()
-                try:
-                    await self._commit(connection, batch)
-                except Exception:
-                    # A fault of ours: these requests get an answer, and the next their turn.
-                    log.exception("%d writes are in doubt", batch.size)
-                    connection.close()
-                    batch.fail("The write may have been made.")
-                batch.timer.cancel()
-                self._depth -= batch.size
+                continue
+            batch = self._queue.popleft()
+            batch.timer.cancel()
+            try:
+                await self._commit(connection, batch)
+            except Exception:
+                # A fault of ours: these requests get an answer, and the next their turn.
+                log.exception("%d writes are in doubt", batch.size)
+                connection.close()
+                batch.doubt("This is our fault, and it is logged")
+            self._depth -= batch.size
 
     async def _connect(self) -> None:
-        """Connect, however long it takes; meanwhile batches expire."""
-        anew = self._connection is not None
+        """Connect, however long it takes; meanwhile batches expire, or are refused at once."""
+        reconnecting = self._connection is not None
+        since = monotonic()
         pause = _FIRST_PAUSE
         while True:
             try:
                 async with asyncio.timeout(self._timeout):
-                    self._connection = await Connection.open(self._server)
+                    self._connection = connection = await Connection.open(self._server)
+                    self._lease = self._new_lease()
+                    await self._ask_time(connection)
             except (OSError, ReplyError) as error:
                 self._health.fails(error)
+                if not isinstance(error, _RESTARTING) or monotonic() - since > _RESTART:
+                    self._refuse("Redis can't be reached")
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
                 log.info("connected to Redis")
-                metrics.RECONNECTS.inc(anew)
+                metrics.RECONNECTS.inc(reconnecting)
                 self._grown.clear()
+                self._unreachable = ""
                 return
+
+    async def _ask_time(self, connection: Connection) -> None:
+        """Learn Redis's time, before a lease is reckoned by it."""
+        asked = monotonic()
+        try:
+            [said] = await connection.execute([("TIME",)])
+            if isinstance(said, ReplyError):
+                raise said
+        except BaseException:
+            connection.close()
+            raise
+        self._learn_time(asked, said)
+
+    def _learn_time(self, asked: float, said: Sequence[bytes]) -> None:
+        seconds, microseconds = map(int, said)
+        self._clock.learn(asked, seconds + microseconds / 1e6, monotonic())
+
+    def _refuse(self, reason: str) -> None:
+        """Refuse what waits and, until there is a connection again, what comes."""
+        self._unreachable = reason
+        while self._queue:
+            batch = self._queue.popleft()
+            batch.timer.cancel()
+            self._depth -= batch.size
+            batch.refuse(reason)
 
     async def _commit(self, connection: Connection, batch: _Batch) -> None:
         """Send a batch and answer its requests; returns when all of them are answered."""
-        requests = [request for request in batch.requests if not request[1].done()]
-        commands = self._commands([change for changes, _ in requests for change in changes])
-        started = perf_counter()
-        try:
-            *queued, results = await connection.execute(commands)
-        except ConnectionError as error:
-            log.warning("%d writes are in doubt: %s", batch.size, error)
-            self._health.fails(error)
-            batch.fail("Redis didn't answer; the write may have been made.")
-            return
-        metrics.COMMIT_SECONDS.observe(perf_counter() - started)
-        metrics.BATCH_WRITES.observe(batch.size)
+        while requests := self._in_time(batch):
+            batch.requests = requests
+            commands = self._commands(
+                [change for request in requests for change in request.changes]
+            )
+            renewal = self._lease.renew(self._clock.now())
+            asked, started = monotonic(), perf_counter()
+            replies = connection.execute([*renewal, *self._lease.conditions, *commands])
+            timer = self._loop.call_later(self._timeout, connection.close, "no answer in time")
+            try:
+                *queued, results = await replies
+            except ConnectionError as error:
+                self._doubt(batch, error)
+                return
+            finally:
+                timer.cancel()
+            if renewal and not isinstance(queued[0], ReplyError):
+                self._learn_time(asked, queued[0])
+            if results is not None:
+                metrics.COMMIT_SECONDS.observe(perf_counter() - started)
+                metrics.BATCH_WRITES.observe(batch.size)
+                self._settle(batch, commands, queued, results)
+                return
+            # The lease had expired, so nothing was written. Renewing it also asks for Redis's time.
+            metrics.LAPSED_LEASES.inc()
+            self._grown.clear()
+            self._lease.end = 0
+
+    def _in_time(self, batch: _Batch) -> list[_Request]:
+        """The requests that may still begin; the others are refused."""
+        now = self._clock.now()
+        requests = []
+        for request in batch.requests:
+            if request.begin_by < now:
+                request.fail(Problem.not_written("Redis was too slow for this write to begin"))
+            elif not request.future.done():
+                requests.append(request)
+        return requests
+
+    def _doubt(self, batch: _Batch, error: ConnectionError) -> None:
+        """Answer a batch whose connection was lost, when its lease has expired."""
+        log.warning("%d writes are in doubt: %s", batch.size, error)
+        self._health.fails(error)
+        if isinstance(error, ConnectionAbortedError):
+            self._refuse("Redis can't be reached")
+        rest = self._lease.end - self._clock.now()
+        self._loop.call_later(max(rest, 0), batch.doubt, "Redis didn't answer")
+
+    def _settle(
+        self, batch: _Batch, commands: list[Command], queued: list[object], results: object
+    ) -> None:
+        """Answer a batch by Redis's replies."""
         if isinstance(results, ReplyError):
             # Redis wouldn't queue a command (it's out of memory, say), and dropped them all.
             reasons = [reply for reply in queued if isinstance(reply, ReplyError)]
             self._health.fails(reasons[0] if reasons else results)
             self._grown.clear()
-            batch.fail("Redis refuses writes; nothing was written.")
+            batch.refuse("Redis refuses writes")
             return
+        assert isinstance(results, list)
         # A tile can fail by itself: somebody has put something else under its key.
         refused = {
             command[1]: result
@@ -188,14 +332,14 @@ class GroupCommit:
             self._health.works()
         newest = results[-1]
         event = EventId.parse(newest) if isinstance(newest, bytes) else NO_EVENT
-        self._answer(requests, refused, event)
+        self._answer(batch.requests, refused, event)
 
     def _answer(self, requests: list[_Request], refused: Container[object], event: EventId) -> None:
         written = 0
-        for changes, future in requests:
+        for request in requests:
+            changes, future, _ = request
             if refused and any(locate(x, y)[0] in refused for x, y, _, _ in changes):
-                if not future.done():
-                    future.set_exception(Problem.unavailable("Redis refuses writes to this tile."))
+                request.fail(Problem.unavailable("Redis refuses writes to this tile."))
             else:
                 written += len(changes)
                 if not future.done():

@@ -56,6 +56,12 @@ QUEUED_WRITES = Gauge(
     "Channel writes that Redis has not acknowledged yet, up to a second ago.",
     multiprocess_mode="livesum",
 )
+LATE_WRITES = Counter(
+    "pixel_late_writes", "Writes that were refused because they came too late to begin."
+)
+LAPSED_LEASES = Counter(
+    "pixel_lapsed_leases", "Transactions that Redis did not execute because they came too late."
+)
 COMMIT_SECONDS = Histogram(
     "pixel_commit_seconds", "Time until Redis acknowledged a batch.", buckets=_SECONDS
 )

@@ -1,17 +1,27 @@
 """Errors as RFC 9457 problem details."""
 
+from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.responses import Response
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+STAMP = b"x-request-start"
+"""The header in which a balancer says when it sent a request that it may send elsewhere."""
+
+_OUTCOMES = {"no": "nothing was written", "maybe": "the write may have been made"}
 
 
 class Problem(Exception):  # noqa: N818 - the RFC's word for it
     """An answer other than the one that was asked for.
 
     ``errors`` names the faulty fields of a request, each with its reason; ``headers`` go onto
-    the answer (``Allow``, ``Retry-After``); ``members`` are further members of its body.
+    the answer (``Allow``, ``Retry-After``); ``members`` are further members of its body;
+    ``written`` says what became of a write: ``no`` (it was not made, and will not be) or ``maybe``
+    (it may have been made, but will not be made any more).
     """
 
     def __init__(
@@ -22,6 +32,7 @@ class Problem(Exception):  # noqa: N818 - the RFC's word for it
         errors: list[dict[str, str]] | None = None,
         headers: dict[str, str] | None = None,
         members: dict[str, Any] | None = None,
+        written: Literal["no", "maybe"] | None = None,
     ) -> None:
         super().__init__(detail)
         self.status = status
@@ -29,6 +40,10 @@ class Problem(Exception):  # noqa: N818 - the RFC's word for it
         self.errors = errors
         self.headers = headers
         self.members = members or {}
+        self.written = written
+
+    def __str__(self) -> str:
+        return self.detail if self.written is None else f"{self.detail}; {_OUTCOMES[self.written]}."
 
     @classmethod
     def invalid(cls, field: str, reason: str) -> "Problem":
@@ -37,23 +52,49 @@ class Problem(Exception):  # noqa: N818 - the RFC's word for it
         return cls(HTTPStatus.UNPROCESSABLE_ENTITY, f"{field} {reason}.", errors=errors)
 
     @classmethod
-    def unavailable(cls, detail: str) -> "Problem":
+    def unavailable(cls, detail: str, written: Literal["no", "maybe"] | None = None) -> "Problem":
         """503: nothing is wrong with the request, and it may be sent again soon."""
-        return cls(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "1"})
+        return cls(
+            HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "1"}, written=written
+        )
 
-    def response(self) -> Response:
-        """The answer."""
+    @classmethod
+    def not_written(cls, reason: str) -> "Problem":
+        """503: the write was not made, and will not be. ``reason`` ends without a full stop."""
+        return cls.unavailable(reason, "no")
+
+    @classmethod
+    def in_doubt(cls, reason: str) -> "Problem":
+        """503: the write may have been made, but will not be made any more."""
+        return cls.unavailable(reason, "maybe")
+
+    def response(self, request_headers: Headers = ()) -> Response:
+        """The answer to a request with these headers.
+
+        A 503 goes back to a balancer that can ask another host: X-Accel-Redirect names the
+        location from which it does, and is not sent on to the client.
+        """
+        headers = self.headers
+        stamp = dict(request_headers).get(STAMP) if self.status == 503 else None
+        if stamp is not None:
+            if self.written == "no" and stamp.count(b" ") > 1:
+                self.written = "maybe"  # by an earlier attempt, which the balancer's mark tells of
+            headers = {**(headers or {}), "X-Accel-Redirect": "@again"}
+            if self.written is not None:
+                headers["X-Pixel-Written"] = self.written
         body: dict[str, Any] = {
             "type": "about:blank",
             "title": self.status.phrase,
             "status": self.status.value,
-            "detail": self.detail,
+            "detail": str(self),
         }
+        if self.written is not None:
+            body["written"] = self.written
         if self.errors:
             body["errors"] = self.errors
         return Response(
             msgspec.json.encode(body | self.members),
             self.status,
-            self.headers,
+            headers,
             "application/problem+json",
         )

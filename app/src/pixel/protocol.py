@@ -9,7 +9,6 @@ be accepted, which FastAPI's route explains.
 
 import asyncio
 import logging
-from collections.abc import Iterable
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -19,10 +18,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pixel import logs, metrics
 from pixel.pixel import Pixel, Received
-from pixel.problems import Problem
-from pixel.requests import State, check_size, check_type
-
-Headers = Iterable[tuple[bytes, bytes]]
+from pixel.problems import Headers, Problem
+from pixel.requests import State, check_headers, check_size
 
 log = logging.getLogger(__name__)
 
@@ -115,10 +112,11 @@ class PixelProtocol(HttpToolsProtocol):
         """Begin a write; one that can't be begun is handed on."""
         state = self.app_state
         try:
-            check_type(self.headers)
+            stamp = check_headers(self.headers)
             check_size(body, state["settings"].body_limit)
             pixel = state["reader"].pixel(body)
-            written = state["store"].write((pixel.change(),))
+            store = state["store"]
+            written = store.write((pixel.change(),), store.start_limit.begin_by(stamp))
         except Exception:
             self._hand_on()
             return False
@@ -137,7 +135,7 @@ class PixelProtocol(HttpToolsProtocol):
             head = b"%bcontent-length: %d\r\n" % (_accepted.head(common), len(body))
         else:
             assert isinstance(problem, Problem)
-            response = problem.response()
+            response = problem.response(write.headers)
             status, body = response.status_code, bytes(response.body)
             head = _head(status, [*common, *response.raw_headers])
         if not write.disconnected:

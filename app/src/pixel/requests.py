@@ -1,7 +1,6 @@
 """What requests have in common: the state that they are served with, their bodies, the answers."""
 
 import asyncio
-from collections.abc import Iterable
 from http import HTTPStatus
 from typing import TypedDict
 
@@ -10,16 +9,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope
 
+from pixel import metrics
 from pixel.events import Hub
+from pixel.lifetime import MustWaitError
 from pixel.pictures import Gallery
 from pixel.pixel import Reader
-from pixel.problems import Problem
+from pixel.problems import STAMP, Headers, Problem
 from pixel.settings import Settings
 from pixel.store import Store
 from pixel.stream import EventId
 
 BODY_SECONDS = 10.0
 """How long the rest of a body may take that didn't come with its request."""
+
+_READ = frozenset((b"content-type", STAMP))
 
 
 class State(TypedDict):
@@ -54,7 +57,7 @@ async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
 
     Raises a ``Problem`` (408, 413, 415), or ClientDisconnect.
     """
-    check_type(scope["headers"])
+    check_headers(scope["headers"])
     body, more = _part(await receive())
     if more:
         body = await _read_rest(receive, body, limit)
@@ -62,12 +65,33 @@ async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
     return body
 
 
-def check_type(headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """Raise a ``Problem`` (415) unless the headers say that the body is JSON."""
+async def begin_by(request: Request) -> float:
+    """Until when a write may begin (``StartLimit.begin_by``); holds back a retry that has to wait.
+
+    Raises a ``Problem`` (503) if the request came too late.
+    """
+    start_limit = state_of(request)["store"].start_limit
+    stamp = dict(request.scope["headers"]).get(STAMP)
+    try:
+        return start_limit.begin_by(stamp)
+    except MustWaitError:
+        await asyncio.sleep(start_limit.wait)
+        return start_limit.begin_by(stamp, start_limit.wait)
+    except Problem:
+        metrics.LATE_WRITES.inc()
+        raise
+
+
+def check_headers(headers: Headers) -> bytes | None:
+    """Raise a ``Problem`` (415) unless the body is JSON; returns the balancer's stamp, if any."""
     content_type = b""
+    stamp = None
     for name, value in headers:
-        if name == b"content-type":
-            content_type = value
+        if name in _READ:
+            if name == STAMP:
+                stamp = value
+            else:
+                content_type = value
     if (
         content_type != b"application/json"
         and content_type.partition(b";")[0].strip().lower() != b"application/json"
@@ -75,6 +99,7 @@ def check_type(headers: Iterable[tuple[bytes, bytes]]) -> None:
         raise Problem(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be sent as application/json."
         )
+    return stamp
 
 
 def check_size(body: bytes, limit: int) -> None:

@@ -6,7 +6,9 @@ worker, a third of all that it has.
 """
 
 import asyncio
+import socket
 import ssl
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ Command = tuple[str | bytes | int, ...]
 _pack: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[assignment]
 
 _INCOMPLETE = object()
+
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class ReplyError(Exception):
@@ -114,6 +118,10 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        # However it ends, what the kernel has not sent yet is discarded, not sent later.
+        self._transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE
+        )
         self.closed = False
 
     def data_received(self, data: bytes) -> None:

@@ -72,6 +72,8 @@ class Settings(BaseSettings):
     redis_username: str | None = None
     redis_password: SecretStr | None = None
     redis_timeout: Annotated[float, Field(gt=0, le=0.9)] = 0.8
+    # The age, by the balancer's stamp, at which a write may still begin.
+    start_limit: Annotated[float, Field(ge=0.1, le=10)] = 0.8
 
     canvas_width: Annotated[int, Field(ge=1, le=MAX_SIDE)] = 1024
     canvas_height: Annotated[int, Field(ge=1, le=MAX_SIDE)] = 1024

@@ -1,5 +1,7 @@
 """The canvas in Redis: what the application reads and writes there."""
 
+import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -8,9 +10,10 @@ from typing import Any, NamedTuple
 
 from pixel.canvas import Canvas, locate
 from pixel.commit import GroupCommit
+from pixel.lifetime import PERIOD, RedisClock, StartLimit
 from pixel.link import Link
 from pixel.problems import Problem
-from pixel.resp import ReplyError, Server
+from pixel.resp import Command, ReplyError, Server
 from pixel.settings import Settings
 from pixel.stream import EVENTS, NO_EVENT, EventId
 
@@ -19,6 +22,9 @@ EVENTS_AT_ONCE = 1000
 
 VIEWERS_PERIOD = 10
 """Seconds within which a worker says again how many viewers it has, or they count no longer."""
+
+COMPARISON = 1.0
+"""Seconds between two comparisons of balancers' clocks with Redis's."""
 
 _NEWEST = ("XREVRANGE", EVENTS, "+", "-", "COUNT", 1)
 
@@ -39,6 +45,10 @@ def _only_id(entries: list[Any]) -> EventId:
     return EventId.parse(entries[0][0]) if entries and entries[0] else NO_EVENT
 
 
+def _differences(pairs: list[bytes]) -> dict[bytes, float]:
+    return {name: float(score) for name, score in zip(pairs[::2], pairs[1::2], strict=True)}
+
+
 class Store:
     """What the application asks of Redis. Made inside the event loop that uses it.
 
@@ -49,15 +59,19 @@ class Store:
         server = Server.of(settings)
         self._worker = f"{settings.instance}/{os.getpid()}"
         self.canvas = Canvas(settings.canvas_width, settings.canvas_height)
-        self._commits = GroupCommit(server, settings)
+        self._clock = RedisClock()
+        self._commits = GroupCommit(server, settings, self._clock, self._worker)
         # Pictures are megabytes, and waiting is waiting: neither is to hold up a small question.
         self._questions, self._pictures, self._waiting = (
             Link(server, settings.redis_timeout) for _ in range(3)
         )
         self.write = self._commits.write
+        self.start_limit = StartLimit(self._clock, settings)
+        self._comparing = asyncio.create_task(self._compare_clocks(), name="compare clocks")
 
     def close(self) -> None:
         """Let go of Redis."""
+        self._comparing.cancel()
         self._commits.close()
         for link in (self._questions, self._pictures, self._waiting):
             link.close()
@@ -67,6 +81,28 @@ class Store:
         started = perf_counter()
         await self.write(())
         return perf_counter() - started
+
+    async def _compare_clocks(self) -> None:
+        """Once a second, share with all workers how balancers' clocks differ from Redis's."""
+        while True:
+            with contextlib.suppress(Problem):
+                await self.exchange_differences()
+            await asyncio.sleep(COMPARISON)
+
+    async def exchange_differences(self) -> None:
+        """Report this worker's least differences, and learn those of all workers."""
+        period = self.start_limit.period()
+        former, current = (f"pixel:clocks:{n}" for n in (period - 1, period))
+        commands: list[Command] = []
+        if seen := self.start_limit.report():
+            scores = [part for name, least in seen.items() for part in (f"{least:.6f}", name)]
+            commands = [("ZADD", current, "LT", *scores), ("EXPIRE", current, 3 * PERIOD)]
+        *_, before, lately = await self._questions.ask_at_once(
+            *commands,
+            ("ZRANGE", former, 0, -1, "WITHSCORES"),
+            ("ZRANGE", current, 0, -1, "WITHSCORES"),
+        )
+        self.start_limit.learn(_differences(before), _differences(lately))
 
     async def colour(self, x: int, y: int) -> tuple[int, int, int]:
         """Red, green and blue of a pixel, 0-255 each."""

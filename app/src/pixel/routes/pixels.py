@@ -10,7 +10,7 @@ from pydantic import WithJsonSchema
 from pixel import openapi
 from pixel.pixel import Batch, Change, Colour, Pixel, PixelColour, Received, Written
 from pixel.problems import Problem
-from pixel.requests import State, json_response, read_json, state_of
+from pixel.requests import State, begin_by, json_response, read_json, state_of
 
 router = APIRouter(tags=["pixels"])
 
@@ -37,7 +37,7 @@ async def post_pixel(request: Request) -> Response:
     state = state_of(request)
     body = await read_json(request.scope, request.receive, state["settings"].body_limit)
     pixel = state["reader"].pixel(body)
-    await state["store"].write((pixel.change(),))
+    await state["store"].write((pixel.change(),), await begin_by(request))
     return json_response(Received("ok", pixel))
 
 
@@ -65,7 +65,8 @@ async def put_pixel(request: Request, x: Coordinate, y: Coordinate) -> Response:
     cell = _cell(state, x, y)
     body = await read_json(request.scope, request.receive, state["settings"].body_limit)
     colour = msgspec.structs.astuple(state["reader"].colour(body))
-    event = await state["store"].write([Change(*cell, *channel) for channel in enumerate(colour)])
+    changes = [Change(*cell, *channel) for channel in enumerate(colour)]
+    event = await state["store"].write(changes, await begin_by(request))
     return json_response(PixelColour(*cell, *colour), event)
 
 
@@ -79,7 +80,9 @@ async def post_pixels(request: Request) -> Response:
     state = state_of(request)
     body = await read_json(request.scope, request.receive, BATCH_LIMIT)
     pixels = state["reader"].pixels(body)
-    event = await state["store"].write([pixel.change() for pixel in pixels])
+    event = await state["store"].write(
+        [pixel.change() for pixel in pixels], await begin_by(request)
+    )
     return json_response(Written("ok", len(pixels)), event)
 
 
