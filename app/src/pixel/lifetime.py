@@ -14,7 +14,7 @@ PERIOD = 5
 
 _MOST_NAMES = 100  # balancers that are remembered; more can only be a mistake
 _SURE = 0.05  # seconds; a worker that knows Redis's clock less exactly reports no difference
-_FUTURE = 1e11  # seconds; no date
+_MOST_APART = 1e10  # seconds between two clocks; more is no clock
 
 WAIT = b"wait"
 """Mark of a retry whose earlier attempt may still be on its way to Redis."""
@@ -98,7 +98,7 @@ class StartLimit:
         balancer = self._balancers.get(name)
         if balancer is None:
             return self._judge_stranger(difference, name, now, waited)
-        if balancer.seen > difference > -_FUTURE:
+        if balancer.seen > difference > -_MOST_APART:
             balancer.seen = difference
             if difference < balancer.least:
                 balancer.least = difference
@@ -117,7 +117,7 @@ class StartLimit:
             if mark == WAIT and not waited:
                 raise MustWaitError
             return self.begin_by(b"%f %b" % (now - difference, name), waited)
-        if not abs(difference) < _FUTURE:
+        if not abs(difference) < _MOST_APART:
             return now + self._limit
         if len(self._strangers) > _MOST_NAMES:
             self._strangers.clear()
