@@ -27,7 +27,7 @@ lint: tools  ## style, types, and what Ansible's users expect
 	ansible-lint --profile production --offline
 
 check: tools  ## the tests that need no host
-	pytest -q tests
+	pytest -q tests balancer
 	cd app && env -u PIXEL_FLEET pytest -q
 	cd bench && pytest -q
 

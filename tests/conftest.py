@@ -1,8 +1,8 @@
-"""Programs that aren't packages are imported from where they lie."""
+"""Programs that are not packages are imported from their directories."""
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("molecule/shared", "roles/monitoring/files", "roles/nginx_lb/files", "roles/redis/files")
-sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
+DIRECTORIES = ("molecule/shared", "plugins/filter", "roles/monitoring/files", "roles/redis/files")
+sys.path[:0] = [str(ROOT / directory) for directory in DIRECTORIES]

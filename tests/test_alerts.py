@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pixel_fleet
 import pytest
 import yaml
 
@@ -105,7 +106,7 @@ def test_every_alert_says_what_to_do_and_how_urgent_it_is(rules: Path) -> None:
 def test_all_that_a_host_has_is_known_as_its_own() -> None:
     """By that, Alertmanager holds back what only says again that a host is away."""
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {
+    environment.filters |= pixel_fleet.FilterModule().filters() | {
         "extract": lambda key, container, name: container[key][name],
         "regex_replace": lambda text, _, end: text + end,
         "to_json": json.dumps,
@@ -116,8 +117,8 @@ def test_all_that_a_host_has_is_known_as_its_own() -> None:
         variables | {"monitoring_app_port": 8000, "_monitoring_servers": ["c5"], "ansible_managed": "test"},
         groups={"pixel_app": ["c5", "t2"], "nginx_lb": ["t2"]},
         hostvars={
-            "c5": {"private_address": "10.0.0.1", "pixel_app_instances": 2},
-            "t2": {"private_address": "10.0.0.2"},
+            "c5": {"inventory_hostname": "c5", "private_address": "10.0.0.1", "pixel_app_instances": 2},
+            "t2": {"inventory_hostname": "t2", "private_address": "10.0.0.2"},
         },
     )
     jobs = yaml.safe_load(text)["scrape_configs"]
@@ -126,6 +127,10 @@ def test_all_that_a_host_has_is_known_as_its_own() -> None:
     ]
     assert found[:3] == [("pixel", "c5", "c5"), ("pixel", "c5-8001", "c5"), ("pixel", "t2", "t2")]
     assert found[3:5] == [("node", "c5", "c5"), ("node", "t2", "t2")]
+    targets = [each["targets"] for job in jobs for each in job["static_configs"] or []]
+    assert targets[:5] == [
+        [f"10.0.0.{where}"] for where in ("1:8000", "1:8001", "2:8000", "1:9100", "2:9100")
+    ]
     assert "equal: [host]" in (ROLE / "templates" / "alertmanager.yml.j2").read_text()
 
 

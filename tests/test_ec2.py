@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import math
 import os
 import re
 import shutil
@@ -26,9 +25,11 @@ from urllib.parse import parse_qs
 import boto3
 import pytest
 import yaml
-from controller import Settings
-from pixel_lb import Balancer
-from watch import Watch
+from pixel_lb.controller import Settings
+from pixel_lb.credits import CreditMonitor
+from pixel_lb.files import Paths
+from pixel_lb.fleet import CreditQuery
+from pixel_lb.watch import Watch
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.prefix, "bin")
@@ -537,15 +538,10 @@ def test_a_balancer_learns_of_credits_from_cloudwatch(
         }
         cloudwatch.put_metric_data(Namespace="AWS/EC2", MetricData=[metric])
 
-    watch = Watch(Balancer(tmp_path, tmp_path, tmp_path), dry_run=True)
-    host = {"processors": 4, "baseline": 0.225}
-    watch.spec = {
-        "credits": {
-            "region": REGION,
-            "hosts": {name: host | {"instance": instance} for name, instance in instances.items()},
-        }
-    }
-    watch.controller.know({name: name for name in instances}, {}, Settings(adaptive=True))
+    watch = Watch(Paths(tmp_path, tmp_path, tmp_path), dry_run=True)
+    hosts = {name: CreditQuery(instance, "t2.xlarge", 4) for name, instance in instances.items()}
+    watch.credits = CreditMonitor(REGION, hosts, watch.log)
+    watch.controller.configure({name: name for name in instances}, {}, Settings(adaptive=True))
     listen(watch)
     known = {name: backend.credits for name, backend in watch.controller.backends.items()}
     assert {name: each and each.balance for name, each in known.items()} == {
@@ -557,26 +553,25 @@ def test_a_balancer_learns_of_credits_from_cloudwatch(
     assert known["low"]
     # The end of the five minutes that it stands for.
     assert 0 <= time.monotonic() - known["low"].at <= 6 * 60 + 30
-    assert known["low"].lasting == pytest.approx(0.225 + 12.5 / 60)
+    assert known["low"].sustainable == pytest.approx(0.225 + 12.5 / 60)
     check_policy("aws-balancer-policy.json", set(aws.actions))
 
     # Not asked again so soon; and where nothing is heard, what is known grows old.
     aws.actions.clear()
     listen(watch)
     assert aws.actions == []
-    watch.asked_at = -math.inf
+    later = 300.0
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    listen(watch)
-    assert "no word of CPU credits: Unable to locate credentials" in capsys.readouterr().err
+    listen(watch, later)
+    assert "CPU credits are unknown: Unable to locate credentials" in capsys.readouterr().err
     assert watch.controller.backends["low"].credits == known["low"]
 
 
-def listen(watch: Watch) -> None:
-    """Let it ask, if it wants to, and hear what is answered."""
+def listen(watch: Watch, later: float = 0.0) -> None:
+    """Let it ask if it is time to, and collect the answer, so many seconds from now."""
     with ThreadPoolExecutor(1) as pool:
-        watch.ask_credits(pool, time.monotonic())
-    watch.ask_credits(pool, time.monotonic())
-    assert watch.asked is None
+        watch.poll_credits(pool, time.monotonic() + later)
+    watch.poll_credits(pool, time.monotonic() + later)
 
 
 def from_nothing_to_a_fleet_and_back(operator: Operator) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pixel_lb.credits import baseline
 
-RECORDS = Path(__file__).resolve().parents[3] / "tests" / "data"
+RECORDS = Path(__file__).resolve().parents[3] / "balancer" / "tests" / "data"
 BOTH = ("debian12", "debian13")
 testinfra_hosts = ["debian12"]
 
@@ -82,7 +83,7 @@ def test_who_is_not_ready_is_taken_out_and_comes_back_in_steps(shell: Any, backe
         until(lambda: all(backends(each)["debian13"]["state"] == "down" for each in BOTH), 30)
         assert set(json.loads(shell("client many 20 /who"))) == {"debian12"}
         (out,) = (each for each in seen()["backends"] if each["name"] == "debian13")
-        assert out["why"].startswith("out: /readyz answers 503")
+        assert out["why"].startswith("down: /readyz returned 503")
         refused = shell("pixel-lb drain debian12; echo $?")
         assert refused.strip() == "3"
     finally:
@@ -146,6 +147,12 @@ systemctl restart pixel-lb
 """
 
 
+def facts(shell: Any) -> dict[str, Any]:
+    """What the inventory says of the backends."""
+    found: dict[str, Any] = json.loads(shell("cat /etc/nginx/pixel/backends.json"))
+    return found
+
+
 def test_credits_are_asked_for_beside_the_loop_and_may_stay_unknown(
     shell: Any, play: Any, converge: Any, backends: Any
 ) -> None:
@@ -158,12 +165,13 @@ def test_credits_are_asked_for_beside_the_loop_and_may_stay_unknown(
     assert "needs an instance_id, such as i-0123456789abcdef0, of debian13" in refused.words
     converge(**asking, instance_id="i-0123456789abcdef0")
     until(lambda: all("Unable to locate credentials" in shell(JOURNAL, on=each) for each in BOTH), 60)
-    (host,) = json.loads(shell("cat /etc/nginx/pixel/backends.json"))["watch"]["credits"]["hosts"].values()
-    assert (host["instance"], host["baseline"]) == ("i-0123456789abcdef0", 0.225)
-    assert host["processors"] == int(shell("nproc", on="debian13"))
+    (host,) = (each for each in facts(shell)["hosts"] if each["instance_id"])
+    assert (host["instance_id"], host["instance_type"]) == ("i-0123456789abcdef0", "t2.xlarge")
+    assert baseline(host["instance_type"]) == 0.225
+    assert host["vcpus"] == int(shell("nproc", on="debian13"))
     assert {each["state"] for each in backends().values()} == {"up"}
     converge(**adaptive)
-    assert json.loads(shell("cat /etc/nginx/pixel/backends.json"))["watch"]["credits"] == {}
+    assert {each["instance_id"] for each in facts(shell)["hosts"]} == {""}
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(shell: Any, backends: Any) -> None:
@@ -172,8 +180,8 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(shell: Any, backends: 
         said = shell("timeout 12 pixel-lb watch --dry-run 2>&1")
     finally:
         shell("rm /run/unready; systemctl start pixel-lb", on="debian12")
-    assert "debian12 is taken out: /readyz answers 503" in said
-    assert "would give debian12 nothing" in said
+    assert "debian12 is marked down: /readyz returned 503" in said
+    assert "would set debian12 down" in said
     assert {each["state"] for each in backends().values()} == {"up"}
 
 
@@ -181,7 +189,7 @@ def test_what_nginx_would_refuse_leaves_the_last_good_file(shell: Any, backends:
     before = shell("cat /etc/nginx/pixel/upstreams.conf")
     shell("echo 'nonsense;' >>/etc/nginx/pixel/server.conf; touch /run/unready", on="debian12")
     try:
-        until(lambda: "the last good configuration stays" in shell("journalctl -u pixel-lb -o cat"), 30)
+        until(lambda: "the last good configuration is kept" in shell("journalctl -u pixel-lb -o cat"), 30)
         assert shell("cat /etc/nginx/pixel/upstreams.conf") == before
         assert len(json.loads(shell("client many 20 /who"))) == 20
     finally:

@@ -1,0 +1,69 @@
+"""Latencies from Nginx' access log.
+
+What a client waits for includes the time that a request spends in the socket of a throttled host, which the
+app cannot measure.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+# At most this much is read at a time; of more, only the end, which stands for all of it.
+READ_BYTES = 128 * 1024
+# A request for one pixel is always the same work; a picture, a stream or a batch is not.
+PIXEL_LINE = re.compile(
+    rb'"uri":"/(?:cluster/[^/"]+/)?pixel[/?"][^\n]*?"upstream":"([^"]+)"[^\n]*?"upstream_seconds":"([^"]+)"'
+)
+# One slow request must not dominate a mean.
+MAX_SECONDS = 1.0
+
+
+class LogTail:
+    """Follows the access log, also across rotations."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = 0
+        self._offset = 0
+
+    def read(self) -> dict[str, tuple[float, float]]:
+        """Return the requests for pixels since the last call: their count and total seconds by address."""
+        try:
+            with self._path.open("rb") as log:
+                facts = os.fstat(log.fileno())
+                if self._inode == 0:
+                    self._offset = facts.st_size  # Start with what is written from now on.
+                elif facts.st_ino != self._inode or facts.st_size < self._offset:
+                    self._offset = 0
+                self._inode = facts.st_ino
+                new = facts.st_size - self._offset
+                log.seek(facts.st_size - min(new, READ_BYTES))
+                text = log.read(min(new, READ_BYTES))
+                self._offset = facts.st_size
+        except OSError:
+            return {}
+        return parse(text, new / len(text) if text else 0.0)
+
+
+def parse(lines: bytes, multiplier: float = 1.0) -> dict[str, tuple[float, float]]:
+    """Sum up requests for pixels.
+
+    Args:
+        lines: A part of the log; an incomplete first line is ignored.
+        multiplier: How many requests each line stands for.
+
+    Returns:
+        Count and total seconds by the backend's address.
+    """
+    counts: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
+    for upstreams, took in PIXEL_LINE.findall(lines):
+        # A request that was sent to a second backend has both: "a, b" and "2.001, 0.004".
+        for address, text in zip(upstreams.decode().split(", "), took.decode().split(", "), strict=False):
+            if text != "-":
+                counts[address] += multiplier
+                seconds[address] += min(float(text), MAX_SECONDS) * multiplier
+    return {address: (counts[address], seconds[address]) for address in counts}

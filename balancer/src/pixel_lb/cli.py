@@ -1,0 +1,111 @@
+"""The command line.
+
+    pixel-lb install        check the staged configuration and put it in force
+    pixel-lb drain HOST     send no new requests to a host (never the last one, unless --force), and wait
+                            until those in flight have ended
+    pixel-lb undrain HOST   send requests to it again, and wait until it answers one (not where requests go
+                            by a key, or to a backup: it may receive none)
+    pixel-lb certificate DIRECTORY
+                            put this certificate and its key in force (certbot's hook after a renewal)
+    pixel-lb reload         make Nginx read its files again
+    pixel-lb watch          run the controller (pixel-lb.service)
+    pixel-lb status         print the state of backends, controller and Nginx as JSON
+    pixel-lb loaded         record that Nginx has just read its files (nginx.service)
+
+install, certificate, drain and undrain print `changed` or `unchanged`. Exit status: 0 done, 1 refused and
+nothing changed, 3 refused because it is the last backend, 4 changed but the wait timed out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pixel_lb.drain import drain, undrain, wait_until_idle, wait_until_seen
+from pixel_lb.errors import Refused
+from pixel_lb.files import Paths, exclusive
+from pixel_lb.install import install, install_certificate
+from pixel_lb.nginx import Nginx
+from pixel_lb.status import describe
+from pixel_lb.watch import Watch
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser."""
+    made = argparse.ArgumentParser(prog="pixel-lb", description="The balancer's upstreams and controller.")
+    commands = made.add_subparsers(dest="command", required=True)
+    commands.add_parser("install", help="check the staged configuration and put it in force")
+    draining = commands.add_parser("drain", help="send no new requests to a host")
+    draining.add_argument("--force", action="store_true", help="even if it is the last one")
+    undraining = commands.add_parser("undrain", help="send requests to a host again")
+    for command in (draining, undraining):
+        command.add_argument("host")
+        command.add_argument("--wait", type=float, default=10, metavar="SECONDS", help="default 10")
+    certificate = commands.add_parser("certificate", help="put a certificate and its key in force")
+    certificate.add_argument("directory", type=Path, help="contains fullchain.pem and privkey.pem")
+    commands.add_parser("reload", help="make Nginx read its files again")
+    commands.add_parser("status", help="print the state of backends, controller and Nginx as JSON")
+    watching = commands.add_parser("watch", help="run the controller until it is stopped")
+    watching.add_argument("--dry-run", action="store_true", help="log decisions, apply nothing")
+    commands.add_parser("loaded", help="record that Nginx has just read its files")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: The command line without the program's name; that of the process by default.
+
+    Returns:
+        The exit status.
+    """
+    args = parser().parse_args(arguments)
+    paths = Paths()
+    try:
+        if args.command == "watch":
+            Watch(paths, dry_run=args.dry_run).run()
+        elif args.command == "status":
+            print(json.dumps(describe(paths, Nginx(paths)), indent=2))
+        else:
+            _change(args, paths)
+    except Refused as refusal:
+        print(f"pixel-lb: {refusal}", file=sys.stderr)
+        return refusal.exit_status
+    except FileNotFoundError as error:
+        print(f"pixel-lb: {error.filename} is missing: run playbooks/nginx_lb.yml", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _change(args: argparse.Namespace, paths: Paths) -> None:
+    nginx = Nginx(paths)
+    with exclusive(paths.lock):
+        # A run that was killed may have left it.
+        paths.closing.unlink(missing_ok=True)
+        match args.command:
+            case "install":
+                _print_changed(install(paths, nginx))
+            case "certificate":
+                _print_changed(install_certificate(paths, nginx, args.directory))
+            case "drain":
+                _print_changed(drain(paths, nginx, args.host, force=args.force))
+            case "undrain":
+                _print_changed(undrain(paths, nginx, args.host))
+            case "reload":
+                nginx.reload()
+            case "loaded":
+                nginx.mark_loaded()
+    # Without the lock: the controller may have to mark another backend down meanwhile.
+    match args.command:
+        case "drain":
+            wait_until_idle(paths, args.host, args.wait)
+        case "undrain":
+            wait_until_seen(paths, args.host, args.wait)
+
+
+def _print_changed(changed: bool) -> None:
+    print("changed" if changed else "unchanged", flush=True)

@@ -1,0 +1,128 @@
+"""Who receives requests: operators drain hosts, the controller gives shares."""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Collection, Mapping
+
+from pixel_lb.errors import LastBackend, WaitTimeout
+from pixel_lb.files import Paths
+from pixel_lb.fleet import KEYED_METHODS, Fleet
+from pixel_lb.install import apply
+from pixel_lb.nginx import Nginx, connections
+from pixel_lb.state import State
+from pixel_lb.upstreams import render
+from pixel_lb.weights import FULL, Share
+
+
+def drain(paths: Paths, nginx: Nginx, host: str, *, force: bool = False) -> bool:
+    """Stop sending new requests to a host.
+
+    Args:
+        paths: The agent's directories.
+        nginx: The Nginx that reads the upstreams.
+        host: The host, with all its instances.
+        force: Drain it even if it is the last one that receives requests.
+
+    Returns:
+        Whether anything changed.
+
+    Raises:
+        LastBackend: It is the last one that receives requests.
+        Refused: There is no such host, or Nginx rejects the change; nothing was changed.
+    """
+    fleet = Fleet.load(paths.facts)
+    fleet.require(host)
+    state = State(paths)
+    if not force and not receiving(fleet, state.drained(), state.shares()) - {host}:
+        raise LastBackend(
+            f"{host} is the last backend that receives requests; use --force to drain it anyway"
+        )
+    return _mark(paths, nginx, fleet, host, drained=True)
+
+
+def undrain(paths: Paths, nginx: Nginx, host: str) -> bool:
+    """Send requests to a host again.
+
+    Returns:
+        Whether anything changed.
+
+    Raises:
+        Refused: There is no such host, or Nginx rejects the change; nothing was changed.
+    """
+    fleet = Fleet.load(paths.facts)
+    fleet.require(host)
+    return _mark(paths, nginx, fleet, host, drained=False)
+
+
+def _mark(paths: Paths, nginx: Nginx, fleet: Fleet, host: str, *, drained: bool) -> bool:
+    state = State(paths)
+    hosts = state.drained() - {host} | ({host} if drained else set())
+    text = render(fleet, hosts, state.shares())
+    return apply(nginx, {paths.drained / host: b"" if drained else None, paths.upstreams: text.encode()})
+
+
+def apply_shares(paths: Paths, nginx: Nginx, shares: Mapping[str, Share]) -> None:
+    """Put the controller's shares in force.
+
+    Raises:
+        Refused: Nginx rejects the change; the former shares are kept.
+    """
+    text = render(Fleet.load(paths.facts), State(paths).drained(), shares)
+    apply(nginx, {paths.shares: State.encode_shares(shares), paths.upstreams: text.encode()})
+
+
+def receiving(fleet: Fleet, drained: Collection[str], shares: Mapping[str, Share]) -> set[str]:
+    """Return the hosts that receive requests: not drained, and with a server that is not down."""
+    up = {server.host for server in fleet.servers if not shares.get(server.name, FULL).down}
+    return up - set(drained)
+
+
+def wait_until_idle(paths: Paths, host: str, seconds: float) -> None:
+    """Wait until Nginx has no request in flight at a host.
+
+    New workers do not connect to a server that is down, and old ones close idle connections: every
+    connection that is left is a request.
+
+    Raises:
+        WaitTimeout: There are still some after `seconds`.
+    """
+    addresses = Fleet.load(paths.facts).addresses(host)
+    deadline = time.monotonic() + seconds
+    while left := sum(map(connections, addresses)):
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"{host} still has {left} requests in flight after {seconds:.0f} s")
+        time.sleep(0.05)
+
+
+def wait_until_seen(paths: Paths, host: str, seconds: float) -> None:
+    """Wait until a host has answered a request through Nginx.
+
+    Where requests go by a key, or the host is a backup, it may receive none: then this returns at once.
+
+    Raises:
+        WaitTimeout: It has answered none after `seconds`.
+    """
+    fleet = Fleet.load(paths.facts)
+    servers = {server.name for server in fleet.servers if server.host == host and not server.backup}
+    if not servers or fleet.method in KEYED_METHODS:
+        return
+    deadline = time.monotonic() + seconds
+    while answering_instance(fleet.probe_url) not in servers:
+        if time.monotonic() > deadline:
+            raise WaitTimeout(
+                f"{host} answered none of the requests to {fleet.probe_url} within {seconds:.0f} s"
+            )
+        time.sleep(0.02)
+
+
+def answering_instance(url: str) -> str | None:
+    """Return the name of the instance that answers a request, or None if none does."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 (our own URL)
+            name: str | None = answer.headers["X-Pixel-Instance"]
+            return name
+    except (OSError, urllib.error.URLError):
+        return None

@@ -1,0 +1,107 @@
+"""Where the agent's files are, and how it reads, replaces and locks them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The agent's directories; tests have their own."""
+
+    nginx: Path = Path("/etc/nginx")
+    state: Path = Path("/var/lib/pixel-lb")
+    run: Path = Path("/run/pixel-lb")
+
+    @property
+    def staged(self) -> Path:
+        """The configuration that `pixel-lb install` checks and applies."""
+        return self.nginx / "staged"
+
+    @property
+    def facts(self) -> Path:
+        """The inventory's facts in force."""
+        return self.nginx / "pixel" / "backends.json"
+
+    @property
+    def upstreams(self) -> Path:
+        """The upstreams in force."""
+        return self.nginx / "pixel" / "upstreams.conf"
+
+    @property
+    def drained(self) -> Path:
+        """A directory with one empty file for each drained host."""
+        return self.state / "drained"
+
+    @property
+    def shares(self) -> Path:
+        """The controller's shares in force."""
+        return self.state / "shares.json"
+
+    @property
+    def report(self) -> Path:
+        """The controller's latest report, which Nginx serves as `/lb/status`."""
+        return self.run / "status.json"
+
+    @property
+    def loaded(self) -> Path:
+        """The fingerprint of the files that Nginx runs with."""
+        return self.run / "loaded"
+
+    @property
+    def closing(self) -> Path:
+        """While it exists, Nginx closes client connections after each answer."""
+        return self.run / "closing"
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever changes anything."""
+        return self.run / "lock"
+
+
+def read(path: Path) -> bytes | None:
+    """Read a file.
+
+    Returns:
+        Its content, or None if it does not exist.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def write(path: Path, content: bytes | None) -> bool:
+    """Replace a file atomically, or remove it.
+
+    Args:
+        path: The file.
+        content: Its new content, or None to remove it.
+
+    Returns:
+        Whether anything changed; an equal file is left untouched.
+    """
+    if read(path) == content:
+        return False
+    if content is None:
+        path.unlink()
+        return True
+    temporary = path.with_name(path.name + ".new")
+    # Private keys are readable by root only, whatever their directory's mode is.
+    temporary.touch(0o600 if path.parent.name == "tls" else 0o644)
+    temporary.write_bytes(content)
+    temporary.replace(path)
+    return True
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path) -> Iterator[None]:
+    """Hold a lock file, waiting until it is free."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,132 @@
+"""Who receives requests: drained hosts, the controller's shares, and what Nginx rejects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pixel_lb import drain
+from pixel_lb.errors import LastBackend, Refused, WaitTimeout
+from pixel_lb.nginx import Nginx
+from pixel_lb.weights import FULL, Share
+
+
+def test_a_drain_marks_down_and_an_undrain_restores(balancer: Any) -> None:
+    balancer.undrain("b")
+    before = balancer.upstreams
+    assert balancer.drain("b")
+    assert balancer.server_parameters == [
+        "weight=3 max_fails=3 fail_timeout=5s; # a",
+        "weight=2 max_fails=3 fail_timeout=5s down; # b",
+    ]
+    # Nginx sees the only server that is left, and no other.
+    assert [line.strip() for line in balancer.upstreams.splitlines() if "server " in line] == [
+        "server 10.0.0.1:8000 weight=3 max_fails=3 fail_timeout=5s; # a",
+        "# server 10.0.0.2:8000 weight=2 max_fails=3 fail_timeout=5s down; # b",
+    ]
+    assert balancer.status()["backends"]["b"]["state"] == "drained"
+    assert not balancer.drain("b")
+    assert balancer.undrain("b")
+    assert balancer.upstreams == before
+    assert not balancer.undrain("b")
+
+
+def test_the_last_host_is_drained_by_force_only(balancer: Any) -> None:
+    balancer.drain("a")
+    with pytest.raises(LastBackend, match="last backend"):
+        balancer.drain("b")
+    assert balancer.state.drained() == {"a"}
+    balancer.drain("b", force=True)
+    assert balancer.state.drained() == {"a", "b"}
+
+
+def test_an_unknown_name_changes_nothing(balancer: Any) -> None:
+    with pytest.raises(Refused, match="known backends: a, b"):
+        balancer.drain("c")
+    assert balancer.state.drained() == set()
+
+
+def test_an_unready_backend_is_down_but_never_all_of_them(balancer: Any) -> None:
+    balancer.apply_shares(a=FULL, b=Share(1.0, True))
+    assert balancer.downs == [False, True]
+    assert balancer.status()["backends"]["b"]["state"] == "down"
+    with pytest.raises(LastBackend):
+        balancer.drain("a")
+    # A host that is drained by force stays out; an unready one is the better choice then.
+    balancer.drain("a", force=True)
+    assert balancer.downs == [True, False]
+
+
+def test_servers_of_a_host_are_drained_together_and_marked_down_separately(balancer: Any) -> None:
+    instances = balancer.facts["hosts"][0]["instances"]
+    instances.append(instances[0] | {"name": "a-8001", "address": "10.0.0.1:8001"})
+    balancer.write_facts()
+    balancer.apply_shares(**{"a": Share(1.0, True), "a-8001": FULL, "b": FULL})
+    assert balancer.downs == [True, False, False]
+    balancer.drain("b")  # One instance of a is left.
+    balancer.undrain("b")
+    balancer.drain("a")
+    assert balancer.downs == [True, True, False]
+    assert [each["host"] for each in balancer.status()["backends"].values()] == ["a", "a", "b"]
+    with pytest.raises(Refused, match="known backends: a, b"):
+        balancer.drain("a-8001")
+
+
+def reject(_: Nginx) -> bool:
+    raise Refused("nginx -t failed")
+
+
+def test_shares_that_nginx_rejects_are_not_kept(balancer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    balancer.apply_shares(a=FULL, b=Share(0.5, False))
+    good = balancer.upstreams
+    monkeypatch.setattr(Nginx, "reload_if_needed", reject)
+    with pytest.raises(Refused):
+        balancer.apply_shares(a=FULL, b=Share(0.1, False))
+    assert balancer.upstreams == good
+    assert balancer.state.shares()["b"].factor == 0.5
+
+
+def test_a_drain_that_nginx_rejects_leaves_no_mark(balancer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    balancer.drain("b")
+    monkeypatch.setattr(Nginx, "reload_if_needed", reject)
+    with pytest.raises(Refused):
+        balancer.undrain("b")
+    assert balancer.state.drained() == {"b"}
+    with pytest.raises(Refused):
+        balancer.drain("a", force=True)
+    assert balancer.state.drained() == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("method", "backup", "waits"),
+    [
+        ("least_conn", False, True),
+        ("least_conn", True, False),
+        ("ip_hash", False, False),
+        ("hash", False, False),
+    ],
+)
+def test_a_host_that_may_receive_no_request_is_not_waited_for(
+    balancer: Any, monkeypatch: pytest.MonkeyPatch, method: str, backup: bool, waits: bool
+) -> None:
+    balancer.facts["hosts"][1]["backup"] = backup
+    balancer.write_facts(method=method)
+    monkeypatch.setattr(drain, "answering_instance", lambda _: "a")
+    if waits:
+        with pytest.raises(WaitTimeout, match="b answered none"):
+            drain.wait_until_seen(balancer.paths, "b", 0.1)
+    else:
+        drain.wait_until_seen(balancer.paths, "b", 0.1)
+
+
+def test_a_drain_waits_for_requests_in_flight_at_every_address(
+    balancer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a ring, the balancer's own host is reached by TCP; otherwise by its socket.
+    balancer.write_facts(balancer="b", sticky=True)
+    in_flight = {"unix:/run/pixel.sock": 1, "10.0.0.2:8000": 1}
+    monkeypatch.setattr(drain, "connections", lambda address: in_flight[address])
+    with pytest.raises(WaitTimeout, match="b still has 2 requests in flight"):
+        drain.wait_until_idle(balancer.paths, "b", 0.1)
+    in_flight.update(dict.fromkeys(in_flight, 0))
+    drain.wait_until_idle(balancer.paths, "b", 0.1)

@@ -1,0 +1,57 @@
+"""The text of upstreams.conf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pixel_lb.upstreams import render
+from pixel_lb.weights import FULL, Share
+
+
+def test_zone_comes_first_and_keepalive_last(balancer: Any) -> None:
+    assert render(balancer.fleet, (), {}).splitlines()[1:] == [
+        "upstream pixel {",
+        "    zone pixel 256k;",
+        "    least_conn;",
+        "    server 10.0.0.1:8000 weight=3 max_fails=3 fail_timeout=5s; # a",
+        "    server 10.0.0.2:8000 weight=2 max_fails=3 fail_timeout=5s; # b",
+        "    keepalive 64;",
+        "    keepalive_requests 100000;",
+        "    keepalive_timeout 60s;",
+        "}",
+    ]
+
+
+def test_weighted_round_robin_needs_no_directive(balancer: Any) -> None:
+    balancer.write_facts(method="round_robin")
+    assert render(balancer.fleet, (), {}).splitlines()[2:4] == [
+        "    zone pixel 256k;",
+        "    server 10.0.0.1:8000 weight=3 max_fails=3 fail_timeout=5s; # a",
+    ]
+
+
+def test_a_backup_that_is_left_alone_is_none(balancer: Any) -> None:
+    balancer.facts["hosts"][1]["backup"] = True
+    balancer.write_facts()
+    balancer.undrain("a")
+    assert " backup;" in balancer.server_parameters[1]
+    balancer.drain("a")
+    # Nginx rejects an upstream of backups alone.
+    assert "backup" not in balancer.server_parameters[1]
+
+
+def test_shares_make_weights_in_their_ratio(balancer: Any) -> None:
+    balancer.apply_shares(a=FULL, b=Share(0.5, False))
+    assert balancer.weights == ["weight=3", "weight=1"]
+    balancer.apply_shares(a=FULL, b=Share(0.001, False))
+    assert balancer.weights == ["weight=300", "weight=1"]
+    balancer.apply_shares(a=FULL, b=FULL)
+    assert balancer.weights == ["weight=3", "weight=2"]
+
+
+def test_a_ring_keeps_its_base_weights(balancer: Any) -> None:
+    balancer.write_facts(method="hash")
+    balancer.apply_shares(a=Share(0.3, False), b=Share(1.0, True))
+    assert "    hash $request_uri consistent;" in balancer.upstreams.splitlines()
+    assert balancer.weights == ["weight=3", "weight=2"]
+    assert " down;" in balancer.server_parameters[1]

@@ -1,0 +1,119 @@
+"""Filters for facts of the fleet: the app's instances on a host, and ports.
+
+    hostvars[host] | pixel_instances            the app's instances on a host, first one first
+    hostvars[host] | pixel_instance_template    the same for the systemd template of further instances
+    hostvars[host] | fleet_ports                TCP ports that a host opens to the fleet
+    'redis' | exporter_port                     TCP port of an exporter, of Prometheus or of Alertmanager
+
+A host runs one or more instances of the app. The first has the plain names; further ones are named by their
+ports, since systemd can put a name into a template but cannot count:
+
+    name      unit         port   socket                  address          url
+    t2        pixel        8000   /run/pixel.sock         10.0.0.2:8000    http://10.0.0.2:8000
+    t2-8001   pixel@8001   8001   /run/pixel-8001.sock    10.0.0.2:8001    http://10.0.0.2:8001
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# The defaults of roles pixel_app and redis, which a host's variables lack unless the inventory sets them.
+APP_PORT = 8000
+APP_INSTANCES = 1
+APP_SOCKET = "/run/pixel.sock"
+REDIS_PORT = 6379
+EXPORTER_PORTS = {"node": 9100, "nginx": 9113, "redis": 9121, "prometheus": 9090, "alertmanager": 9093}
+# systemd's specifier for a unit's name between `@` and the suffix.
+SPECIFIER = "%i"
+
+
+def pixel_instances(
+    variables: Mapping[str, Any],
+    port: int | str | None = None,
+    count: int | str | None = None,
+    socket: str | None = None,
+    name: str | None = None,
+) -> list[dict[str, Any]]:
+    """List the app's instances on a host.
+
+    Args:
+        variables: The host's variables, `hostvars[host]`.
+        port: Port of the first instance, instead of its `pixel_app_port`.
+        count: How many there are, instead of its `pixel_app_instances`.
+        socket: Path of the first one's Unix socket, instead of its `pixel_app_socket`; empty if it has none.
+        name: Name of the first one, instead of the host's.
+
+    Returns:
+        For each instance `name`, `unit` (without a suffix), `port`, `socket`, `address` and `url`.
+    """
+    first = int(variables.get("pixel_app_port", APP_PORT) if port is None else port)
+    number = int(variables.get("pixel_app_instances", APP_INSTANCES) if count is None else count)
+    return [
+        _instance(variables, first + offset, socket, name, is_first=offset == 0) for offset in range(number)
+    ]
+
+
+def pixel_instance_template(
+    variables: Mapping[str, Any], socket: str | None = None, name: str | None = None
+) -> dict[str, Any]:
+    """Describe the template of a host's further instances, with systemd's specifier `%i` for the port.
+
+    Args:
+        variables: The host's variables, `hostvars[host]`.
+        socket: As for `pixel_instances`.
+        name: As for `pixel_instances`.
+
+    Returns:
+        The same keys as one item of `pixel_instances`.
+    """
+    return _instance(variables, SPECIFIER, socket, name, is_first=False)
+
+
+def exporter_port(service: str) -> int:
+    """Return the TCP port of `node`, `nginx`, `redis`, `prometheus` or `alertmanager`."""
+    return EXPORTER_PORTS[service]
+
+
+def fleet_ports(variables: Mapping[str, Any]) -> list[int]:
+    """List the TCP ports that a host opens to the fleet: the app's instances, Redis, exporters.
+
+    Args:
+        variables: The host's variables, `hostvars[host]`.
+
+    Returns:
+        The ports, whether something listens there on this host or not.
+    """
+    instances = [instance["port"] for instance in pixel_instances(variables)]
+    return [*instances, int(variables.get("redis_port", REDIS_PORT)), *EXPORTER_PORTS.values()]
+
+
+def _instance(
+    variables: Mapping[str, Any], port: int | str, socket: str | None, name: str | None, *, is_first: bool
+) -> dict[str, Any]:
+    suffix = "" if is_first else f"-{port}"
+    path = variables.get("pixel_app_socket", APP_SOCKET) if socket is None else socket
+    root, extension = os.path.splitext(path)
+    address = f"{variables.get('private_address', '')}:{port}"
+    return {
+        "name": f"{variables['inventory_hostname'] if name is None else name}{suffix}",
+        "unit": "pixel" if is_first else f"pixel@{port}",
+        "port": port,
+        "socket": f"{root}{suffix}{extension}" if path else "",
+        "address": address,
+        "url": f"http://{address}",
+    }
+
+
+class FilterModule:
+    """What Ansible loads."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Return the filters by name."""
+        return {
+            "pixel_instances": pixel_instances,
+            "pixel_instance_template": pixel_instance_template,
+            "exporter_port": exporter_port,
+            "fleet_ports": fleet_ports,
+        }

@@ -1,0 +1,200 @@
+"""The filter plugin for the fleet's facts, and what the roles make of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pixel_fleet
+import pytest
+import yaml
+from pixel_lb.fleet import Fleet
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = {"inventory_hostname": "t2", "private_address": "10.0.0.2"}
+
+
+def test_the_first_instance_has_plain_names_and_further_ones_their_ports() -> None:
+    assert pixel_fleet.pixel_instances(HOST | {"pixel_app_instances": 2}) == [
+        {
+            "name": "t2",
+            "unit": "pixel",
+            "port": 8000,
+            "socket": "/run/pixel.sock",
+            "address": "10.0.0.2:8000",
+            "url": "http://10.0.0.2:8000",
+        },
+        {
+            "name": "t2-8001",
+            "unit": "pixel@8001",
+            "port": 8001,
+            "socket": "/run/pixel-8001.sock",
+            "address": "10.0.0.2:8001",
+            "url": "http://10.0.0.2:8001",
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "ports"),
+    [
+        ({}, {}, [8000]),
+        ({"pixel_app_port": "9000", "pixel_app_instances": "2"}, {}, [9000, 9001]),
+        ({"pixel_app_port": 9000, "pixel_app_instances": 2}, {"port": 7000, "count": 1}, [7000]),
+        ({"pixel_app_instances": 0}, {}, []),
+    ],
+)
+def test_variables_are_those_of_the_host_unless_they_are_given(
+    variables: dict[str, Any], arguments: dict[str, Any], ports: list[int]
+) -> None:
+    instances = pixel_fleet.pixel_instances(HOST | variables, **arguments)
+    assert [instance["port"] for instance in instances] == ports
+
+
+def test_sockets_and_names_can_be_given() -> None:
+    first, second = pixel_fleet.pixel_instances(HOST, count=2, socket="/srv/app.socket", name="blue")
+    assert (first["name"], first["socket"]) == ("blue", "/srv/app.socket")
+    assert (second["name"], second["socket"]) == ("blue-8001", "/srv/app-8001.socket")
+    first, second = pixel_fleet.pixel_instances(HOST, count=2, socket="")
+    assert (first["socket"], second["socket"]) == ("", "")
+    (other,) = pixel_fleet.pixel_instances(HOST | {"pixel_app_socket": "/run/other.sock"})
+    assert other["socket"] == "/run/other.sock"
+
+
+def test_the_systemd_template_becomes_an_instance() -> None:
+    template = pixel_fleet.pixel_instance_template(HOST)
+    (_, further) = pixel_fleet.pixel_instances(HOST, count=2)
+    assert template["unit"] == "pixel@%i"
+    replaced = {key: str(value).replace("%i", "8001") for key, value in template.items()}
+    assert replaced == {key: str(value) for key, value in further.items()}
+
+
+def test_the_fleets_ports_are_the_apps_redis_and_exporters() -> None:
+    ports = pixel_fleet.fleet_ports(HOST | {"pixel_app_instances": 2, "redis_port": "6400"})
+    assert ports == [8000, 8001, 6400, 9100, 9113, 9121, 9090, 9093]
+    assert pixel_fleet.fleet_ports(HOST)[:2] == [8000, 6379]
+    assert pixel_fleet.exporter_port("redis") == 9121
+
+
+def test_defaults_are_the_roles() -> None:
+    app, redis = (
+        yaml.safe_load((ROOT / "roles" / role / "defaults" / "main.yml").read_text())
+        for role in ("pixel_app", "redis")
+    )
+    assert app["pixel_app_port"] == pixel_fleet.APP_PORT
+    assert app["pixel_app_instances"] == pixel_fleet.APP_INSTANCES
+    assert app["pixel_app_socket"] == pixel_fleet.APP_SOCKET
+    assert redis["redis_port"] == pixel_fleet.REDIS_PORT
+
+
+def test_security_groups_admit_the_fleets_ports() -> None:
+    aws = yaml.safe_load((ROOT / "inventory" / "aws" / "group_vars" / "all.yml").read_text())
+    assert sorted(aws["aws_fleet_ports"]) == sorted(pixel_fleet.fleet_ports(HOST))
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Any:
+    """What the agent at host `a` makes of an inventory's hosts and variables, as the role renders them."""
+
+    def render(hosts: dict[str, dict[str, Any]], **variables: Any) -> Fleet:
+        address = {"private_address": "10.0.0.1", "ansible_connection": "local"}
+        local = {"ansible_python_interpreter": sys.executable, "ansible_become": False}
+        inventory = {
+            "pixel_app": {"hosts": {name: address | local | facts for name, facts in hosts.items()}},
+            "nginx_lb": {"hosts": {"a": {}}},
+        }
+        (tmp_path / "hosts.yml").write_text(json.dumps(inventory))
+        role = ROOT / "roles" / "nginx_lb"
+        play = [
+            {
+                "hosts": "all",
+                "gather_facts": False,
+                "tasks": [{"ansible.builtin.setup": {"gather_subset": ["!all", "hardware"]}}],
+            },
+            {
+                "hosts": "nginx_lb",
+                "gather_facts": False,
+                "vars_files": [str(role / "defaults/main.yml"), str(role / "vars/main.yml")],
+                "tasks": [
+                    {
+                        "ansible.builtin.template": {
+                            "src": str(role / "templates" / "backends.json.j2"),
+                            "dest": str(tmp_path / "backends.json"),
+                            "mode": "0644",
+                        }
+                    }
+                ],
+            },
+        ]
+        (tmp_path / "play.yml").write_text(json.dumps(play))
+        program = Path(sys.prefix, "bin", "ansible-playbook")
+        command: list[str | Path] = [program, "--inventory", tmp_path / "hosts.yml", tmp_path / "play.yml"]
+        done = subprocess.run(
+            [*command, "--extra-vars", json.dumps(variables)],
+            cwd=ROOT,
+            env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Fleet.load(tmp_path / "backends.json")
+
+    return render
+
+
+def test_a_host_that_says_nothing_has_one_instance_at_the_default_port(fleet: Any) -> None:
+    found = fleet({"a": {}, "b": {"private_address": "10.0.0.2"}})
+    assert [(server.name, server.address, server.weight) for server in found.servers] == [
+        ("a", "unix:/run/pixel.sock", 1),
+        ("b", "10.0.0.2:8000", 1),
+    ]
+    assert found.credits == {}
+    assert found.is_controlled
+
+
+def test_the_facts_of_hosts_reach_the_agent(fleet: Any) -> None:
+    found = fleet(
+        {
+            "a": {"nginx_lb_weight": 3, "pixel_app_instances": 2},
+            "b": {
+                "private_address": "10.0.0.2",
+                "nginx_lb_weight": 2,
+                "instance_type": "t2.xlarge",
+                "instance_id": "i-0123456789abcdef0",
+                "nginx_lb_backup": True,
+            },
+        },
+        pixel_app_port=9000,
+        nginx_lb_weights="adaptive",
+        nginx_lb_credit_source="cloudwatch",
+        nginx_lb_credit_region="eu-central-1",
+        nginx_lb_clusters={"t2": "t2", "all": "pixel_app"},
+        nginx_lb_dead_band=20,
+    )
+    assert [(server.name, server.address, server.weight, server.backup) for server in found.servers] == [
+        ("a", "unix:/run/pixel.sock", 3, False),
+        ("a-9001", "unix:/run/pixel-9001.sock", 3, False),
+        ("b", "10.0.0.2:9000", 4, True),
+    ]
+    assert [(upstream.name, len(upstream.servers)) for upstream in found.upstreams] == [
+        ("pixel", 3),
+        ("cluster_t2", 1),
+        ("cluster_all", 3),
+    ]
+    assert (found.credit_region, found.credits["b"].instance_id) == ("eu-central-1", "i-0123456789abcdef0")
+    assert (found.settings.adaptive, found.settings.dead_band, found.settings.step) == (True, 0.2, 0.5)
+
+
+def test_measured_weights_are_found_in_the_hosts_variables(fleet: Any) -> None:
+    hosts = {
+        name: {"nginx_lb_measured": {"requests_per_second": rate}}
+        for name, rate in (("a", 3000), ("b", 1500.4))
+    }
+    found = fleet(hosts, nginx_lb_weights="measured")
+    assert [server.weight for server in found.servers] == [2, 1]
+    assert found.weight_source == "measured"
