@@ -27,11 +27,13 @@ def test_time_for_pixels_is_summed_up_by_backend(tmp_path: Path) -> None:
         file.write(line("/pixel", "10.0.0.1:8000", "0.004") + line("/pixel/1/2", "10.0.0.1:8000", "0.002"))
         file.write(line("/cluster/t2/pixel", "unix:/run/pixel.sock", "30.5"))
         file.write(line("/pixel", "10.0.0.1:8000, unix:/run/pixel.sock", "0.500, 0.001"))
+        file.write(line("/pixel", "10.0.0.1:8000 : 10.0.0.3:8000", "0.500 : 0.002"))
         for uri in ("/events", "/canvas.png", "/pixels", "/ping"):
             file.write(line(uri, "10.0.0.1:8000", "7.000"))
         file.write(line("/pixel", "-", "-"))
     seen = tail.read()
-    assert seen["10.0.0.1:8000"] == pytest.approx((3, 0.506))
+    assert seen["10.0.0.1:8000"] == pytest.approx((4, 1.006))
+    assert seen["10.0.0.3:8000"] == pytest.approx((1, 0.002))
     assert seen["unix:/run/pixel.sock"] == pytest.approx((2, 1.001))  # One counts for a second at most.
     assert tail.read() == {}
 

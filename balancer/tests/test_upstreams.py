@@ -9,7 +9,7 @@ from pixel_lb.weights import FULL, Share
 
 
 def test_zone_comes_first_and_keepalive_last(balancer: Any) -> None:
-    assert render(balancer.fleet, (), {}).splitlines()[1:] == [
+    assert render(balancer.fleet, (), {}).splitlines()[1:10] == [
         "upstream pixel {",
         "    zone pixel 256k;",
         "    least_conn;",
@@ -55,3 +55,31 @@ def test_a_ring_keeps_its_base_weights(balancer: Any) -> None:
     assert "    hash $request_uri consistent;" in balancer.upstreams.splitlines()
     assert balancer.weights == ["weight=3", "weight=2"]
     assert " down;" in balancer.server_parameters[1]
+
+
+def test_a_request_is_sent_again_to_another_host(balancer: Any) -> None:
+    text = render(balancer.fleet, (), {})
+    assert text.split("upstream pixel_without_a {")[1].split("}")[0].splitlines()[1:] == [
+        "    zone pixel_without_a 256k;",
+        "    least_conn;",
+        "    server 10.0.0.2:8000 weight=2 max_fails=3 fail_timeout=5s; # b",
+        "    keepalive 64;",
+        "    keepalive_requests 100000;",
+        "    keepalive_timeout 60s;",
+    ]
+    assert text.split("$pixel_other {\n")[1].splitlines() == [
+        "    volatile;",
+        "    default $pixel_upstream;",
+        r'    "~^pixel (.*[ ,])?10\.0\.0\.1:8000$" pixel_without_a;',
+        r'    "~^pixel (.*[ ,])?10\.0\.0\.2:8000$" pixel_without_b;',
+        "}",
+    ]
+
+
+def test_where_no_other_host_is_up_the_same_is_asked_again(balancer: Any) -> None:
+    for text in (
+        render(balancer.fleet, ("b",), {}),
+        render(balancer.fleet, (), {"b": Share(1.0, True)}),
+    ):
+        assert "pixel_without_b {" in text
+        assert "pixel_without_a" not in text

@@ -3,6 +3,7 @@
     hostvars[host] | pixel_instances            the app's instances on a host, first one first
     hostvars[host] | pixel_instance_template    the same for the systemd template of further instances
     hostvars[host] | fleet_ports                TCP ports that a host opens to the fleet
+    hostvars.values() | write_lifetime          seconds that an attempt at a write can last on any of these hosts
     'redis' | exporter_port                     TCP port of an exporter, of Prometheus or of Alertmanager
 
 A host runs one or more instances of the app. The first has the plain names; further ones are named by their
@@ -16,13 +17,15 @@ ports, since systemd can put a name into a template but cannot count:
 from __future__ import annotations
 
 import os.path
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 # The defaults of roles pixel_app and redis, which a host's variables lack unless the inventory sets them.
 APP_PORT = 8000
 APP_INSTANCES = 1
 APP_SOCKET = "/run/pixel.sock"
+APP_START_LIMIT = 0.8
+APP_REDIS_TIMEOUT = 0.8
 REDIS_PORT = 6379
 EXPORTER_PORTS = {"node": 9100, "nginx": 9113, "redis": 9121, "prometheus": 9090, "alertmanager": 9093}
 # systemd's specifier for a unit's name between `@` and the suffix.
@@ -89,6 +92,23 @@ def fleet_ports(variables: Mapping[str, Any]) -> list[int]:
     return [*instances, int(variables.get("redis_port", REDIS_PORT)), *EXPORTER_PORTS.values()]
 
 
+def write_lifetime(hosts: Iterable[Mapping[str, Any]]) -> float:
+    """Return how long an attempt at a write can last, from the balancer's stamp until the app gives it up.
+
+    Args:
+        hosts: The app hosts' variables.
+
+    Returns:
+        Seconds: the largest sum of `pixel_app_start_limit` and `pixel_app_redis_timeout`.
+    """
+    sums = [
+        float(variables.get("pixel_app_start_limit", APP_START_LIMIT))
+        + float(variables.get("pixel_app_redis_timeout", APP_REDIS_TIMEOUT))
+        for variables in hosts
+    ]
+    return round(max(sums, default=APP_START_LIMIT + APP_REDIS_TIMEOUT), 3)
+
+
 def _instance(
     variables: Mapping[str, Any], port: int | str, socket: str | None, name: str | None, *, is_first: bool
 ) -> dict[str, Any]:
@@ -115,5 +135,6 @@ class FilterModule:
             "pixel_instances": pixel_instances,
             "pixel_instance_template": pixel_instance_template,
             "exporter_port": exporter_port,
+            "write_lifetime": write_lifetime,
             "fleet_ports": fleet_ports,
         }

@@ -17,6 +17,7 @@ READ_BYTES = 128 * 1024
 PIXEL_LINE = re.compile(
     rb'"uri":"/(?:cluster/[^/"]+/)?pixel[/?"][^\n]*?"upstream":"([^"]+)"[^\n]*?"upstream_seconds":"([^"]+)"'
 )
+SEPARATOR = re.compile(", | : ")
 # One slow request must not dominate a mean.
 MAX_SECONDS = 1.0
 
@@ -61,8 +62,8 @@ def parse(lines: bytes, multiplier: float = 1.0) -> dict[str, tuple[float, float
     counts: dict[str, float] = defaultdict(float)
     seconds: dict[str, float] = defaultdict(float)
     for upstreams, took in PIXEL_LINE.findall(lines):
-        # A request that was sent to a second backend has both: "a, b" and "2.001, 0.004".
-        for address, text in zip(upstreams.decode().split(", "), took.decode().split(", "), strict=False):
+        # A request that was sent to a second backend has both: "a, b" or "a : b", and "2.001 : 0.004".
+        for address, text in zip(*(SEPARATOR.split(each.decode()) for each in (upstreams, took)), strict=False):
             if text != "-":
                 counts[address] += multiplier
                 seconds[address] += min(float(text), MAX_SECONDS) * multiplier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
 from pixel_lb.fleet import Fleet, Upstream
@@ -21,7 +22,42 @@ def render(fleet: Fleet, drained: Collection[str], shares: Mapping[str, Share]) 
     """
     parts = ["# Written by pixel-lb from backends.json; drained and unready servers are marked down.\n"]
     parts += [_render_one(fleet, upstream, drained, shares) for upstream in fleet.upstreams]
+    retries = _retry_upstreams(fleet, drained, shares)
+    parts += [_render_one(fleet, upstream, drained, shares) for upstream in retries.values()]
+    parts.append(_render_map(fleet, retries))
     return "".join(parts)
+
+
+def _retry_upstreams(
+    fleet: Fleet, drained: Collection[str], shares: Mapping[str, Share]
+) -> dict[tuple[str, str], Upstream]:
+    """For each upstream and host, the upstream that takes what this host did not serve.
+
+    There is none where no other host is up: the same upstream is then asked again.
+    """
+    retries = {}
+    for upstream in fleet.upstreams:
+        for host in dict.fromkeys(server.host for server in upstream.servers):
+            others = [server for server in upstream.servers if server.host != host]
+            if any(
+                not shares.get(server.name, FULL).down and server.host not in drained for server in others
+            ):
+                name = f"{upstream.name}_without_{host}"
+                retries[upstream.name, host] = Upstream(name, upstream.method, others)
+    return retries
+
+
+def _render_map(fleet: Fleet, retries: Mapping[tuple[str, str], Upstream]) -> str:
+    """Render `$pixel_other`: where a request is sent again, by upstream and the address that failed."""
+    lines = ["volatile;", "default $pixel_upstream;"]
+    for upstream in fleet.upstreams:
+        for server in upstream.servers:
+            retry = retries.get((upstream.name, server.host))
+            if retry is not None:
+                last = re.escape(server.address)
+                lines.append(f'"~^{re.escape(upstream.name)} (.*[ ,])?{last}$" {retry.name};')
+    body = "".join(f"    {line}\n" for line in lines)
+    return f'map "$pixel_upstream $upstream_addr" $pixel_other {{\n{body}}}\n'
 
 
 def _render_one(
