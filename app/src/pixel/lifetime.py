@@ -145,20 +145,36 @@ class StartLimit:
         """The number of the current period."""
         return int(self._clock.now() // PERIOD)
 
-    def learn(self, before: dict[bytes, float], lately: dict[bytes, float]) -> None:
-        """What all workers have reported in the former and in the current period, by balancer.
+    def learn(
+        self, last: dict[bytes, float], former: dict[bytes, float], current: dict[bytes, float]
+    ) -> dict[bytes, float]:
+        """Take over what all workers have reported, by balancer.
 
-        A difference that has become larger counts once a whole period has seen no smaller one:
-        a single late request, or a host that was stopped, doesn't move it.
+        A difference that is new or has become larger counts once a whole period has seen no
+        smaller one: late requests, or a worker that stood still, don't move it.
+
+        Args:
+            last: what was known when last it changed.
+            former: the least of the former period.
+            current: the least of the current period, until now.
+
+        Returns:
+            What is known now and differs from ``last``.
         """
-        for name in before | lately:
+        for name in last | former | current:
             known = self._balancers.get(name)
-            least = min(before.get(name, inf), lately.get(name, inf))
-            if known is None:
+            lately = min(former.get(name, inf), current.get(name, inf))
+            if known is None and (name in former or name in last):
                 self._strangers.pop(name, None)
+                least = lately if name in former else min(lately, last[name])
                 self._balancers[name] = _Balancer(least)
-            elif name in before or least < known.least:
-                known.least = least
+            elif known is not None and (name in former or lately < known.least):
+                known.least = lately
+        return {
+            name: known.least
+            for name, known in self._balancers.items()
+            if abs(known.least - last.get(name, inf)) > _SURE
+        }
 
 
 class MustWaitError(Exception):

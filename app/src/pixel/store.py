@@ -26,6 +26,9 @@ VIEWERS_PERIOD = 10
 COMPARISON = 1.0
 """Seconds between two comparisons of balancers' clocks with Redis's."""
 
+_CLOCKS = "pixel:clocks"
+"""Sorted set of what is known of balancers' clocks; with a period's number, what was seen in it."""
+
 _NEWEST = ("XREVRANGE", EVENTS, "+", "-", "COUNT", 1)
 
 
@@ -47,6 +50,10 @@ def _only_id(entries: list[Any]) -> EventId:
 
 def _differences(pairs: list[bytes]) -> dict[bytes, float]:
     return {name: float(score) for name, score in zip(pairs[::2], pairs[1::2], strict=True)}
+
+
+def _scores(differences: dict[bytes, float]) -> list[str | bytes]:
+    return [part for name, least in differences.items() for part in (f"{least:.6f}", name)]
 
 
 class Store:
@@ -92,17 +99,16 @@ class Store:
     async def exchange_differences(self) -> None:
         """Report this worker's least differences, and learn those of all workers."""
         period = self.start_limit.period()
-        former, current = (f"pixel:clocks:{n}" for n in (period - 1, period))
+        former, current = (f"{_CLOCKS}:{n}" for n in (period - 1, period))
         commands: list[Command] = []
         if seen := self.start_limit.report():
-            scores = [part for name, least in seen.items() for part in (f"{least:.6f}", name)]
-            commands = [("ZADD", current, "LT", *scores), ("EXPIRE", current, 3 * PERIOD)]
-        *_, before, lately = await self._questions.ask_at_once(
+            commands = [("ZADD", current, "LT", *_scores(seen)), ("EXPIRE", current, 3 * PERIOD)]
+        *_, last, before, lately = await self._questions.ask_at_once(
             *commands,
-            ("ZRANGE", former, 0, -1, "WITHSCORES"),
-            ("ZRANGE", current, 0, -1, "WITHSCORES"),
+            *(("ZRANGE", key, 0, -1, "WITHSCORES") for key in (_CLOCKS, former, current)),
         )
-        self.start_limit.learn(_differences(before), _differences(lately))
+        if changed := self.start_limit.learn(*map(_differences, (last, before, lately))):
+            await self._questions.ask(("ZADD", _CLOCKS, *_scores(changed)))
 
     async def colour(self, x: int, y: int) -> tuple[int, int, int]:
         """Red, green and blue of a pixel, 0-255 each."""
