@@ -18,6 +18,10 @@ class BadAnswerError(Exception):
     """What came back is not HTTP/1.1."""
 
 
+class ConnectError(OSError):
+    """No connection could be made."""
+
+
 class Answer(NamedTuple):
     status: int
     body: bytes
@@ -229,15 +233,46 @@ class Client:
         self._waiting: asyncio.Future[Answer] | None = None
 
     async def get(self, path: str) -> Answer:
-        async with asyncio.timeout(self._timeout):
-            self._waiting = asyncio.get_running_loop().create_future()
-            if self._connection is None:
-                self._connection = await self._target.connect(self._answered, self._lost)
-            self._connection.send(self._target.head("GET", path) + b"\r\n")
-            answer = await self._waiting
+        return await self.request("GET", path)
+
+    async def request(self, method: str, path: str, body: bytes | None = None) -> Answer:
+        """Sends one request and returns its answer.
+
+        Args:
+            method: the HTTP method.
+            path: the path below the target's URL.
+            body: a JSON document, or None.
+
+        Raises:
+            ConnectError: no connection was made, so nothing was sent.
+            OSError: the connection was lost before the answer was complete.
+            BadAnswerError, ValueError: the answer is not HTTP/1.1.
+            TimeoutError: no answer within the client's timeout.
+        """
+        head = self._target.head(method, path)
+        if body is not None:
+            head += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        try:
+            connection = self._connection or await self._connect(deadline)
+            async with asyncio.timeout_at(deadline):
+                self._waiting = asyncio.get_running_loop().create_future()
+                connection.send(head + b"\r\n" + (body or b""))
+                answer = await self._waiting
+        except BaseException:
+            self.close()  # an answer that comes late must not be taken for the next one
+            raise
         if not answer.reusable:
             self.close()
         return answer
+
+    async def _connect(self, deadline: float) -> Connection:
+        try:
+            async with asyncio.timeout_at(deadline):
+                self._connection = await self._target.connect(self._answered, self._lost)
+        except OSError as error:  # a TimeoutError is one, too
+            raise ConnectError(*error.args) from error
+        return self._connection
 
     def _answered(self, _: Connection, answer: Answer) -> None:
         if self._waiting is not None and not self._waiting.done():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 CHANNELS = "RGB"
 SCATTER = 1_000_003  # neighbours in time are far apart on the canvas
 EXAMPLES = 20
+NOTHING_WRITTEN = b"nothing was written"  # in a 503: a promise, which is checked
 
 
 class Fate(IntEnum):
@@ -23,8 +24,15 @@ class Fate(IntEnum):
 
     UNSENT = 0  # nothing of it left this machine
     ACKNOWLEDGED = 1  # the service said that it is stored
-    REFUSED = 2  # the service said that it is not (4xx)
+    REFUSED = 2  # the service said that it is not stored (4xx, "nothing was written")
     UNKNOWN = 3  # sent, and no answer, or one (5xx) that promises nothing
+
+
+def fate_of_failure(status: int, body: bytes) -> Fate:
+    """What an answer other than 2xx says of a write."""
+    if 400 <= status < 500 or NOTHING_WRITTEN in body.lower():
+        return Fate.REFUSED
+    return Fate.UNKNOWN
 
 
 class Write(NamedTuple):
@@ -77,17 +85,33 @@ class Ledger:
     """Hands out unique writes and remembers what became of them."""
 
     def __init__(
-        self, width: int = 1024, height: int = 1024, before: bytes | None = None, first: int = 0
+        self,
+        width: int = 1024,
+        height: int = 1024,
+        before: bytes | None = None,
+        first: int = 0,
+        reserved: int = 0,
     ) -> None:
-        """`before` is the canvas as raw RGB bytes; without it, it is taken to be black."""
+        """Creates an empty ledger.
+
+        Args:
+            width, height: size of the canvas in pixels.
+            before: the canvas as raw RGB bytes; black if None.
+            first: number of the first write's position in the fixed order of positions.
+            reserved: pixels at the end of the canvas that are left to others (`writers.py`).
+
+        Raises:
+            ValueError: `before` is of another size.
+        """
         self.width = width
         self.height = height
-        self.capacity = width * height * len(CHANNELS)
-        if before is not None and len(before) != self.capacity:
+        self.size = width * height * len(CHANNELS)
+        self.capacity = self.size - reserved * len(CHANNELS)
+        if before is not None and len(before) != self.size:
             raise ValueError(
-                f"a canvas of {width}x{height} has {self.capacity} bytes, not {len(before)}"
+                f"a canvas of {width}x{height} has {self.size} bytes, not {len(before)}"
             )
-        self._before = before if before is not None else bytes(self.capacity)
+        self._before = before if before is not None else bytes(self.size)
         self._first = first
         self._step = SCATTER
         while math.gcd(self._step, self.capacity) != 1:
@@ -128,8 +152,8 @@ class Ledger:
 
     def check(self, after: bytes) -> Verdict:
         """Compares the canvas, as raw RGB bytes, with what was written and acknowledged."""
-        if len(after) != self.capacity:
-            raise ValueError(f"the canvas has {len(after)} bytes, and had {self.capacity}")
+        if len(after) != self.size:
+            raise ValueError(f"the canvas has {len(after)} bytes, and had {self.size}")
         verdict = Verdict()
         for number, state in enumerate(self._fates):
             fate = Fate(state)

@@ -1,9 +1,12 @@
-"""An open-loop load on POST /pixel that afterwards holds the canvas against what was acknowledged.
+"""An open-loop load on POST /pixel that afterwards checks every acknowledged write.
 
-    python bench/load.py --url http://127.0.0.1:8080 --rate 1000 --seconds 60
+    python bench/load.py --url http://127.0.0.1:8080 --rate 1000 --seconds 60 --writers 16
 
-As a library: `from load import Ledger, Plan, Target, run, read_canvas`.
-Exit status: 0 all is well, 1 writes were lost or wrong (or, as asked, failed), 2 it could not run.
+Two kinds of writes: at a constant rate, one to each cell (`ledger.py`), and by sequential writers
+that write to the same cells again and again (`writers.py`).
+As a library: `from load import Ledger, Plan, Target, Writers, run, read_canvas`.
+Exit status: 0 success; 1 lost, undone or wrong writes (with --strict: any failed request);
+2 it could not run.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import math
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +29,7 @@ from ledger import Fate, Ledger, Verdict, Write
 from openloop import Plan, Report, Sample, run
 from outcomes import behind_a_flush
 from readback import UnreadableError, read_canvas
+from writers import PIXELS_EACH, SETTLE, Writers, WritersVerdict, pixels_of
 
 __all__ = [
     "Fate",
@@ -36,6 +41,7 @@ __all__ = [
     "UnreadableError",
     "Verdict",
     "Write",
+    "Writers",
     "read_canvas",
     "run",
 ]
@@ -51,13 +57,22 @@ class ImpossibleError(Exception):
 
 
 class Outcome(NamedTuple):
-    """A finished run, and what the canvas said; or a note of why it said nothing."""
+    """A finished run.
+
+    Attributes:
+        report: what the open loop saw.
+        behind_flush: number of requests of both kinds that failed while Redis waited for its disk.
+        verdict, writers: what the canvas says of both kinds; None if it was not read.
+        note: why the canvas was not read.
+        unreadable: the canvas was to be read and could not be.
+    """
 
     report: Report
-    verdict: Verdict | None
+    behind_flush: int = 0
+    verdict: Verdict | None = None
+    writers: WritersVerdict | None = None
     note: str = ""
-    failed: bool = False
-    behind_flush: int = 0  # of the failed requests: Redis waited for its disk just then
+    unreadable: bool = False
 
 
 def positive(text: str) -> float:
@@ -74,6 +89,10 @@ def count(text: str) -> int:
     return value
 
 
+def count_or_zero(text: str) -> int:
+    return 0 if text == "0" else count(text)
+
+
 def size(text: str) -> tuple[int, int]:
     width, by, height = text.partition("x")
     if not (by and width.isdigit() and height.isdigit() and int(width) and int(height)):
@@ -84,16 +103,24 @@ def size(text: str) -> tuple[int, int]:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Writes pixels at a constant rate, then reads the canvas and reports every"
-        " acknowledged write that is not there.",
-        epilog="Exit status: 0 all is well; 1 lost or wrong writes, or nothing acknowledged,"
-        " or with --strict any failed request; 2 it could not run.",
+        " acknowledged write that is missing.",
+        epilog="Exit status: 0 success; 1 lost, undone or wrong writes, nothing acknowledged,"
+        " or with --strict any failed request; 2 the run was not possible.",
     )
     add = parser.add_argument
     add("--url", required=True, help="the service's root, e.g. http://127.0.0.1:8080")
     add("--rate", type=positive, default=1000.0, help="requests per second (default 1000)")
     add("--seconds", type=positive, default=60.0, help="for how long (default 60)")
     add("--connections", type=count, default=64, help="kept open all the time (default 64)")
-    add("--timeout", type=positive, default=10.0, help="seconds until a request is given up")
+    add(
+        "--writers",
+        type=count_or_zero,
+        default=0,
+        metavar="N",
+        help="sequential writers beside the rate, some 20 requests/s each; the canvas is checked"
+        f" {SETTLE:g} s after the end (default none)",
+    )
+    add("--timeout", type=positive, default=10.0, help="of a request, in seconds (default 10)")
     add("--canvas", type=size, default=(1024, 1024), metavar="WxH", help="default 1024x1024")
     add("--header", action="append", default=[], metavar="'NAME: VALUE'", help="may be repeated")
     add("--insecure", action="store_true", help="accept any TLS certificate")
@@ -102,9 +129,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--forgive-disk",
         action="store_true",
-        help="with --strict, on the local fleet: but for those that a slow flush kept waiting",
+        help="with --strict, on the local fleet: except those that a slow flush of Redis delayed",
     )
-    add("--json", type=Path, metavar="FILE", help="write everything that was seen to FILE")
+    add("--json", type=Path, metavar="FILE", help="write all results to FILE")
     options = parser.parse_args(arguments)
     try:
         options.target = Target.parse(options.url, options.header, options.insecure)
@@ -112,7 +139,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     options.plan = Plan(options.rate, options.seconds, options.connections, options.timeout)
     width, height = options.canvas
-    cells = width * height * 3
+    cells = (width * height - options.writers * PIXELS_EACH) * 3
+    if options.writers and options.no_verify:
+        parser.error("--writers are checked by reading the canvas: leave out --no-verify")
+    if cells <= 0:
+        parser.error(f"{options.writers} writers need {PIXELS_EACH} pixels each")
     if options.plan.total < 1:
         parser.error("at this rate not one request is due in the time given")
     if options.plan.total > cells:
@@ -151,21 +182,28 @@ async def load(options: argparse.Namespace) -> Outcome:
     target: Target = options.target
     plan: Plan = options.plan
     width, height = options.canvas
-    allow_files(plan.connections)
-    ledger = Ledger(width, height)
-    cells = ledger.cells(range(plan.total)) if not options.no_verify else set()
+    allow_files(plan.connections + options.writers)
+    pixels = pixels_of(width, height, options.writers)
+    ledger = Ledger(width, height, reserved=len(pixels))
+    cells = {*pixels, *ledger.cells(range(plan.total))} if not options.no_verify else set()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    failures: list[Sample] = []
+
+    def watch(sample: Sample) -> None:
+        if sample.error is not None:
+            failures.append(sample)
+
     try:
+        before = bytes(ledger.size)
         if not options.no_verify:
-            ledger = Ledger(width, height, await read_canvas(target, width, height, cells))
+            before = await read_canvas(target, width, height, cells)
+        ledger = Ledger(width, height, before, reserved=len(pixels))
+        size = (width, height)
+        writers = Writers(target, size, before, options.writers, plan.timeout, watch)
         progress = show_progress if sys.stderr.isatty() else None
-        failures: list[Sample] = []
-        report = await run(
-            *(target, plan, ledger, progress, stop),
-            watch=lambda sample: failures.append(sample) if sample.error is not None else None,
-        )
+        report = await _run_both(target, plan, ledger, writers, stop, progress, watch)
     except UNREACHABLE as error:
         raise ImpossibleError(
             f"cannot reach {target.url}: {error or 'no answer in time'}"
@@ -174,13 +212,38 @@ async def load(options: argparse.Namespace) -> Outcome:
         print(file=sys.stderr)
     flushes = await Fleet.load().slow_flushes() if options.forgive_disk and failures else []
     waited = sum(behind_a_flush(failure, flushes) for failure in failures)
+    outcome = Outcome(report, waited)
     if options.no_verify:
-        return Outcome(report, None, "not read (--no-verify)", behind_flush=waited)
+        return outcome._replace(note="not read (--no-verify)")
+    if options.writers:
+        await asyncio.sleep(SETTLE)
     try:
         after = await read_canvas(target, width, height, cells)
     except (UnreadableError, *UNREACHABLE) as error:
-        return Outcome(report, None, f"could not be read after the run: {error!r}", failed=True)
-    return Outcome(report, ledger.check(after), behind_flush=waited)
+        note = f"could not be read after the run: {error!r}"
+        return outcome._replace(note=note, unreadable=True)
+    return outcome._replace(
+        verdict=ledger.check(after), writers=writers.check(after) if options.writers else None
+    )
+
+
+async def _run_both(
+    target: Target,
+    plan: Plan,
+    ledger: Ledger,
+    writers: Writers,
+    stop: asyncio.Event,
+    progress: Callable[[Report], None] | None,
+    watch: Callable[[Sample], None],
+) -> Report:
+    """The open loop with the writers beside it; they end when it has sent everything."""
+    ended = asyncio.Event()
+    writing = asyncio.create_task(writers.run(ended))
+    try:
+        return await run(target, plan, ledger, progress, stop, watch)
+    finally:
+        ended.set()
+        await writing
 
 
 def describe(outcome: Outcome) -> str:
@@ -195,7 +258,9 @@ def describe(outcome: Outcome) -> str:
     ]
     lines += [f"    {error}: {number}" for error, number in report.errors.most_common()]
     if outcome.behind_flush:
-        lines.append(f"    {outcome.behind_flush} of them while Redis waited for its disk")
+        lines.append(
+            f"  slow disk     {outcome.behind_flush} failed while Redis waited for its disk"
+        )
     lines += [
         "  latency from the intended send time, ms:"
         f" p50 {latency.p50:.2f}  p90 {latency.p90:.2f}  p99 {latency.p99:.2f}"
@@ -206,9 +271,7 @@ def describe(outcome: Outcome) -> str:
         f" p99 {lag.p99:.2f} max {lag.max:.2f} ms",
     ]
     if lag.p99 > LATE_GENERATOR_MS or report.cpu_share > BUSY_GENERATOR:
-        lines.append(
-            "  NOTE: this program could not keep its pace; the latencies are partly its own."
-        )
+        lines.append("  NOTE: the generator did not keep its pace; part of the latency is its own.")
     if verdict is None:
         lines.append(f"  canvas        {outcome.note}")
     else:
@@ -219,7 +282,20 @@ def describe(outcome: Outcome) -> str:
         )
         lines += [f"    lost: {fault}" for fault in verdict.lost[:10]]
         lines += [f"    wrong: {fault}" for fault in verdict.wrong[:10]]
+    if outcome.writers is not None:
+        lines += _describe_writers(outcome.writers)
     return "\n".join(lines)
+
+
+def _describe_writers(verdict: WritersVerdict) -> list[str]:
+    return [
+        f"  writers       {verdict.writers}: {verdict.sent} writes sent, {verdict.acknowledged}"
+        f" acknowledged, {verdict.reads} reads; {verdict.failed.total()} requests failed;"
+        f" {len(verdict.undone)} undone, {len(verdict.wrong)} wrong",
+        *(f"    {error}: {number}" for error, number in verdict.failed.most_common()),
+        *(f"    undone: {fault}" for fault in verdict.undone[:10]),
+        *(f"    wrong: {fault}" for fault in verdict.wrong[:10]),
+    ]
 
 
 def as_json(options: argparse.Namespace, outcome: Outcome) -> dict[str, Any]:
@@ -228,6 +304,7 @@ def as_json(options: argparse.Namespace, outcome: Outcome) -> dict[str, Any]:
         **outcome.report.as_json(),
         "behind_flush": outcome.behind_flush,
         "canvas": outcome.verdict.as_json() if outcome.verdict is not None else None,
+        "writers": outcome.writers.as_json() if outcome.writers is not None else None,
     }
 
 
@@ -242,12 +319,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(as_json(options, outcome), indent=1) + "\n")
-    if outcome.failed:
+    if outcome.unreadable:
         return 2
-    report, verdict = outcome.report, outcome.verdict
-    faulty = verdict is not None and not verdict.clean
-    failed = report.failed - outcome.behind_flush
-    return int(faulty or not report.acknowledged or (options.strict and failed > 0))
+    verdicts = (outcome.verdict, outcome.writers)
+    faulty = any(verdict is not None and not verdict.clean for verdict in verdicts)
+    failed = outcome.report.failed - outcome.behind_flush
+    if outcome.writers is not None:
+        failed += outcome.writers.failed.total()
+    return int(faulty or not outcome.report.acknowledged or (options.strict and failed > 0))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from figures import Spread
 from http1 import Answer, Connection, Target
-from ledger import Fate, Ledger, Write
+from ledger import Fate, Ledger, Write, fate_of_failure
 from pace import Timer
 
 OPENING_AT_ONCE = 64
@@ -358,8 +358,7 @@ class _Run:
             else:
                 self._finish(request, "answer is not an acknowledgement")
         else:
-            if 400 <= answer.status < 500:
-                self._ledger.close(request.number, Fate.REFUSED)
+            self._ledger.close(request.number, fate_of_failure(answer.status, answer.body))
             self._finish(request, f"status {answer.status}")
         self._release(lane)
 

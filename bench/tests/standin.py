@@ -1,4 +1,4 @@
-"""A small pixel service that can be told to fail, for tests of the load generator."""
+"""A small pixel service whose faults tests choose, for tests of the load generator."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
+from typing import Any
 
 WIDTH, HEIGHT = 64, 32
 
@@ -19,13 +20,22 @@ class Deed(Enum):
     STORE = auto()
     LIE = auto()  # acknowledges, and stores nothing
     GARBLE = auto()  # acknowledges, and stores something else
-    DROP = auto()  # closes the connection without a word
+    DROP = auto()  # closes the connection without an answer
     STORE_AND_DROP = auto()
     STALL = auto()  # answers far too late
     BUSY = auto()  # 429
     BUSY_YET_STORE = auto()
     BROKEN = auto()  # 503
     ECHO_ANOTHER = auto()  # 200, but acknowledges a write that nobody asked for
+    REPEAT_LATER = auto()  # stores and acknowledges, and stores the same again later
+    BROKEN_YET_STORE_LATER = auto()  # 503, and stores it later
+    PROMISE_NOTHING_YET_STORE = auto()  # 503 "nothing was written", and stores it
+
+
+STORING = {
+    *(Deed.STORE, Deed.STORE_AND_DROP, Deed.BUSY_YET_STORE, Deed.REPEAT_LATER),
+    Deed.PROMISE_NOTHING_YET_STORE,
+}
 
 
 class StandIn:
@@ -39,6 +49,8 @@ class StandIn:
         self.whole_canvas = whole_canvas
         self.close_each = False
         self.delay = 0.0
+        self.broken_from_row = HEIGHT  # writes to this row and those below it are answered 503
+        self.later = 0.2  # seconds until a late attempt is executed
         self.writes = 0
         self.port = 0
 
@@ -95,34 +107,54 @@ class StandIn:
     async def _answer(self, method: str, path: str, body: bytes) -> bytes | None:
         if path == "/canvas.rgb" and self.whole_canvas:
             return self._message(200, bytes(self.canvas), chunked=True)
-        if method == "GET" and (found := re.fullmatch(r"/pixel/(\d+)/(\d+)", path)):
-            at = (int(found[2]) * WIDTH + int(found[1])) * 3
+        if found := re.fullmatch(r"/pixel/(\d+)/(\d+)", path):
+            x, y = int(found[1]), int(found[2])
+            at = (y * WIDTH + x) * 3
+            if method == "PUT":
+                colour = json.loads(body)
+                said = {"x": x, "y": y, **colour}
+                return await self._write(
+                    at, bytes(colour[c] for c in "RGB"), said, said | {"x": -1}
+                )
             pixel = dict(zip("RGB", self.canvas[at : at + 3], strict=True))
             return self._message(200, json.dumps(pixel).encode())
         if path == "/pixel":
-            return await self._write(body)
+            pixel = json.loads(body)
+            at = (pixel["y"] * WIDTH + pixel["x"]) * 3 + "RGB".index(pixel["channel"])
+            said = {"status": "ok", "received": pixel}
+            another = {"status": "ok", "received": {**pixel, "x": pixel["x"] + 1}}
+            return await self._write(at, bytes([pixel["value"]]), said, another)
         return self._message(404, b"{}")
 
-    async def _write(self, body: bytes) -> bytes | None:
-        pixel = json.loads(body)
-        at = (pixel["y"] * WIDTH + pixel["x"]) * 3 + "RGB".index(pixel["channel"])
+    async def _write(
+        self, at: int, value: bytes, said: dict[str, Any], another: dict[str, Any]
+    ) -> bytes | None:
         deed = self.deed(self.writes)
         self.writes += 1
+        if at >= self.broken_from_row * WIDTH * 3:
+            deed = Deed.BROKEN
         await asyncio.sleep(60 if deed is Deed.STALL else self.delay)
-        if deed in (Deed.STORE, Deed.STORE_AND_DROP, Deed.BUSY_YET_STORE):
-            self.canvas[at] = pixel["value"]
+        if deed in STORING:
+            self._store(at, value)
+        if deed in (Deed.REPEAT_LATER, Deed.BROKEN_YET_STORE_LATER):
+            asyncio.get_running_loop().call_later(self.later, self._store, at, value)
         match deed:
             case Deed.GARBLE:
-                self.canvas[at] = (pixel["value"] + 1) % 256
+                self._store(at, bytes((byte + 1) % 256 for byte in value))
             case Deed.DROP | Deed.STORE_AND_DROP:
                 return None
             case Deed.BUSY | Deed.BUSY_YET_STORE:
                 return self._message(429, b"{}")
-            case Deed.BROKEN:
+            case Deed.BROKEN | Deed.BROKEN_YET_STORE_LATER:
                 return self._message(503, b"{}")
+            case Deed.PROMISE_NOTHING_YET_STORE:
+                return self._message(503, b'{"detail":"Redis is away; nothing was written."}')
             case Deed.ECHO_ANOTHER:
-                pixel = {**pixel, "x": pixel["x"] + 1}
-        return self._message(200, json.dumps({"status": "ok", "received": pixel}).encode())
+                said = another
+        return self._message(200, json.dumps(said).encode())
+
+    def _store(self, at: int, value: bytes) -> None:
+        self.canvas[at : at + len(value)] = value
 
     def _message(self, status: int, body: bytes, chunked: bool = False) -> bytes:
         head = f"HTTP/1.1 {status} X\r\nX-Pixel-Instance: stand-in\r\n"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ledger import Fate, Ledger
+from ledger import Fate, Ledger, fate_of_failure
 
 WIDTH, HEIGHT = 16, 8
 
@@ -104,3 +104,27 @@ def test_a_canvas_of_another_size_is_an_error(ledger: Ledger) -> None:
         ledger.check(b"12345")
     with pytest.raises(ValueError, match="not 5"):
         Ledger(WIDTH, HEIGHT, b"12345")
+
+
+def test_reserved_pixels_are_left_to_others(before: bytes) -> None:
+    ledger = Ledger(WIDTH, HEIGHT, before, reserved=WIDTH)
+    places = {ledger.write(ledger.open())[:3] for _ in range(ledger.capacity)}
+    assert len(places) == WIDTH * (HEIGHT - 1) * 3
+    assert max(y for _, y, _ in places) == HEIGHT - 2
+    with pytest.raises(ValueError, match="336 cells"):
+        ledger.open()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "fate"),
+    [
+        (404, b"{}", Fate.REFUSED),
+        (429, b"{}", Fate.REFUSED),
+        (503, b'{"detail":"Redis can\'t be reached; nothing was written."}', Fate.REFUSED),
+        (503, b'{"detail":"Nothing was written."}', Fate.REFUSED),
+        (503, b'{"detail":"The write may have been made."}', Fate.UNKNOWN),
+        (504, b"", Fate.UNKNOWN),
+    ],
+)
+def test_only_a_promise_makes_a_failure_certain(status: int, body: bytes, fate: Fate) -> None:
+    assert fate_of_failure(status, body) is fate

@@ -84,6 +84,7 @@ def test_requests_leave_on_time(service: StandIn) -> None:
         (Deed.STALL, Fate.UNKNOWN, "no answer in time", 0, 0),
         (Deed.BUSY, Fate.REFUSED, "status 429", 0, 0),
         (Deed.BUSY_YET_STORE, Fate.REFUSED, "status 429", 0, 10),
+        (Deed.PROMISE_NOTHING_YET_STORE, Fate.REFUSED, "status 503", 0, 10),
         (Deed.BROKEN, Fate.UNKNOWN, "status 503", 0, 0),
         (Deed.ECHO_ANOTHER, Fate.UNKNOWN, "answer is not an acknowledgement", 0, 0),
     ],
@@ -205,6 +206,46 @@ def test_a_slow_disk_is_forgiven_what_it_does(
     assert ("while Redis waited for its disk" in capsys.readouterr().out) is (status == 0)
 
 
+def test_writers_write_beside_the_rate_and_are_judged_later(
+    service: StandIn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(load, "SETTLE", 0.5)
+    report = tmp_path / "load.json"
+    more = ("--writers", "4", "--strict", "--json", str(report))
+    assert load.main(command(service, *more)) == 0
+    assert "0 undone, 0 wrong" in capsys.readouterr().out
+    seen = json.loads(report.read_text())
+    assert seen["canvas"]["acknowledged"] == WRITES
+    assert seen["writers"]["acknowledged"] > 0
+    assert service.writes == WRITES + seen["writers"]["acknowledged"]
+
+
+def test_exit_1_when_an_acknowledged_write_comes_back_after_the_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(load, "SETTLE", 1.0)
+    monkeypatch.setattr("writers.PAUSE", 0.005)
+    with StandIn(lambda number: Deed.REPEAT_LATER if number % 5 else Deed.STORE).serving() as late:
+        late.later = 0.7  # after the load, which takes 0.2 s, and before its verdict
+        assert load.main(command(late, "--writers", "4")) == 1
+    out = capsys.readouterr().out
+    assert "0 lost, 0 wrong" in out
+    assert " 0 undone" not in out
+
+
+def test_failures_of_writers_matter_when_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "SETTLE", 0.0)
+    monkeypatch.setattr("writers.PAUSE", 0.005)
+    with StandIn().serving() as service:
+        # The writers' pixels are the last ones of the canvas.
+        service.broken_from_row = HEIGHT - 4
+        assert load.main(command(service, "--writers", "4")) == 0
+        assert load.main(command(service, "--writers", "4", "--strict")) == 1
+
+
 def test_exit_1_when_nothing_is_acknowledged() -> None:
     with StandIn(lambda _: Deed.BROKEN).serving() as service:
         assert load.main(command(service, "--no-verify")) == 1
@@ -236,6 +277,10 @@ def test_a_canvas_of_another_size_is_said(
         (["--url", "http://x", "--rate", "nan"], "not a positive number"),
         (["--url", "http://x", "--connections", "0"], "not at least 1"),
         (["--url", "http://x", "--canvas", "10"], "not WIDTHxHEIGHT"),
+        (["--url", "http://x", "--writers", "-1"], "not at least 1"),
+        (["--url", "http://x", "--writers", "1", "--no-verify"], "leave out --no-verify"),
+        (["--url", "http://x", "--writers", "9", "--canvas", "9x64"], "need 64 pixels each"),
+        (["--url", "http://x", "--writers", "16384"], "need 64 pixels each"),
         (["--url", "http://x", "--seconds", "4000"], "at most 3145 seconds"),
         (["--url", "http://x", "--rate", "1", "--seconds", "0.1"], "not one request is due"),
     ],
