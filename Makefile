@@ -52,7 +52,7 @@ report: control  ## drive the local fleet up to its knee, and draw what that too
 	$(PYTHON) molecule/shared/machine.py report
 	$(BIN)/ansible-playbook playbooks/loadtest.yml
 
-drill: tools  ## break the local fleet in fourteen ways under load, and count what users notice
+drill: tools  ## cause faults on the local fleet under load, and count what users notice
 	$(BIN)/python bench/drill.py
 
 docs: tools  ## write the roles' READMEs from their argument specs, and the API's answers

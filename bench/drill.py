@@ -1,12 +1,13 @@
-"""The fault drill: what users of the local fleet notice of deploys, crashes and power cuts.
+"""The fault drill: what users of the local fleet notice of deploys, faults and power cuts.
 
     python bench/drill.py                      # everything, in the order of the table
     python bench/drill.py --quick              # five events, once each
     python bench/drill.py --events "t2 frozen,redis killed" --runs 5
 
-Each event happens under a constant rate of writes, whose ledger is held against the canvas
-afterwards. Exit status: 0 if users noticed no more than they may; 1 if a write was lost, a request
-failed that must not, or the fleet did not come back by itself; 2 if it could not run.
+Each event happens under a constant rate of writes and beside sequential writers. All acknowledged
+writes are checked after the fleet is healed. Exit status: 0 if only excused requests failed; 1 if
+a write was lost or undone, another request failed, or the fleet did not recover by itself; 2 if
+the drill could not run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from load import (
     Sample,
     Target,
     UnreadableError,
+    Writers,
     allow_files,
     count,
     positive,
@@ -46,25 +49,27 @@ from load import (
 )
 from machine import describe
 from outcomes import Outcome, Run, behind_a_flush, kind, table, unexcused
+from writers import SETTLE, pixels_of
 
 CANVAS = (1024, 1024)
 CONNECTIONS = 512
+WRITERS = 32
 TIMEOUT = 10.0
 WARM_UP = 1.0
 BEFORE = 5.0
 SETTLED = 2.0  # seconds at full capacity, after which a run may end
-PENDING = 0.5  # the latest requests may still be on their way
+PENDING = 0.5  # seconds; the latest requests may not be answered yet
 OUTPUT = ROOT / "bench" / "out" / "drill.json"
 UNREADABLE = (OSError, TimeoutError, BadAnswerError, UnreadableError)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Breaks the local fleet in every way it must bear, under load.",
+        description="Causes faults on the local fleet under load, and counts what users notice.",
         epilog=f"Events: {', '.join(event.name for event in EVENTS)}.",
     )
     add = parser.add_argument
-    add("--events", metavar="A,B", help="these only, in this order")
+    add("--events", metavar="A,B", help="only these events, in this order")
     add("--runs", type=count, help="of each event (default 10 or 3, see bench/README.md)")
     add("--quick", action="store_true", help=f"{', '.join(QUICK)}: once each")
     add("--rate", type=positive, default=500.0, help="writes per second (default 500)")
@@ -86,55 +91,86 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
+@dataclass
+class Seen:
+    """What was seen of one event; times are on the clock of time.monotonic().
+
+    Attributes:
+        samples: requests of the open loop.
+        others: requests of the sequential writers.
+        since, acted, until: when the event began, when it was over, when the run ended.
+        settled: whether the fleet came back to full capacity.
+        faults: what went wrong in the event itself.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    others: list[Sample] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    since: float = 0.0
+    acted: float = 0.0
+    until: float = 0.0
+    settled: bool = False
+
+
 class Drill:
-    """One event after another, each under a load of its own."""
+    """Causes one event after another, each under a load of its own."""
 
     def __init__(self, scene: Scene, rate: float, size: tuple[int, int] = CANVAS) -> None:
         self._scene = scene
         self._rate = rate
         self._target = Target.parse(scene.fleet.url)
         self._size = size
+        self._pixels = pixels_of(*size, WRITERS)
         self._canvas = bytearray(size[0] * size[1] * len(CHANNELS))
         self._known = 0  # writes whose cells have been read
+
+    def _ledger(self) -> Ledger:
+        return Ledger(*self._size, bytes(self._canvas), reserved=len(self._pixels))
 
     async def happen(self, event: Event, turn: int) -> Run:
         if event.prepare is not None:
             await event.prepare(self._scene)
         plan = Plan(self._rate, event.patience + BEFORE + TIMEOUT, CONNECTIONS, TIMEOUT)
         await self._read(self._known, plan.total)
-        ledger = Ledger(*self._size, bytes(self._canvas))
-        samples: list[Sample] = []
-        stop = asyncio.Event()
-        loading = asyncio.create_task(
-            run(self._target, plan, ledger, stop=stop, watch=samples.append)
+        seen = Seen()
+        ledger = self._ledger()
+        writers = Writers(
+            *(self._target, self._size, bytes(self._canvas), WRITERS, TIMEOUT),
+            watch=seen.others.append,
         )
-        faults: list[str] = []
+        stop, end_writers = asyncio.Event(), asyncio.Event()
+        self._scene.end_writers = end_writers.set
+        loading = asyncio.create_task(
+            run(self._target, plan, ledger, stop=stop, watch=seen.samples.append)
+        )
+        writing = asyncio.create_task(writers.run(end_writers))
         try:
             await asyncio.sleep(WARM_UP + BEFORE)
             if loading.done():
                 loading.result()
-            since = time.monotonic()
-            calm = [each for each in samples if since - BEFORE <= each.due]
+            seen.since = time.monotonic()
+            calm = [each for each in seen.samples if seen.since - BEFORE <= each.due]
             normal = Normal.of(calm, self._rate)
             if set(normal.shares) != set(self._scene.fleet.addresses):
                 raise FleetError(
-                    f"before anything was done, only these answered: {', '.join(normal.shares)}"
+                    f"before the event, only these answered: {', '.join(normal.shares)}"
                 )
             try:
                 async with asyncio.timeout(event.patience):
                     await event.act(self._scene, turn)
             except (FleetError, TimeoutError) as error:
-                faults.append(str(error) or f"not done within {event.patience:.0f} s")
-            acted = time.monotonic()
-            settled = await self._settle(samples, normal, since + event.patience)
-            until = time.monotonic() - PENDING
+                seen.faults.append(str(error) or f"not done within {event.patience:.0f} s")
+            seen.acted = time.monotonic()
+            seen.settled = await self._settle(seen.samples, normal, seen.since + event.patience)
+            seen.until = time.monotonic() - PENDING
         finally:
             stop.set()
+            end_writers.set()
             report = await loading
+            await writing
         await self._scene.fleet.heal()
-        return await self._judge(
-            event, ledger, report, samples, normal, (since, acted, until), settled, faults
-        )
+        await asyncio.sleep(SETTLE)
+        return await self._judge(event, ledger, writers, report, seen, normal)
 
     async def _settle(self, samples: Sequence[Sample], normal: Normal, deadline: float) -> bool:
         """Waits for some seconds at full capacity; False if they don't come in time."""
@@ -150,51 +186,51 @@ class Drill:
         self,
         event: Event,
         ledger: Ledger,
+        writers: Writers,
         report: Report,
-        samples: Sequence[Sample],
+        seen: Seen,
         normal: Normal,
-        times: tuple[float, float, float],
-        settled: bool,
-        faults: list[str],
     ) -> Run:
-        since, acted, until = times
-        failures = [sample for sample in samples if sample.error is not None]
+        failures = [each for each in (*seen.samples, *seen.others) if each.error is not None]
         flushes = await self._scene.fleet.slow_flushes() if failures else []
         others = [sample for sample in failures if not behind_a_flush(sample, flushes)]
-        seen = unexcused(others, event.excused, since, acted + event.grace)
-        faults += [f"{number} x {name}" for name, number in seen.items()]
-        short = shortage(samples, normal, since, until)
-        if not settled:
-            why = short.lack if short is not None else "it came and went"
-            faults.append(f"not at full capacity after {until - since:.0f} s: {why}")
+        faults = list(seen.faults)
+        counted = unexcused(others, event.excused, seen.since, seen.acted + event.grace)
+        faults += [f"{number} x {name}" for name, number in counted.items()]
+        short = shortage(seen.samples, normal, seen.since, seen.until)
+        if not seen.settled:
+            why = short.lack if short is not None else "capacity was full only for moments"
+            faults.append(f"not at full capacity after {seen.until - seen.since:.0f} s: {why}")
         await self._read(0, len(ledger))
-        verdict = ledger.check(bytes(self._canvas))
+        verdict, sequential = ledger.check(bytes(self._canvas)), writers.check(bytes(self._canvas))
         faults += [f"lost: {fault}" for fault in verdict.lost[:3]]
-        faults += [f"wrong: {fault}" for fault in verdict.wrong[:3]]
-        ended = max(acted, short.end) if short is not None else acted
-        touched = [each.seconds for each in samples if since <= each.due <= ended]
+        faults += [f"undone: {fault}" for fault in sequential.undone[:3]]
+        faults += [f"wrong: {fault}" for fault in (*verdict.wrong[:3], *sequential.wrong[:3])]
+        ended = max(seen.acted, short.end) if short is not None else seen.acted
+        touched = [each.seconds for each in seen.samples if seen.since <= each.due <= ended]
         return Run(
             event=event.name,
-            sent=report.sent,
-            acknowledged=report.acknowledged,
+            sent=report.sent + sequential.sent,
+            acknowledged=report.acknowledged + sequential.acknowledged,
             failed=Counter(kind(each.error) for each in failures if each.error is not None),
             lost=len(verdict.lost),
-            wrong=len(verdict.wrong),
+            undone=len(sequential.undone),
+            wrong=len(verdict.wrong) + len(sequential.wrong),
             before=normal.latency,
             during=Spread.of_seconds(touched),
-            took=acted - since,
-            recovery=recovery_of(short, since, event.planned) if settled else None,
+            took=seen.acted - seen.since,
+            recovery=recovery_of(short, seen.since, event.planned) if seen.settled else None,
             lack=short.lack if short is not None else "",
             faults=faults,
             behind_flush=len(failures) - len(others),
         )
 
     async def _read(self, first: int, last: int) -> None:
-        """Reads the cells that these writes go to, as soon as they can be read.
+        """Reads the writers' pixels and those of the ledger's writes `first` to `last`.
 
         Every ledger begins with the same cells, so what the last run left there is known.
         """
-        cells = Ledger(*self._size).cells(range(first, last))
+        cells = {*self._pixels, *self._ledger().cells(range(first, last))}
         deadline = time.monotonic() + 60
         while True:
             try:
@@ -211,20 +247,20 @@ class Drill:
 
 
 def recovery_of(short: Shortage | None, since: float, planned: bool) -> float:
-    """Seconds until full capacity: of a fault since it struck, else since capacity was short."""
+    """Seconds until full capacity: since the fault; for planned work, since the first shortage."""
     if short is None:
         return 0.0
     return short.end - (short.begin if planned else since)
 
 
 async def drill(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
-    """Fills in the outcomes as they come: what is there when it is interrupted still counts."""
+    """Causes the events; adds to `outcomes` after each run, so that an interrupt keeps them."""
     fleet = Fleet.load()
     scene = Scene(fleet)
     await fleet.heal()
     first = await fleet.releases()
     if set(first) != set(fleet.addresses):
-        raise FleetError(f"{fleet.url}/ping is answered by {', '.join(first) or 'nobody'} only")
+        raise FleetError(f"{fleet.url}/ping is answered only by {', '.join(first) or 'no host'}")
     try:
         say(f"fleet {fleet.name}: {first}, {options.rate:g} writes/s to {fleet.url}")
         work = Drill(scene, options.rate)
@@ -248,7 +284,7 @@ async def drill(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
 
 
 async def back_to(scene: Scene, first: dict[str, str]) -> None:
-    """The release that was there when the drill began."""
+    """Returns to the release that ran when the drill began."""
     if await scene.fleet.releases() != first and len(set(first.values())) == 1:
         release = next(iter(first.values()))
         say(f"back to release {release}")
@@ -258,14 +294,15 @@ async def back_to(scene: Scene, first: dict[str, str]) -> None:
 
 
 def line(done: Run) -> str:
-    recovery = "never at full capacity"
+    recovery = "not at full capacity"
     if done.recovery is not None:
         recovery = f"full capacity after {done.recovery:.1f} s"
     waited = f" ({done.behind_flush} behind a slow flush)" if done.behind_flush else ""
     return (
-        f"sent {done.sent}, failed {dict(done.failed) or 'none'}{waited}, lost {done.lost}, p99"
+        f"sent {done.sent}, failed {dict(done.failed) or 'none'}{waited},"
+        f" lost {done.lost}, undone {done.undone}, wrong {done.wrong}, p99"
         f" {done.before.p99:.1f} then {done.during.p99:.1f} ms, took {done.took:.1f} s, {recovery}"
-        + (f" (at last {done.lack})" if done.lack else "")
+        + (f" (last shortage: {done.lack})" if done.lack else "")
     )
 
 
@@ -281,18 +318,18 @@ def as_json(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> dict[st
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """One drill at a time on a fleet."""
+    """Holds the lock that allows one drill at a time on a fleet."""
     path = ROOT / ".fleet" / f"{Fleet.load().name}.drill.lock"
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FleetError("another drill is on this fleet") from None
+            raise FleetError("another drill is running on this fleet") from None
         yield
 
 
-async def until_told(options: argparse.Namespace, outcomes: list[Outcome]) -> bool:
-    """Runs the drill; a first Ctrl-C ends it in order, and further ones don't hurry that."""
+async def until_interrupted(options: argparse.Namespace, outcomes: list[Outcome]) -> bool:
+    """Runs the drill; the first Ctrl-C stops it and heals the fleet, later ones are ignored."""
     working = asyncio.create_task(drill(options, outcomes))
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, once(working))
@@ -306,7 +343,7 @@ async def until_told(options: argparse.Namespace, outcomes: list[Outcome]) -> bo
 def once(working: asyncio.Task[None]) -> Any:
     def interrupt() -> None:
         if not working.cancelling():
-            say("interrupted; the fleet is healed first")
+            say("interrupted: healing the fleet first")
             working.cancel()
 
     return interrupt
@@ -317,9 +354,9 @@ def main(arguments: list[str] | None = None) -> int:
     outcomes: list[Outcome] = []
     status = 0
     try:
-        allow_files(CONNECTIONS)
+        allow_files(CONNECTIONS + WRITERS)
         with alone():
-            if not asyncio.run(until_told(options, outcomes)):
+            if not asyncio.run(until_interrupted(options, outcomes)):
                 status = 130
     except (FleetError, *UNREADABLE) as error:
         print(f"drill.py: {error}", file=sys.stderr)

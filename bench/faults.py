@@ -1,4 +1,4 @@
-"""The events of the drill: what is done to the fleet, and what its users may notice of it."""
+"""The events of the drill: what happens to the fleet, and which failures are excused."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hosts import BALANCER, OTHER, ROOT, Fleet, FleetError, tail
 
 FROZEN_SECONDS = 20
 AWAY_SECONDS = 5
+REDIS_STOPPED_SECONDS = 3
+DELAY_SECONDS = 3
+A_FIFTIETH = 0.02  # of a processor
 EVEN = {"c5": 1, "t2": 1}
-# Appended to the app's module: everything works but the answer that a deploy waits for.
+# Appended to the app's module: everything works except the answer that a deploy waits for.
 REFUSAL = "This release is never ready."
 NEVER_READY = f'''
 
@@ -34,42 +38,57 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 '''
 
 
+# The positional parameters of the shell become the process ids of the app's workers.
+WORKERS = """\
+master=$(systemctl show --property MainPID --value pixel.service)
+set -- $(cat "/proc/$master/task/$master/children")"""
+
+
 class Scene:
-    """The fleet under drill, and what an event has to know of those before it."""
+    """The fleet under drill, and the state that events share."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.label = time.strftime("drill-%Y%m%d-%H%M%S")
         self.releases = 0
         self.may_roll_back = False
+        self.end_writers: Callable[[], None] = lambda: None  # set by the drill for each run
 
     def next_release(self) -> str:
         self.releases += 1
         return f"{self.label}-{self.releases}"
 
     def host(self, turn: int) -> str:
-        """The hosts by turns."""
+        """The hosts in turn."""
         return (BALANCER, OTHER)[turn % 2]
 
 
-Act = Callable[[Scene, int], Awaitable[None]]
+Act = Callable[[Scene, int], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens, and what it may cost.
+    """One event and what it may cost.
 
-    `excused` are the failures that users may see while something is away: that is, until
-    `grace` seconds after the act is over. Anything else is a fault.
+    Attributes:
+        name: as on the command line.
+        act: causes the event, and ends it.
+        runs: how often it happens in a full drill.
+        planned: an operator's work: recovery counts from the first shortage of capacity, not from
+            the command.
+        excused: failures that users may see until `grace` seconds after the act is over; all
+            others are faults.
+        patience: seconds from the command until the fleet counts as not recovered.
+        prepare: runs before the load begins.
     """
 
     name: str
     act: Act
     runs: int = 3
-    planned: bool = False  # it begins when capacity first is short, not when the command is given
+    planned: bool = False
     excused: frozenset[str] = frozenset()
     grace: float = 0.0
-    patience: float = 60.0  # seconds in all, after which the fleet counts as not recovered
+    patience: float = 60.0
     prepare: Callable[[Scene], Awaitable[None]] | None = None
 
 
@@ -93,7 +112,7 @@ async def bad_deploy(scene: Scene, _: int) -> None:
         }
         status, output = await scene.fleet.play("pixel_app.yml", variables)
     if status == 0:
-        raise FleetError("the deploy of a release that is never ready did not fail")
+        raise FleetError("the deploy of a release that is never ready succeeded")
     if REFUSAL not in output:
         raise FleetError(f"the deploy failed, but not at its gate:\n{tail(output, 25)}")
     await expect_releases(scene.fleet, former)
@@ -101,7 +120,7 @@ async def bad_deploy(scene: Scene, _: int) -> None:
 
 @contextmanager
 def never_ready_source() -> Iterator[Path]:
-    """A copy of the app that works, and never says that it is ready."""
+    """A copy of the app that works and is never ready."""
     with tempfile.TemporaryDirectory(prefix="pixel-drill-") as folder:
         source = Path(folder) / "app"
         junk = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "tests", ".*")
@@ -128,7 +147,7 @@ async def something_to_roll_back(scene: Scene) -> None:
 async def expect_releases(fleet: Fleet, wanted: dict[str, str]) -> None:
     now = await fleet.releases()
     if now != wanted:
-        raise FleetError(f"the hosts should run {wanted}, and run {now}")
+        raise FleetError(f"the hosts run {now}, expected {wanted}")
 
 
 async def change_weights(scene: Scene, _: int) -> None:
@@ -162,11 +181,7 @@ async def reload_nginx(scene: Scene, _: int) -> None:
 async def kill_worker(scene: Scene, turn: int) -> None:
     await scene.fleet.ssh(
         scene.host(turn),
-        """
-        master=$(systemctl show --property MainPID --value pixel.service)
-        set -- $(cat "/proc/$master/task/$master/children")
-        kill -KILL "$1"
-        """,
+        f'{WORKERS}; kill -KILL "$1"',
     )
 
 
@@ -178,9 +193,53 @@ async def kill_master(scene: Scene, turn: int) -> None:
 
 
 async def freeze(scene: Scene, _: int) -> None:
-    await scene.fleet.ssh(OTHER, "systemctl kill --signal=STOP pixel.service")
+    await signal_app(scene, "STOP")
     await asyncio.sleep(FROZEN_SECONDS)
-    await scene.fleet.ssh(OTHER, "systemctl kill --signal=CONT pixel.service")
+    await signal_app(scene, "CONT")
+
+
+async def freeze_as_writers_end(scene: Scene, _: int) -> None:
+    """No later write covers what a thawed process writes."""
+    await signal_app(scene, "STOP")
+    await asyncio.sleep(3)
+    scene.end_writers()
+    await asyncio.sleep(9)
+    await signal_app(scene, "CONT")
+
+
+async def signal_app(scene: Scene, name: str) -> None:
+    await scene.fleet.ssh(OTHER, f"systemctl kill --signal={name} pixel.service")
+
+
+async def stop_a_worker(scene: Scene, _: int) -> None:
+    await scene.fleet.ssh(OTHER, f'{WORKERS}; kill -STOP "$1"')
+    await asyncio.sleep(FROZEN_SECONDS)
+    await signal_app(scene, "CONT")
+
+
+async def stop_workers(scene: Scene, _: int) -> None:
+    """One after the other, and the master goes on; a listening socket stays open."""
+    script = f'{WORKERS}; for worker; do kill -STOP "$worker"; sleep 2; done'
+    await scene.fleet.ssh(OTHER, script)
+    await asyncio.sleep(FROZEN_SECONDS / 2)
+    await signal_app(scene, "CONT")
+
+
+async def throttle(scene: Scene, _: int) -> None:
+    await scene.fleet.throttle(OTHER, A_FIFTIETH)
+    await asyncio.sleep(FROZEN_SECONDS)
+    await scene.fleet.throttle(OTHER, None)
+
+
+async def stop_redis(scene: Scene, _: int) -> None:
+    await scene.fleet.ssh(
+        BALANCER,
+        f"""
+        systemctl kill --signal=STOP redis-server.service
+        sleep {REDIS_STOPPED_SECONDS}
+        systemctl kill --signal=CONT redis-server.service
+        """,
+    )
 
 
 async def restart_redis(scene: Scene, _: int) -> None:
@@ -188,7 +247,7 @@ async def restart_redis(scene: Scene, _: int) -> None:
 
 
 async def kill_redis(scene: Scene, _: int) -> None:
-    """The act is over when systemd has started it anew and it has read its log."""
+    """Over when systemd has started Redis again and it has read its log."""
     await scene.fleet.ssh(
         BALANCER,
         """
@@ -205,7 +264,7 @@ async def kill_redis(scene: Scene, _: int) -> None:
 
 
 async def stop_host(scene: Scene, _: int) -> None:
-    """An orderly stop, as before a resize; and a start."""
+    """Shuts the host down, as before a resize, and starts it."""
     with suppress(FleetError):  # the connection may end before the command does
         await scene.fleet.ssh(OTHER, "systemctl poweroff")
     await until_off(scene.fleet.ssh_ports[OTHER])
@@ -214,7 +273,7 @@ async def stop_host(scene: Scene, _: int) -> None:
 
 
 async def until_off(port: int, patience: float = 60) -> None:
-    """The ports of a host are open for as long as it runs."""
+    """Waits until a host's port is closed: it is open while the host runs."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         try:
@@ -228,7 +287,26 @@ async def until_off(port: int, patience: float = 60) -> None:
 async def cut_off(scene: Scene, _: int) -> None:
     await scene.fleet.cut()
     await asyncio.sleep(FROZEN_SECONDS)
-    await scene.fleet.join()
+    await scene.fleet.restore_network()
+
+
+async def cut_off_from_redis(scene: Scene, _: int) -> None:
+    await scene.fleet.drop("tcp dport 6379 drop; tcp sport 6379 drop;")
+    await asyncio.sleep(FROZEN_SECONDS)
+    await scene.fleet.restore_network()
+
+
+async def cut_off_from_balancer(scene: Scene, _: int) -> None:
+    """Requests and answers are lost; the host still reaches Redis."""
+    await scene.fleet.drop("tcp dport 8000 drop; tcp sport 8000 drop;")
+    await asyncio.sleep(FROZEN_SECONDS)
+    await scene.fleet.restore_network()
+
+
+async def delay(scene: Scene, _: int) -> None:
+    await scene.fleet.delay(DELAY_SECONDS)
+    await asyncio.sleep(FROZEN_SECONDS)
+    await scene.fleet.restore_network()
 
 
 async def cut_power(scene: Scene, _: int) -> None:
@@ -251,10 +329,18 @@ EVENTS = (
     Event("reload", reload_nginx, planned=True),
     Event("worker killed", kill_worker, runs=10),
     Event("master killed", kill_master),
-    Event("t2 frozen", freeze, patience=90),
+    Event("t2 frozen", freeze, runs=10, patience=90),
+    Event("t2 frozen as writers end", freeze_as_writers_end, patience=90),
+    Event("t2 worker stopped", stop_a_worker, patience=90),
+    Event("t2 workers stopped", stop_workers, patience=90),
+    Event("t2 throttled", throttle, patience=120),
     Event("t2 stopped", stop_host, patience=120),
     Event("t2 cut off", cut_off, patience=90),
+    Event("t2 cut off from redis", cut_off_from_redis, runs=10, patience=90),
+    Event("t2 cut off from balancer", cut_off_from_balancer, runs=10, patience=90),
+    Event("t2 delayed", delay, patience=90),
     Event("redis restart", restart_redis, excused=AWAY, grace=2),
+    Event("redis stopped", stop_redis, excused=AWAY, grace=2),
     Event("redis killed", kill_redis, runs=10, excused=AWAY, grace=2),
     Event("c5 power cut", cut_power, excused=ANYTHING, grace=10, patience=120),
 )
@@ -262,6 +348,6 @@ QUICK = ("deploy", "bad deploy", "rollback", "worker killed", "redis killed")
 
 
 def clear_cache(label: str) -> None:
-    """Removes what the control node keeps of the drill's releases."""
+    """Removes the drill's releases from the control node's cache."""
     for folder in (ROOT / ".cache" / "releases").glob(f"{label}-*"):
-        shutil.rmtree(folder, ignore_errors=True)  # what is left only takes room
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The local fleet, as its operator has it: commands over SSH, playbooks, and the power switch."""
+"""The local fleet as its operator sees it: commands over SSH, playbooks, power, faults."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ ROOT = Path(__file__).resolve().parents[1]
 BALANCER = "c5"  # Nginx, Redis and a part of the app
 OTHER = "t2"  # the app alone
 PATIENCE = 30.0
-NOWHERE = "02:00:00:00:00:01"  # nobody's link-layer address
+NOWHERE = "02:00:00:00:00:01"  # a link-layer address that no host has
+TABLE = "pixel_drill"  # of nftables
+QDISC = "d:"  # handle of the drill's queueing discipline
 
 
 class FleetError(Exception):
-    """The fleet did not do what was asked of it; the message says what it said."""
+    """A command on the fleet failed; the message has the end of its output."""
 
 
 class Flush(NamedTuple):
-    """One that took long: Redis waited for its disk, and every write for Redis."""
+    """A slow flush of Redis' log, for which every write waited."""
 
     end: float  # on the clock of time.monotonic(), at most a second late
     seconds: float
@@ -41,7 +43,7 @@ class Fleet:
 
     @classmethod
     def load(cls) -> Fleet:
-        """The fleet that `make up` has made."""
+        """Loads the description of the fleet that `make up` has made."""
         name = os.environ.get("PIXEL_FLEET") or "pixel"
         try:
             facts = json.loads((ROOT / ".fleet" / name / "fleet.json").read_text())
@@ -49,7 +51,7 @@ class Fleet:
         except (OSError, KeyError):
             raise FleetError(
                 f"there is no fleet {name!r} with hosts {BALANCER} and {OTHER}:"
-                " `make up` makes one, and PIXEL_FLEET names another"
+                " `make up` makes one, PIXEL_FLEET selects another"
             ) from None
         return cls(
             name,
@@ -80,13 +82,13 @@ class Fleet:
         return await self._run(program, f"playbooks/{playbook}", *extra, patience=patience)
 
     async def must_play(self, playbook: str, **variables: Any) -> None:
-        """Runs a playbook, which has to succeed."""
+        """Runs a playbook; raises FleetError if it fails."""
         status, output = await self.play(playbook, variables)
         if status != 0:
             raise FleetError(f"{playbook} failed:\n{tail(output, 25)}")
 
     async def power(self, host: str, state: str) -> None:
-        """Cuts a host's power (`off`), or gives it back (`on`) and waits until it has booted."""
+        """Cuts a host's power (`off`), or starts it (`on`) and waits until it has booted."""
         program = str(ROOT / "molecule" / "shared" / "fleet.py")
         status, output = await self._run(
             sys.executable, program, "power", host, state, patience=120
@@ -95,7 +97,7 @@ class Fleet:
             raise FleetError(f"power {host} {state}: {tail(output)}")
 
     async def throttle(self, host: str, processors: float | None) -> None:
-        """Lets a host use so many processors; None for all that there are."""
+        """Limits a host to so many processors; None removes the limit."""
         program = str(ROOT / "molecule" / "shared" / "fleet.py")
         number = "all" if processors is None else str(processors)
         status, output = await self._run(sys.executable, program, "cpus", host, number, patience=30)
@@ -103,10 +105,10 @@ class Fleet:
             raise FleetError(f"cpus {host} {number}: {tail(output)}")
 
     async def _run(self, *command: str, patience: float, text: str = "") -> tuple[int, str]:
-        """Runs a program, and gives its exit status and all that it said.
+        """Runs a program; returns its exit status and its output.
 
-        It has a session of its own: a Ctrl-C at the terminal is for the drill alone, which passes
-        it on when it is cancelled, so that Ansible ends as it does under an operator's hands.
+        The program has a session of its own, so that Ctrl-C reaches only the drill. If this call
+        is cancelled or takes too long, the program gets SIGINT, as from an operator.
         """
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -128,7 +130,7 @@ class Fleet:
         return process.returncode or 0, output.decode(errors="replace")
 
     async def slow_flushes(self) -> list[Flush]:
-        """Those that Redis remembers since its start: the longest of a second, from 0.1 s on."""
+        """Flushes since Redis' start that took 0.1 s or more: the longest of each second."""
         password = (ROOT / ".fleet" / self.name / "credentials" / "redis_admin").read_text().strip()
         said = await self.ssh(
             BALANCER,
@@ -146,10 +148,10 @@ class Fleet:
             for second, milliseconds in zip(numbers[::2], numbers[1::2], strict=True)
         ]
 
-    # What is asked of the service
+    # Requests to the service
 
     async def ask(self, path: str) -> Any:
-        """A JSON answer of the service, through the balancer."""
+        """Returns a JSON answer of the service, through the balancer."""
 
         def get() -> Any:
             with urllib.request.urlopen(f"{self.url}{path}", timeout=5) as answer:  # noqa: S310
@@ -158,7 +160,7 @@ class Fleet:
         return await asyncio.to_thread(get)
 
     async def releases(self) -> dict[str, str]:
-        """Which release each host says it runs; a host that gets no requests is not among them."""
+        """Returns the release of each host that answers through the balancer."""
         said: dict[str, str] = {}
         for _ in range(40):
             try:
@@ -171,35 +173,77 @@ class Fleet:
         return said
 
     async def balancer_status(self) -> dict[str, Any]:
-        """What `pixel-lb status` says of each host."""
+        """Returns each host's part of `pixel-lb status`."""
         status = json.loads(await self.ssh(BALANCER, "pixel-lb status"))
         return {host: status["backends"][host] for host in self.addresses}
 
-    # The network between the two hosts. Frames to an address that nobody has vanish without a
-    # word, as in a cable that is cut; how this program reaches the hosts is not touched.
+    # The network between the two hosts. The drill's own connections to them are not touched.
 
     async def cut(self) -> None:
+        """Stops all packets between the hosts: each has a wrong link-layer address of the other."""
         for host, peer in ((OTHER, BALANCER), (BALANCER, OTHER)):
             address = self.addresses[peer]
             await self.ssh(
                 host, f"ip neigh replace {address} lladdr {NOWHERE} dev eth0 nud permanent"
             )
 
-    async def join(self) -> None:
-        for host, peer in ((BALANCER, OTHER), (OTHER, BALANCER)):
-            await self.ssh(host, f"ip neigh flush to {self.addresses[peer]} dev eth0 nud permanent")
+    async def drop(self, rules: str) -> None:
+        """Drops packets on the other host.
 
-    # Order
+        Args:
+            rules: nftables rules for packets that leave (`output`) or arrive (`input`) there.
+        """
+        chains = "\n".join(
+            f"chain {hook} {{ type filter hook {hook} priority -10; {rules} }}"
+            for hook in ("input", "output")
+        )
+        await self.ssh(OTHER, f"nft -f - <<'END'\ntable inet {TABLE} {{\n{chains}\n}}\nEND\n")
+
+    async def delay(self, seconds: float) -> None:
+        """Delays all packets from the other host to the balancer's."""
+        await self.ssh(
+            OTHER,
+            f"""
+            tc qdisc add dev eth0 root handle {QDISC} prio bands 4
+            tc qdisc add dev eth0 parent {QDISC}4 netem delay {seconds}s limit 100000
+            tc filter add dev eth0 parent {QDISC} protocol ip u32 \
+                match ip dst {self.addresses[BALANCER]}/32 flowid {QDISC}4
+            """,
+        )
+
+    async def restore_network(self) -> None:
+        """Takes back `cut`, `drop` and `delay`."""
+        for host, peer in ((BALANCER, OTHER), (OTHER, BALANCER)):
+            await self.ssh(
+                host,
+                f"""
+                ip neigh flush to {self.addresses[peer]} dev eth0 nud permanent
+                ! nft list table inet {TABLE} >/dev/null 2>&1 || nft delete table inet {TABLE}
+                if tc qdisc show dev eth0 | grep -q '^qdisc prio {QDISC} '; then
+                    tc qdisc del dev eth0 root
+                fi
+                """,
+            )
+
+    # Recovery
 
     async def heal(self) -> None:
-        """Takes back all that a drill may have left behind; it does no harm where nothing is."""
+        """Takes back all that a drill may have left; a healthy fleet is not changed."""
+        await self.throttle(OTHER, None)
         for host in (BALANCER, OTHER):
             try:
                 await self.ssh(host, "true")
             except FleetError:
                 await self.power(host, "on")
-            await self.ssh(host, "systemctl kill --signal=CONT pixel.service || true")
-        await self.join()
+            await self.ssh(
+                host,
+                """
+                for unit in pixel.service redis-server.service; do
+                    systemctl kill --signal=CONT $unit || true
+                done
+                """,
+            )
+        await self.restore_network()
         drained = [
             host
             for host, said in (await self.balancer_status()).items()
@@ -210,7 +254,7 @@ class Fleet:
 
 
 async def end(process: asyncio.subprocess.Process, talking: asyncio.Task[Any]) -> None:
-    """Ends what was started, first as Ctrl-C does."""
+    """Stops a program's process group: SIGINT first, then SIGKILL."""
     for number, patience in ((signal.SIGINT, 20), (signal.SIGKILL, 5)):
         if process.returncode is not None:
             break
@@ -220,6 +264,6 @@ async def end(process: asyncio.subprocess.Process, talking: asyncio.Task[Any]) -
 
 
 def tail(output: str, lines: int = 12) -> str:
-    """The end of what a program said."""
+    """The last lines of a program's output."""
     said = output.strip().splitlines()
     return "\n".join(said[-lines:])

@@ -26,6 +26,7 @@ class Run:
     acknowledged: int
     failed: Mapping[str, int]
     lost: int
+    undone: int
     wrong: int
     before: Spread
     during: Spread
@@ -79,6 +80,7 @@ class Outcome:
             "failed": dict(self.failed.most_common()),
             "behind_flush": self.total("behind_flush"),
             "lost": self.total("lost"),
+            "undone": self.total("undone"),
             "wrong": self.total("wrong"),
             "p50_ms": _rounded(self.median("during", "p50")),
             "p99_ms": _rounded(self.median("during", "p99")),
@@ -122,7 +124,7 @@ def kind(error: str) -> str:
 
 
 HEAD = (
-    *("event", "runs", "sent", "acknowledged", "failed", "lost"),
+    *("event", "runs", "sent", "acknowledged", "failed", "lost", "undone"),
     *("p50/p99 ms before", "during", "took s", "full capacity s"),
 )
 LEFT = {"event", "failed"}
@@ -158,6 +160,7 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         str(outcome.total("acknowledged")),
         failed or "-",
         str(outcome.total("lost") + outcome.total("wrong")),
+        str(outcome.total("undone")),
         "/".join(f"{outcome.median('before', mark):.1f}" for mark in ("p50", "p99")),
         "/".join(f"{outcome.median('during', mark):.1f}" for mark in ("p50", "p99")),
         f"{statistics.median(run.took for run in outcome.runs):.1f}",

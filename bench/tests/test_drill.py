@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import drill
 import hosts
 from capacity import Normal, Shortage
-from faults import EVENTS, NEVER_READY, QUICK, REFUSAL, never_ready_source
+from faults import EVENTS, NEVER_READY, QUICK, REFUSAL, Scene, never_ready_source
 from figures import Spread
 from hosts import Fleet, FleetError
 
@@ -21,8 +22,9 @@ FLEET = Fleet("nobody", "http://127.0.0.1:9", {"c5": "192.0.2.10", "t2": "192.0.
 
 
 def test_every_event_of_the_agreement_is_there_as_often_as_agreed() -> None:
-    often = {"deploy", "worker killed", "redis killed"}
-    assert len(EVENTS) == 14
+    often = {"deploy", "worker killed", "redis killed", "t2 frozen"}
+    often |= {"t2 cut off from redis", "t2 cut off from balancer"}
+    assert len(EVENTS) == 22
     assert {event.name for event in EVENTS if event.runs >= 10} == often
     assert all(event.runs >= 3 for event in EVENTS)
     assert set(QUICK) <= {event.name for event in EVENTS}
@@ -30,8 +32,9 @@ def test_every_event_of_the_agreement_is_there_as_often_as_agreed() -> None:
 
 def test_only_redis_and_the_balancer_excuse_a_failure() -> None:
     excusing = {event.name: event.excused for event in EVENTS if event.excused}
-    assert set(excusing) == {"redis restart", "redis killed", "c5 power cut"}
+    assert set(excusing) == {"redis restart", "redis stopped", "redis killed", "c5 power cut"}
     assert excusing["redis killed"] == excusing["redis restart"] == {"503"}
+    assert excusing["redis stopped"] == {"503"}
 
 
 def test_quick_is_once_each() -> None:
@@ -99,6 +102,84 @@ def test_it_works_but_for_the_answer_that_a_deploy_waits_for() -> None:
     start, body = answers("/readyz")
     assert start["status"] == 503
     assert body["body"] == REFUSAL.encode()
+
+
+# Faults and their end
+
+Command = tuple[str, ...]
+
+
+class Recorded(Fleet):
+    """A fleet whose hosts do nothing; `commands` has what they were given."""
+
+    commands: list[Command]
+
+    async def _run(self, *command: str, patience: float, text: str = "") -> tuple[int, str]:
+        self.commands.append((*command, text))
+        if "pixel-lb status" in text:
+            backends = {host: {"state": "up", "weight": 1} for host in self.addresses}
+            return 0, json.dumps({"backends": backends})
+        return 0, ""
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    async def no_time(_: float) -> None:
+        pass
+
+    monkeypatch.setattr("faults.asyncio.sleep", no_time)
+    fleet = Recorded("nobody", FLEET.url, FLEET.addresses, {"c5": 1, "t2": 2})
+    object.__setattr__(fleet, "commands", [])
+    return fleet
+
+
+UNDO = {
+    "--signal=STOP": "--signal=CONT",
+    "kill -STOP": "--signal=CONT",
+    "nft -f": "nft delete table inet pixel_drill",
+    "tc qdisc add": "tc qdisc del dev eth0 root",
+    "cpus t2 0.02": "cpus t2 all",
+    "ip neigh replace": "ip neigh flush",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "does"),
+    [
+        ("t2 frozen", "--signal=STOP"),
+        ("t2 frozen as writers end", "--signal=STOP"),
+        ("t2 worker stopped", "kill -STOP"),
+        ("t2 workers stopped", "kill -STOP"),
+        ("t2 throttled", "cpus t2 0.02"),
+        ("t2 cut off", "ip neigh replace"),
+        ("t2 cut off from redis", "nft -f"),
+        ("t2 cut off from balancer", "nft -f"),
+        ("t2 delayed", "tc qdisc add"),
+        ("redis stopped", "--signal=STOP"),
+    ],
+)
+def test_a_fault_is_ended_by_its_event_and_by_healing(
+    name: str, does: str, recorded: Recorded
+) -> None:
+    (event,) = (event for event in EVENTS if event.name == name)
+    asyncio.run(event.act(Scene(recorded), 0))
+    done = [" ".join(command) for command in recorded.commands]
+    began = next(n for n, command in enumerate(done) if does in command)
+    assert any(UNDO[does] in command for command in done[began:])
+    recorded.commands.clear()
+    asyncio.run(recorded.heal())  # as after an interruption
+    assert any(UNDO[does] in " ".join(command) for command in recorded.commands)
+
+
+def test_writers_end_while_t2_is_frozen(recorded: Recorded) -> None:
+    scene = Scene(recorded)
+    commands: list[int] = []
+    scene.end_writers = lambda: commands.append(len(recorded.commands))
+    (event,) = (event for event in EVENTS if event.name == "t2 frozen as writers end")
+    asyncio.run(event.act(scene, 0))
+    assert commands == [1]
+    assert "STOP" in recorded.commands[0][-1]
+    assert "CONT" in recorded.commands[1][-1]
 
 
 # Programs

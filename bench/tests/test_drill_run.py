@@ -1,21 +1,18 @@
-"""One event after another on a service that can be told to fail, in the place of a fleet."""
+"""The drill's events on a stand-in for the fleet whose faults are chosen."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 
 import pytest
 
 import drill
 from drill import Drill
-from faults import Event, Scene
+from faults import Act, Event, Scene
 from hosts import Fleet, FleetError, Flush
 from outcomes import Run
 from standin import HEIGHT, WIDTH, Deed, StandIn
-
-Act = Callable[[Scene, int], Awaitable[None]]
 
 
 class Healed(Fleet):
@@ -35,12 +32,15 @@ class Healed(Fleet):
 def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Healed, "times", 0)
     monkeypatch.setattr(Healed, "flushes", ())
+    monkeypatch.setattr("writers.PAUSE", 0.01)
     for name, value in {
         "WARM_UP": 0.1,
         "BEFORE": 0.5,
         "SETTLED": 0.5,
         "PENDING": 0.3,
         "CONNECTIONS": 8,
+        "WRITERS": 4,
+        "SETTLE": 0.4,
     }.items():
         monkeypatch.setattr(drill, name, value)
 
@@ -75,11 +75,15 @@ def test_an_event_that_nobody_notices() -> None:
         assert run.faults == []
         assert run.recovery == 0
         assert run.sent == run.acknowledged > 200
+        assert run.undone == 0
         assert run.failed == {}
     assert Healed.times == 2
 
 
-def test_failures_that_are_excused_and_the_seconds_until_they_end() -> None:
+def test_failures_that_are_excused_and_the_seconds_until_they_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drill, "WRITERS", 0)  # the open loop alone, whose failures can be foretold
     service = StandIn()
     act = failing_for(service, Deed.BROKEN, 0.6)
     (run,) = happen(service, Event("away", act, excused=frozenset({"503"}), grace=1, patience=5))
@@ -114,6 +118,41 @@ def test_a_lost_write_is_a_fault() -> None:
     assert run.lost == pytest.approx(60, abs=20)
     assert run.faults[0].startswith("lost: (")
     assert "acknowledged" in run.faults[0]
+
+
+def test_an_undone_write_is_a_fault() -> None:
+    service = StandIn()
+    act = failing_for(service, Deed.REPEAT_LATER, 0.5)
+    (run,) = happen(service, Event("zombies", act, patience=5))
+    assert (run.lost, run.wrong, run.failed) == (0, 0, {})
+    assert run.undone > 0
+    assert run.faults[0].startswith("undone: (")
+
+
+def test_failures_of_the_writers_count_as_all_others() -> None:
+    service = StandIn()
+
+    async def act(_scene: Scene, _turn: int) -> None:
+        service.broken_from_row = HEIGHT - 4  # the writers' pixels
+        await asyncio.sleep(0.3)
+        service.broken_from_row = HEIGHT
+
+    (run,) = happen(service, Event("odd", act, patience=5))
+    assert run.faults == [f"{run.failed['503']} x 503"]
+
+
+def test_an_event_can_end_the_writers() -> None:
+    service = StandIn()
+
+    async def act(scene: Scene, _turn: int) -> None:
+        scene.end_writers()
+        await asyncio.sleep(0.2)
+        service.broken_from_row = HEIGHT - 4
+        await asyncio.sleep(0.3)
+
+    (run,) = happen(service, Event("end", act, patience=5))
+    assert run.faults == []
+    assert run.failed == {}
 
 
 def test_what_does_not_come_back_is_said() -> None:

@@ -20,6 +20,7 @@ def a_run(**changes: Any) -> Run:
         "acknowledged": 90,
         "failed": {"503": 10},
         "lost": 0,
+        "undone": 0,
         "wrong": 0,
         "before": CALM,
         "during": Spread(2, 4, 6, 8, 10),
@@ -39,6 +40,7 @@ def test_the_file_has_the_agreed_shape() -> None:
         "acknowledged": 270,
         "failed": {"503": 25},
         "lost": 0,
+        "undone": 0,
         "p99_ms": 6,
         "recovery_s": {"median": 2.0, "worst": 3.0},
     }
@@ -103,14 +105,16 @@ def test_a_write_that_waited_for_the_disk_is_told_apart(
 def test_the_table_has_a_line_an_event_and_says_what_is_wrong() -> None:
     outcomes = [
         Outcome("redis killed", [a_run()]),
-        Outcome("t2 frozen", [a_run(lost=2, recovery=None, faults=["lost: (1, 2) R"])]),
+        Outcome("t2 frozen", [a_run(lost=2, undone=7, recovery=None, faults=["lost: (1, 2) R"])]),
         Outcome("deploy", [a_run(behind_flush=4), a_run(behind_flush=3)]),
     ]
     head, redis, frozen, _, *rest = table(outcomes).splitlines()
     assert (
-        " ".join(redis.split()) == "redis killed 1 100 90 10 x 503 0 1.0/3.0 2.0/6.0 1.5 2.0 (2.0)"
+        " ".join(redis.split())
+        == "redis killed 1 100 90 10 x 503 0 0 1.0/3.0 2.0/6.0 1.5 2.0 (2.0)"
     )
     assert frozen.endswith("never (never)")
+    assert " 2       7 " in frozen
     assert len({len(head), len(redis), len(frozen)}) == 1
     assert rest == [
         "  deploy: 7 of the failed while Redis' disk was slow",
