@@ -304,8 +304,11 @@ async def cut_off_from_balancer(scene: Scene, _: int) -> None:
 
 
 async def delay(scene: Scene, _: int) -> None:
+    """Delayed packets still arrive after the network is fast again."""
     await scene.fleet.delay(DELAY_SECONDS)
     await asyncio.sleep(FROZEN_SECONDS)
+    await scene.fleet.join()
+    await asyncio.sleep(DELAY_SECONDS)
     await scene.fleet.restore_network()
 
 

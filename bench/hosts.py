@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 BALANCER = "c5"  # Nginx, Redis and a part of the app
 OTHER = "t2"  # the app alone
 PATIENCE = 30.0
 NOWHERE = "02:00:00:00:00:01"  # a link-layer address that no host has
 TABLE = "pixel_drill"  # of nftables
-QDISC = "d:"  # handle of the drill's queueing discipline
+DELAY = "pixel-drill-delay"  # a unit
 
 
 class FleetError(Exception):
@@ -200,30 +201,33 @@ class Fleet:
         await self.ssh(OTHER, f"nft -f - <<'END'\ntable inet {TABLE} {{\n{chains}\n}}\nEND\n")
 
     async def delay(self, seconds: float) -> None:
-        """Delays all packets from the other host to the balancer's."""
+        """Delays all packets from the other host to the balancer's; see `delayline.py`."""
+        address = (await self.ssh(BALANCER, "cat /sys/class/net/eth0/address")).strip()
+        program = (HERE / "delayline.py").read_text()
+        await self.ssh(
+            OTHER,
+            f"cat >/run/{DELAY}.py <<'END'\n{program}\nEND\n"
+            f"systemd-run --quiet --collect --unit={DELAY} --nice=-10"
+            f" python3 /run/{DELAY}.py eth0 {seconds} {NOWHERE} {address}\n"
+            "sleep 0.5\n"
+            f"ip neigh replace {self.addresses[BALANCER]} lladdr {NOWHERE} dev eth0 nud permanent",
+        )
+
+    async def join(self) -> None:
+        """Gives both hosts the right addresses of each other again."""
+        for host, peer in ((BALANCER, OTHER), (OTHER, BALANCER)):
+            await self.ssh(host, f"ip neigh flush to {self.addresses[peer]} dev eth0 nud permanent")
+
+    async def restore_network(self) -> None:
+        """Takes back `cut`, `drop` and `delay`; packets that are still delayed are lost."""
+        await self.join()
         await self.ssh(
             OTHER,
             f"""
-            tc qdisc add dev eth0 root handle {QDISC} prio bands 4
-            tc qdisc add dev eth0 parent {QDISC}4 netem delay {seconds}s limit 100000
-            tc filter add dev eth0 parent {QDISC} protocol ip u32 \
-                match ip dst {self.addresses[BALANCER]}/32 flowid {QDISC}4
+            ! nft list table inet {TABLE} >/dev/null 2>&1 || nft delete table inet {TABLE}
+            ! systemctl --quiet is-active {DELAY} || systemctl stop {DELAY}
             """,
         )
-
-    async def restore_network(self) -> None:
-        """Takes back `cut`, `drop` and `delay`."""
-        for host, peer in ((BALANCER, OTHER), (OTHER, BALANCER)):
-            await self.ssh(
-                host,
-                f"""
-                ip neigh flush to {self.addresses[peer]} dev eth0 nud permanent
-                ! nft list table inet {TABLE} >/dev/null 2>&1 || nft delete table inet {TABLE}
-                if tc qdisc show dev eth0 | grep -q '^qdisc prio {QDISC} '; then
-                    tc qdisc del dev eth0 root
-                fi
-                """,
-            )
 
     # Recovery
 

@@ -137,7 +137,7 @@ UNDO = {
     "--signal=STOP": "--signal=CONT",
     "kill -STOP": "--signal=CONT",
     "nft -f": "nft delete table inet pixel_drill",
-    "tc qdisc add": "tc qdisc del dev eth0 root",
+    "systemd-run": "systemctl stop pixel-drill-delay",
     "cpus t2 0.02": "cpus t2 all",
     "ip neigh replace": "ip neigh flush",
 }
@@ -154,7 +154,7 @@ UNDO = {
         ("t2 cut off", "ip neigh replace"),
         ("t2 cut off from redis", "nft -f"),
         ("t2 cut off from balancer", "nft -f"),
-        ("t2 delayed", "tc qdisc add"),
+        ("t2 delayed", "systemd-run"),
         ("redis stopped", "--signal=STOP"),
     ],
 )
