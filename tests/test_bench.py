@@ -10,7 +10,7 @@ from jinja2 import Template
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLE = ROOT / "roles" / "nginx_lb"
-PEERS = ROOT / "bench" / "peers"
+PEERS = ROOT / "bench" / "compare" / "peers"
 
 
 def directives(template: str) -> set[str]:

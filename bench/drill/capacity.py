@@ -1,0 +1,88 @@
+"""Whether a fleet was at full capacity, judged by nothing but the requests that it was sent.
+
+Time is cut into slices of a quarter of a second, by when requests were due. A slice is at full
+capacity if every request due in it was acknowledged, if each host answered at least three quarters
+of its usual share of them, and if their 90th percentile is what it was before: at most thrice the
+99th percentile of then, or `QUICK` where that is less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.load.figures import Spread, percentile
+from bench.load.openloop import Sample
+
+SLICE = 0.25
+SHARE = 0.75
+SLOWER = 3
+QUICK = 0.1
+STRANGER = 0.02  # a host that answers less than this is no part of the fleet
+
+
+@dataclass(frozen=True)
+class Normal:
+    """How the fleet is when nothing happens to it."""
+
+    rate: float
+    shares: dict[str, float]
+    latency: Spread
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], rate: float) -> Normal:
+        answers = Counter(sample.instance for sample in samples if sample.error is None)
+        shares = {name: count / answers.total() for name, count in answers.items()}
+        return cls(
+            rate,
+            {name: share for name, share in shares.items() if name and share >= STRANGER},
+            Spread.of_seconds(sample.seconds for sample in samples),
+        )
+
+    @property
+    def slowest(self) -> float:
+        return max(QUICK, SLOWER * self.latency.p99 / 1000)
+
+    def lack(self, samples: Sequence[Sample]) -> str | None:
+        """What one slice lacks of full capacity, in words; None if it lacks nothing."""
+        if len(samples) < 0.9 * self.rate * SLICE:
+            return "requests without an answer yet"
+        failed = sum(sample.error is not None for sample in samples)
+        if failed:
+            return f"{failed} failed requests"
+        answers = Counter(sample.instance for sample in samples)
+        for name, share in self.shares.items():
+            if answers[name] < SHARE * share * len(samples):
+                return f"{name} answered {answers[name] / len(samples):.0%}, usual is {share:.0%}"
+        late = percentile(sorted(sample.seconds for sample in samples), 90)
+        if late > self.slowest:
+            return f"the 90th percentile was {late * 1000:.0f} ms"
+        return None
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """From when to when capacity was short, and what the last slice of that time lacked."""
+
+    begin: float
+    end: float
+    lack: str
+
+
+def shortage(
+    samples: Iterable[Sample], normal: Normal, since: float, until: float
+) -> Shortage | None:
+    """The time from the first short slice to the last one; None if there is none."""
+    count = max(0, math.floor((until - since) / SLICE))
+    slices: list[list[Sample]] = [[] for _ in range(count)]
+    for sample in samples:
+        index = math.floor((sample.due - since) / SLICE)
+        if 0 <= index < count:
+            slices[index].append(sample)
+    short = [(index, lack) for index, each in enumerate(slices) if (lack := normal.lack(each))]
+    if not short:
+        return None
+    (first, _), (last, lack) = short[0], short[-1]
+    return Shortage(since + first * SLICE, since + (last + 1) * SLICE, lack)
