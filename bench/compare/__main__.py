@@ -1,10 +1,10 @@
 """Compares ways to serve POST /pixel on this machine: requests, latency, CPU, memory.
 
-    python -m bench.compare                # everything, under a quarter of an hour
-    python -m bench.compare --quick        # one short round, to see that it works
+    python -m bench.compare                # all variants, about 12 minutes
+    python -m bench.compare --quick        # one short round, to test the bench itself
 
-Every variant is started afresh in every round, with a Redis and an Nginx of its own, on the same
-processors; the load comes from another one. See README.md for how to read what it prints.
+Every round starts every variant again, with its own Redis and Nginx, on the same processors; the
+load runs on another processor. README.md explains the output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bench.compare import honesty, machine, tables
+from bench.compare import contract, machine, tables
 from bench.compare.plan import Job, Step, jobs
 from bench.compare.processes import StartError
 from bench.compare.results import GROUPS, Key, Results, Sample
@@ -49,57 +49,59 @@ HELD = Plan(rate=500, seconds=10, connections=2000)
 
 
 class ImpossibleError(Exception):
-    """The bench cannot run here; the message says why."""
+    """The comparison can't run on this machine; the message says why."""
 
 
 def processors(text: str) -> frozenset[int]:
     try:
         return frozenset(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 0,1") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0,1") from None
 
 
 def variants(text: str) -> set[str]:
     names = set(text.split(","))
     if unknown := names - set(VARIANTS):
         raise argparse.ArgumentTypeError(
-            f"there is no {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}"
+            f"unknown: {', '.join(sorted(unknown))}; the variants are {', '.join(VARIANTS)}"
         )
     return names
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     own = sorted(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(description="Compares ways to serve POST /pixel.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compare", description="Compares ways to serve POST /pixel."
+    )
     add = parser.add_argument
-    add("--rounds", type=int, default=5, help="default 5")
-    add("--seconds", type=int, default=4, help="of the main comparison, per variant and round")
-    add("--quick", action="store_true", help="one round of one second each, to try it")
-    add("--only", type=variants, default=set(VARIANTS), metavar="NAME,…", help="these variants")
+    add("--rounds", type=int, default=5, help="number of rounds (default 5)")
+    add("--seconds", type=int, default=4, help="of a step of the main comparison (4)")
+    add("--quick", action="store_true", help="one round of one second each")
+    add("--only", type=variants, default=set(VARIANTS), metavar="NAME,…")
     add("--service-cpus", type=processors, default=frozenset(own[:1]), metavar="0,…")
     add("--load-cpus", type=processors, default=frozenset(own[-1:]), metavar="1,…")
-    add("--data-dir", type=Path, default=Path("/var/tmp"), help="on a real disk; default /var/tmp")
+    add("--data-dir", type=Path, default=Path("/var/tmp"), help="default /var/tmp")
     add("--json", type=Path, default=OUTPUT, metavar="FILE", help="default bench/out/bench.json")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.seconds < 1:
-        parser.error("--rounds and --seconds are at least 1")
-    if stranger := (options.service_cpus | options.load_cpus) - set(own):
-        parser.error(f"processor {min(stranger)} is not among those to be used here: {own}")
+        parser.error("--rounds and --seconds must be at least 1")
+    if unavailable := (options.service_cpus | options.load_cpus) - set(own):
+        parser.error(f"processor {min(unavailable)} is not available: {own}")
     if options.quick:
         options.rounds, options.seconds = 1, 1
     return options
 
 
-def need_tools(only: set[str]) -> None:
-    """Says in one go what is missing, and what to install for it."""
+def check_tools(only: set[str]) -> None:
+    """Raises ImpossibleError with all that is missing, and the packages to install."""
     packages = {"gunicorn", "uvicorn_worker", "uvloop", "httptools", "fastapi", "redis"}
     packages |= {"pixel"} if any(name.startswith("ours") for name in only) else set()
     if absent := {name for name in packages if importlib.util.find_spec(name) is None}:
         raise ImpossibleError(
             f"{sys.executable} has no {', '.join(sorted(absent))}:"
-            " run this with the Python of an environment that the app is installed in"
+            " use the Python of an environment in which the app is installed"
         )
-    os.environ["PATH"] += ":/usr/sbin"  # Debian has nginx there, and not on a user's path
+    os.environ["PATH"] += ":/usr/sbin"  # where Debian installs nginx
     missing = {package for tool, package in TOOLS.items() if shutil.which(tool) is None}
     if only & {"nginx_lua", "nginx_lua_bare"}:
         missing |= {package for file, package in LUA_FILES.items() if not file.exists()}
@@ -111,7 +113,7 @@ def need_tools(only: set[str]) -> None:
 
 
 class Progress:
-    """One line that says what is being measured, and how long all of it still takes."""
+    """Shows the current measurement and the time left."""
 
     def __init__(self, planned_seconds: float) -> None:
         self._left = planned_seconds
@@ -133,7 +135,7 @@ class Progress:
 
 
 def rotated(planned: list[Job], by: int) -> list[Job]:
-    """Another one begins in every round, so that none always follows the same one."""
+    """Returns the jobs in another order for each round."""
     first = by * len(planned) // 3 % max(len(planned), 1)
     return planned[first:] + planned[:first]
 
@@ -170,17 +172,17 @@ class Bench:
     def _stack(self, job: Job) -> Iterator[Stack]:
         spread = self._everything - self._load or self._everything
         if len(self._everything) < 3:
-            spread = self._everything  # two workers need two processors, and there are no more
+            spread = self._everything  # two workers need two processors
         directory = Path(tempfile.mkdtemp(dir=self._directory))
         place = Place(
             directory / "run", spread if job.spread else self._service, job.fsync, job.workers
         )
         try:
             with running(VARIANTS[job.variant], place) as stack:
-                honesty.check(VARIANTS[job.variant], stack)
+                contract.check(VARIANTS[job.variant], stack)
                 yield stack
         finally:
-            shutil.rmtree(directory, ignore_errors=True)  # what is left harms no later run
+            shutil.rmtree(directory, ignore_errors=True)
 
     def _do(self, number: int, job: Job) -> None:
         with self._stack(job) as stack:
@@ -200,7 +202,7 @@ class Bench:
         now = os.times()
         load_cpu = sum(now[:4]) - sum(own[:4])
         if not load.requests:
-            raise LoadError(f"not one request of {step} was answered")
+            raise LoadError(f"no request of {step} was answered")
         cpu = {name: spent.get(name, 0.0) * 10_000 / load.requests for name in GROUPS}
         cpu["total"] = sum(spent.values()) * 10_000 / load.requests
         serving = stack.programs.get("app") or stack.programs["nginx"]
@@ -217,7 +219,7 @@ class Bench:
         )
 
     def _hold(self) -> dict[str, Any]:
-        """Many connections that do little, as browsers do, and whether each one is served."""
+        """Measures many connections with few requests each, as browsers have."""
         with self._stack(Job("ours_unix", "always", ())) as stack:
             return asyncio.run(self._hold_connections(f"http://127.0.0.1:{stack.port}"))
 
@@ -263,14 +265,14 @@ def as_json(options: argparse.Namespace, bench: Bench, described: dict[str, Any]
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Ends the bench once; while it stops what it started, it is not to be disturbed again."""
+    """Stops the comparison; later signals are ignored while its programs are stopped."""
     for each in ENDING:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def compare(options: argparse.Namespace) -> int:
-    need_tools(options.only)
+    check_tools(options.only)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pixel-bench-", dir=options.data_dir) as name:
         described = machine.describe(Path(name))
@@ -285,8 +287,8 @@ def compare(options: argparse.Namespace) -> int:
         parts.append(describe_held(bench.held))
     parts.append(
         f"{options.rounds} rounds in {described['minutes']} minutes on {described['processors']}"
-        f" processors ({described['processor']}), of whose time others used"
-        f" {statistics.median(others):.0%} (at worst {max(others):.0%});"
+        f" processors ({described['processor']}); other programs used"
+        f" {statistics.median(others):.0%} of their time (at most {max(others):.0%});"
         f" a flush takes {described['flush_ms']} ms on {described['data_filesystem']}."
     )
     print("\n\n".join(parts))
@@ -295,7 +297,7 @@ def compare(options: argparse.Namespace) -> int:
     print(f"\nWritten to {options.json}")
     errors = sum(results.errors(key) for key in results.measured())
     if errors:
-        print(f"bench.compare: {errors} requests failed: their figures are not to be used.")
+        print(f"bench.compare: {errors} requests failed: the figures are not valid.")
     return int(bool(errors))
 
 
@@ -309,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench.compare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bench.compare: interrupted; everything that it started is stopped", file=sys.stderr)
+        print("bench.compare: interrupted; all started programs are stopped", file=sys.stderr)
         return 130
 
 

@@ -1,4 +1,4 @@
-"""The machine that a figure belongs to: without it, a figure says nothing."""
+"""Describes the machine on which figures were measured."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ FLUSHES = 100
 
 
 def describe(data: Path) -> dict[str, Any]:
+    """Returns hardware, kernel and versions; `data` is a directory on the disk to measure."""
     return {
         "processor": _processor(),
         "processors": os.cpu_count(),
@@ -74,7 +75,7 @@ def _package_versions() -> dict[str, str]:
 
 
 def _filesystem(directory: Path) -> str:
-    """The type of the filesystem that the longest mount point above the directory has."""
+    """Returns the type of the filesystem that holds the directory."""
     above = {str(parent) for parent in [directory.resolve(), *directory.resolve().parents]}
     mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
     _, kind = max((len(point), kind) for point, kind in mounts if point in above)
@@ -82,7 +83,7 @@ def _filesystem(directory: Path) -> str:
 
 
 def _flush_ms(directory: Path) -> float:
-    """What it takes to bring a small write to the disk: a disk that lies makes `always` free."""
+    """Returns the milliseconds of a small write and its fdatasync."""
     probe = directory / "flush"
     with probe.open("wb", buffering=0) as file:
         began = time.perf_counter()
@@ -95,14 +96,14 @@ def _flush_ms(directory: Path) -> float:
 
 
 class Interference:
-    """The share of the processors' time that went to others while the bench measured."""
+    """Measures the CPU time that other programs used."""
 
     def __init__(self) -> None:
         self._began = _busy_seconds()
         self._wall = time.monotonic()
 
     def share(self, own_cpu_seconds: float) -> float:
-        """Of all processors' time since the start; time stolen by the host counts."""
+        """Returns their share of all processors' time since the start, steal included."""
         available = (time.monotonic() - self._wall) * (os.cpu_count() or 1)
         return max(0.0, (_busy_seconds() - self._began - own_cpu_seconds) / available)
 

@@ -1,4 +1,4 @@
-"""What one round measures, and for how long."""
+"""The measurements of one round, and their lengths."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """A stack that is started afresh in every round, and the steps that it is put through."""
+    """A stack that every round starts, and the steps that are measured on it."""
 
     variant: str
     fsync: str
     steps: tuple[Step, ...]
     workers: int = 1
-    spread: bool = False  # over all processors, for what is said of scaling
+    spread: bool = False  # may use all processors: measures scaling
 
     @property
     def seconds(self) -> float:
@@ -45,10 +45,15 @@ def _write(connections: int, seconds: int) -> Step:
 
 
 def jobs(only: set[str], main_seconds: int, quick: bool) -> list[Job]:
-    """All that one round does, in the order in which the variants are named.
+    """Returns the jobs of one round, in the order of the variants.
 
-    The comparison at 64 connections gets the most time. Everything else is measured with
-    `always` only, and variants that store nothing have no choice of it at all.
+    The main comparison, at 64 connections, gets most of the time. Other steps are measured with
+    `appendfsync always` only.
+
+    Args:
+        only: names of the variants.
+        main_seconds: length of a step of the main comparison.
+        quick: leave out other numbers of connections.
     """
     main = _write(MAIN_CONNECTIONS, main_seconds)
     batch, mix = Step("batch100", "batch", 16, 1), Step("mix90", "mix", MAIN_CONNECTIONS, 1)

@@ -1,4 +1,4 @@
-"""Programs that the bench starts, pinned to processors, and what they use."""
+"""Starts programs, pinned to processors, and reads their CPU time and memory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ GRACE_SECONDS = 5.0
 
 
 class StartError(Exception):
-    """A program ended, or did not answer, when it should have been ready."""
+    """A program ended, or did not become ready in time."""
 
 
 class Memory(NamedTuple):
-    """Of one process, in megabytes: resident, and with shared pages divided by their sharers."""
+    """Memory of one process in MB: resident, and proportional (shared pages divided)."""
 
     rss: float
     pss: float
 
 
 class Program:
-    """A program in a session of its own, with all the processes that it starts."""
+    """A program in its own session, with all processes that it starts."""
 
     def __init__(
         self,
@@ -54,12 +54,13 @@ class Program:
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
+        """Returns the last lines of its output."""
         lines = self._log.read_text(errors="replace").splitlines()[-15:]
         return "\n".join(line[-500:] for line in lines)
 
     def pids(self) -> list[int]:
-        """The program's own process first, then the others of its session."""
+        """Returns its first process, then the others of its session."""
         leader = self._process.pid
         others = [
             pid
@@ -69,19 +70,19 @@ class Program:
         return [leader, *sorted(others)]
 
     def workers(self) -> list[int]:
-        """The processes that do the work: all but the first, where there are others."""
+        """Returns all processes except the first; the first if there are no others."""
         leader, *others = self.pids()
         return others or [leader]
 
     def cpu_seconds(self) -> float:
-        """Used so far by all of its processes and threads, and by those that have ended."""
+        """Returns the CPU time of all its processes, ended ones included."""
         return sum(map(_ticks, self.pids())) / TICKS_PER_SECOND
 
     def memory(self) -> list[Memory]:
         return [memory for pid in self.workers() if (memory := _memory(pid)) is not None]
 
     def stop(self) -> None:
-        """Asks it to end, and after a while makes it: only this session is ever signalled."""
+        """Stops the session's processes: SIGTERM first, then SIGKILL."""
         leader = self._process.pid
         for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
             if self.running():
@@ -95,7 +96,7 @@ class Program:
 
 
 def _fields(pid: int) -> list[str]:
-    """What /proc/PID/stat has behind the name, which may itself contain spaces."""
+    """Returns the fields of /proc/PID/stat after the name, which may contain spaces."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -135,4 +136,4 @@ def wait_for_port(program: Program, port: int, seconds: float = 15.0) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         time.sleep(0.02)
-    raise StartError(f"{program.name} did not start:\n{program.last_words()}")
+    raise StartError(f"{program.name} did not start:\n{program.log_tail()}")

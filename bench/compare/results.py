@@ -1,4 +1,4 @@
-"""Samples of all rounds, and the figures, ratios and bars that they come to."""
+"""Samples of all rounds, and their figures, ratios and limits."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Sample(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """One variant in terms of another; where the way to flush differs, `fsync` says how."""
+    """A figure of one variant divided by another's; `fsync` is `a/b` where theirs differ."""
 
     a: str
     b: str
@@ -78,7 +78,7 @@ class Ratio(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """What a ratio or a figure is meant not to exceed."""
+    """The limit of a ratio or a figure."""
 
     what: str
     limit: float
@@ -112,7 +112,7 @@ class Results:
         return sum(sample.errors for sample in self._rounds[key].values())
 
     def ratio(self, a: Key, b: Key, name: str) -> Figure | None:
-        """Paired: only rounds in which both were measured count."""
+        """Returns the ratio over the rounds in which both were measured; None if there are none."""
         ours, theirs = self._rounds.get(a, {}), self._rounds.get(b, {})
         both = [number for number in ours if number in theirs]
         numerators = [ours[number].figure(name) for number in both]
@@ -143,7 +143,7 @@ class Results:
                 yield Ratio(a.variant, b.variant, name, fsync, a.connections, workload, of)
 
     def bars(self) -> Iterator[Bar]:
-        """What the project promises, at 64 connections and with every write flushed."""
+        """Yields the project's limits, at 64 connections with `appendfsync always`."""
 
         def at(variant: str, fsync: str = "always") -> Key:
             return Key(variant, fsync, MAIN_CONNECTIONS)

@@ -1,4 +1,4 @@
-"""The results as people read them: one table, the ratios at its heart, and the bars."""
+"""Formats results as text: a table, the ratios and the limits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _row(results: Results, key: Key) -> str:
 
 
 def ratios(results: Results) -> str:
-    """A line a pair, at 64 connections; the file has all of them."""
+    """Returns the ratios at 64 connections, one pair a line; the JSON file has all."""
     pairs: dict[tuple[str, str, str], dict[str, Figure]] = {}
     for ratio in results.ratios():
         if ratio.connections == MAIN_CONNECTIONS and ratio.workload != "mix90":

@@ -1,4 +1,4 @@
-"""The variants that are compared: which programs each one is made of, and what it can do."""
+"""The variants that are compared: their programs and workloads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEEP_ALIVE_SECONDS = "75"
 
 @dataclass(frozen=True)
 class Place:
-    """Where one stack runs: a directory of its own, some processors, one way to flush."""
+    """Where one stack runs: its directory, processors and `appendfsync`."""
 
     directory: Path
     processors: frozenset[int]
@@ -29,7 +29,7 @@ class Place:
 
 @dataclass
 class Stack:
-    """The running programs of a variant, by the group that their cost is counted under."""
+    """The running programs of a variant, by the group that their CPU time is counted in."""
 
     port: int = 0
     programs: dict[str, Program] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to serve the endpoint. `start` fills a stack; whoever called it stops it."""
+    """A way to serve the endpoint; `start` starts its programs, the caller stops them."""
 
     name: str
     what: str
@@ -90,7 +90,7 @@ def start_nginx(stack: Stack, place: Place, site: str, lua: bool = False, **name
             for name in ("ndk_http_module", "ngx_http_lua_module")
         ]
     if os.geteuid() == 0:
-        preamble.append(f"user {pwd.getpwuid(0).pw_name};")  # it must reach its files as we do
+        preamble.append(f"user {pwd.getpwuid(0).pw_name};")  # or Nginx can't read the directory
     config = render(
         "nginx.conf",
         place.directory / "nginx.conf",
@@ -124,7 +124,7 @@ def start_gunicorn(
 def start_peer(
     stack: Stack, place: Place, module: str, worker: str, environment: dict[str, str] | None = None
 ) -> int:
-    """A peer in Python, under Gunicorn, on a port."""
+    """Starts a Python peer under Gunicorn; returns its port."""
     port = free_port()
     arguments = ["--bind", f"127.0.0.1:{port}", "--workers", str(place.workers)]
     arguments += ["--worker-class", f"uvicorn_worker.{worker}", "--backlog", "4096"]
@@ -226,7 +226,7 @@ VARIANTS = {
 
 @contextmanager
 def running(variant: Variant, place: Place) -> Iterator[Stack]:
-    """The variant's programs, stopped again whatever happens."""
+    """Starts the variant's programs, and stops them at the end."""
     stack = Stack()
     place.directory.mkdir(parents=True)
     try:

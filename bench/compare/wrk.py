@@ -1,4 +1,4 @@
-"""Runs wrk and reads what it says."""
+"""Runs wrk and reads its result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCRIPTS = Path(__file__).parent / "loads"
 
 
 class LoadError(Exception):
-    """wrk could not do its work."""
+    """wrk failed, or measured nothing."""
 
 
 class Load(NamedTuple):
@@ -31,7 +31,7 @@ class Load(NamedTuple):
 def run_wrk(
     port: int, script: str, connections: int, seconds: float, processors: Iterable[int]
 ) -> Load:
-    """One thread of wrk against a port of this machine, in a closed loop."""
+    """Runs one thread of wrk, a closed loop, against a local port."""
     command = [
         "taskset",
         "--cpu-list",

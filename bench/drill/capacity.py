@@ -1,9 +1,9 @@
-"""Whether a fleet was at full capacity, judged by nothing but the requests that it was sent.
+"""Judges from requests whether a fleet was at full capacity.
 
-Time is cut into slices of a quarter of a second, by when requests were due. A slice is at full
-capacity if every request due in it was acknowledged, if each host answered at least three quarters
-of its usual share of them, and if their 90th percentile is what it was before: at most thrice the
-99th percentile of then, or `QUICK` where that is less.
+Time is divided into slices of a quarter of a second, by when requests were due. A slice is at full
+capacity if every request of it was acknowledged, each host answered at least three quarters of its
+usual share, and the 90th percentile is at most three times the usual 99th percentile, or `QUICK`
+if that is more.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SLICE = 0.25
 SHARE = 0.75
 SLOWER = 3
 QUICK = 0.1
-STRANGER = 0.02  # a host that answers less than this is no part of the fleet
+STRANGER = 0.02  # a smaller share is not counted as a host
 
 
 @dataclass(frozen=True)
 class Normal:
-    """How the fleet is when nothing happens to it."""
+    """The fleet before an event."""
 
     rate: float
     shares: dict[str, float]
@@ -46,7 +46,7 @@ class Normal:
         return max(QUICK, SLOWER * self.latency.p99 / 1000)
 
     def lack(self, samples: Sequence[Sample]) -> str | None:
-        """What one slice lacks of full capacity, in words; None if it lacks nothing."""
+        """Returns why a slice is not at full capacity; None if it is."""
         if len(samples) < 0.9 * self.rate * SLICE:
             return "requests without an answer yet"
         failed = sum(sample.error is not None for sample in samples)
@@ -64,7 +64,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class Shortage:
-    """From when to when capacity was short, and what the last slice of that time lacked."""
+    """A time of reduced capacity, and the reason in its last slice."""
 
     begin: float
     end: float
@@ -74,7 +74,7 @@ class Shortage:
 def shortage(
     samples: Iterable[Sample], normal: Normal, since: float, until: float
 ) -> Shortage | None:
-    """The time from the first short slice to the last one; None if there is none."""
+    """Returns the time from the first reduced slice to the last one; None if there is none."""
     count = max(0, math.floor((until - since) / SLICE))
     slices: list[list[Sample]] = [[] for _ in range(count)]
     for sample in samples:

@@ -199,11 +199,11 @@ async def freeze(scene: Scene, _: int) -> None:
 
 
 async def freeze_as_writers_end(scene: Scene, _: int) -> None:
-    """No later write covers what a thawed process writes."""
+    """The writers get past the frozen host, then stop: no later write hides a late one."""
     await signal_app(scene, "STOP")
-    await asyncio.sleep(3)
+    await asyncio.sleep(FROZEN_SECONDS / 2)
     scene.end_writers()
-    await asyncio.sleep(9)
+    await asyncio.sleep(FROZEN_SECONDS / 4)
     await signal_app(scene, "CONT")
 
 

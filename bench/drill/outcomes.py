@@ -1,4 +1,4 @@
-"""What the runs of an event showed, and whether that is what may be: one table, and one file."""
+"""The results of the drill's events, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,24 @@ from typing import Any
 from bench.load.figures import Spread
 from bench.load.openloop import Sample
 
-IN_FLIGHT = 0.1  # seconds; a request this much older than the event may still be hit by it
+IN_FLIGHT = 0.1  # seconds; a request may be this much older than the event that it meets
 
 
 @dataclass(frozen=True)
 class Run:
-    """One event that happened once."""
+    """One run of an event.
+
+    Attributes:
+        sent, acknowledged: writes of both kinds.
+        failed: requests of both kinds, reads included, by status or error.
+        lost, undone, wrong: acknowledged writes that are missing, writes that an older one has
+            undone, and cells with any other wrong value.
+        before, during: latencies of the open loop.
+        took: seconds of the act: of a playbook, or of a fault.
+        recovery: seconds until full capacity; None if it did not come back.
+        lack: why capacity was last reduced.
+        behind_flush: failed requests that waited for Redis' disk.
+    """
 
     event: str
     sent: int
@@ -28,16 +40,16 @@ class Run:
     wrong: int
     before: Spread
     during: Spread
-    took: float  # what was done, in seconds: the playbook, or the time for which it was broken
-    recovery: float | None  # seconds until full capacity; None if it did not come
-    lack: str = ""  # what the fleet lacked of it at last
+    took: float
+    recovery: float | None
+    lack: str = ""
     faults: Sequence[str] = ()
-    behind_flush: int = 0  # of the failed: Redis waited for its disk just then
+    behind_flush: int = 0
 
 
 @dataclass
 class Outcome:
-    """All the runs of an event."""
+    """All runs of an event."""
 
     event: str
     runs: list[Run] = field(default_factory=list)
@@ -55,13 +67,13 @@ class Outcome:
         return sum(numbers)
 
     def median(self, part: str, mark: str) -> float:
-        """In the middle of the runs: a percentile of the latencies before, or during."""
+        """Returns the median of the runs' percentile, e.g. of `during` and `p99`."""
         spreads: list[Spread] = [getattr(run, part) for run in self.runs]
         return statistics.median(float(spread._asdict()[mark]) for spread in spreads)
 
     @property
     def recovery(self) -> dict[str, float | None]:
-        """A run that never recovered is the worst, whatever the others did."""
+        """Median and worst seconds; a run that never recovered is the worst."""
         seconds = [run.recovery for run in self.runs if run.recovery is not None]
         all_did = len(seconds) == len(self.runs)
         return {
@@ -93,7 +105,7 @@ class Outcome:
 def unexcused(
     failures: Iterable[Sample], excused: frozenset[str], since: float, until: float
 ) -> Counter[str]:
-    """The failures that no user should have seen: of another kind, or at another time."""
+    """Counts the failures that the event does not excuse, by kind or by time."""
     return Counter(
         kind(sample.error)
         for sample in failures
@@ -103,7 +115,7 @@ def unexcused(
 
 
 def kind(error: str) -> str:
-    """A failure's name: the status, or what happened instead of one."""
+    """Returns the status code, or the error if there was no answer."""
     return error.removeprefix("status ")
 
 
@@ -115,7 +127,7 @@ LEFT = {"event", "failed"}
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Figures are medians of the runs; full capacity: median (worst)."""
+    """Returns a table; figures are medians of the runs, full capacity is median (worst)."""
     rows = [HEAD, *(_row(outcome) for outcome in outcomes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = [
@@ -126,7 +138,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         for row in rows
     ]
     lines += [
-        f"  {outcome.event}: {waited} of the failed while Redis' disk was slow"
+        f"  {outcome.event}: {waited} failed while Redis waited for its disk"
         for outcome in outcomes
         if (waited := outcome.total("behind_flush"))
     ]

@@ -17,7 +17,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 class Figure(NamedTuple):
-    """What the rounds said: the one in the middle, and how far apart they were."""
+    """A figure of several rounds: median, lowest and highest."""
 
     median: float
     min: float

@@ -1,7 +1,6 @@
-"""A small HTTP/1.1 client for asyncio: one request in flight per connection, no retries.
+"""A small HTTP/1.1 client for a load generator: one request in flight per connection, no retries.
 
-It does what a load generator needs and nothing else: an answer is read by Content-Length, in
-chunks, or until the connection closes.
+Answers are read by Content-Length, in chunks, or until the connection closes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from urllib.parse import urlsplit
 
 
 class BadAnswerError(Exception):
-    """What came back is not HTTP/1.1."""
+    """The answer is not HTTP/1.1."""
 
 
 class ConnectError(OSError):
@@ -26,12 +25,12 @@ class Answer(NamedTuple):
     status: int
     body: bytes
     reusable: bool
-    instance: str = ""  # who says that it answered (X-Pixel-Instance)
+    instance: str = ""  # X-Pixel-Instance
 
 
 @dataclass(frozen=True)
 class Target:
-    """The service under load: where to connect, and what every request says of it."""
+    """The service under load: its address, and headers for every request."""
 
     host: str
     port: int
@@ -64,7 +63,7 @@ class Target:
         return f"{'https' if self.tls else 'http'}://{self.authority}{self.base}"
 
     def head(self, method: str, path: str) -> bytes:
-        """The request line and the headers that do not depend on the body; no blank line yet."""
+        """Returns the request line and the headers that don't depend on the body."""
         lines = [f"{method} {self.base}{path} HTTP/1.1", f"Host: {self.authority}", *self.headers]
         return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
 
@@ -78,12 +77,12 @@ class Target:
             lambda: Connection(answered, lost), self.host, self.port, ssl=self.tls
         )
         if connection.closed:
-            raise ConnectionResetError("closed as soon as it was open")
+            raise ConnectionResetError("closed at once")
         return connection
 
 
 class AnswerReader:
-    """Takes bytes as they come and gives answers as they are complete."""
+    """Parses answers from a stream of bytes."""
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -109,7 +108,7 @@ class AnswerReader:
         return self._complete()
 
     def end(self) -> Answer | None:
-        """The connection closed: that is the end of an answer without a length."""
+        """Returns the answer without a length that the end of the connection completes."""
         if self._in_head or self._chunked or self._wanted is not None:
             return None
         self._body += self._data
@@ -118,7 +117,7 @@ class AnswerReader:
 
     def _complete(self) -> Answer:
         if self._data:
-            raise BadAnswerError("more bytes than one answer")
+            raise BadAnswerError("more than one answer")
         answer = Answer(self._status, bytes(self._body), self._reusable, self._instance)
         self._body.clear()
         self._in_head = True
@@ -128,7 +127,7 @@ class AnswerReader:
         end = self._data.find(b"\r\n\r\n")
         if end < 0:
             if len(self._data) > 65536:
-                raise BadAnswerError("a header without an end")
+                raise BadAnswerError("header too long")
             return False
         first, *fields = bytes(self._data[:end]).split(b"\r\n")
         del self._data[: end + 4]
@@ -173,7 +172,7 @@ class AnswerReader:
 
 
 class Connection(asyncio.Protocol):
-    """One connection; tells its owner of every answer, and once of its own end."""
+    """One connection; calls its owner with every answer, and once when it is lost."""
 
     def __init__(
         self,
@@ -193,7 +192,7 @@ class Connection(asyncio.Protocol):
         return self._transport is None
 
     def send(self, request: bytes) -> None:
-        if self._transport is not None:  # else its owner has been told already
+        if self._transport is not None:  # else `lost` has been called
             self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
@@ -217,14 +216,14 @@ class Connection(asyncio.Protocol):
             self._lost(self, error)
 
     def close(self) -> None:
-        """Closes without a further word to the owner."""
+        """Closes the connection without calling `lost`."""
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
 
 
 class Client:
-    """Awaits one answer after another, on a connection that is kept while the service keeps it."""
+    """Sends one request after another, on a connection that is kept open."""
 
     def __init__(self, target: Target, timeout: float = 30.0) -> None:
         self._target = target

@@ -1,8 +1,8 @@
-"""The ledger of a load run: which write went where, and what the service said of it.
+"""The ledger of the open loop: all writes, and the service's answers.
 
-Every write has a cell and channel of its own, so that the canvas afterwards shows the fate of each
-one: nothing can be hidden by a later write. A write's value always differs from what the canvas
-held before, so that a write that never happened cannot pass for one that did.
+Every write has its own cell and channel, so that no later write can hide its result. Its value
+differs from what the canvas held before, so that a missing write is seen. What this ledger can't
+see, an old write that comes back after a newer one, `writers.py` does.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 CHANNELS = "RGB"
-SCATTER = 1_000_003  # neighbours in time are far apart on the canvas
+SCATTER = 1_000_003  # writes that follow each other are far apart on the canvas
 EXAMPLES = 20
 NOTHING_WRITTEN = b"nothing was written"  # in a 503: a promise, which is checked
 
 
 class Fate(IntEnum):
-    """What is known of a write."""
+    """What is known about a write."""
 
-    UNSENT = 0  # nothing of it left this machine
-    ACKNOWLEDGED = 1  # the service said that it is stored
-    REFUSED = 2  # the service said that it is not stored (4xx, "nothing was written")
-    UNKNOWN = 3  # sent, and no answer, or one (5xx) that promises nothing
+    UNSENT = 0  # not sent
+    ACKNOWLEDGED = 1  # the service says that it is stored
+    REFUSED = 2  # the service says that it is not stored (4xx, "nothing was written")
+    UNKNOWN = 3  # no answer, or one (5xx) that promises nothing
 
 
 def fate_of_failure(status: int, body: bytes) -> Fate:
-    """What an answer other than 2xx says of a write."""
+    """Returns the fate of a write that was not answered 2xx."""
     if 400 <= status < 500 or NOTHING_WRITTEN in body.lower():
         return Fate.REFUSED
     return Fate.UNKNOWN
@@ -43,7 +43,7 @@ class Write(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A write whose cell does not hold what it must."""
+    """A write whose cell holds a wrong value."""
 
     write: Write
     fate: Fate
@@ -60,7 +60,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class Verdict:
-    """What the canvas says of the ledger."""
+    """The result of checking the ledger against the canvas."""
 
     fates: Counter[Fate] = field(default_factory=Counter)
     lost: list[Fault] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Verdict:
 
 
 class Ledger:
-    """Hands out unique writes and remembers what became of them."""
+    """Issues unique writes and records their fates."""
 
     def __init__(
         self,
@@ -122,10 +122,10 @@ class Ledger:
         return len(self._fates)
 
     def open(self) -> int:
-        """A new write: its number. It counts as unsent until something is said of it."""
+        """Returns the number of a new write, which is unsent."""
         number = len(self._fates)
         if number >= self.capacity:
-            raise ValueError(f"the canvas has only {self.capacity} cells and channels to write")
+            raise ValueError(f"the canvas has only {self.capacity} cells and channels")
         self._fates.append(Fate.UNSENT)
         return number
 
@@ -136,7 +136,7 @@ class Ledger:
         return Fate(self._fates[number])
 
     def _position(self, number: int) -> int:
-        """Where the write is in the canvas' raw RGB bytes."""
+        """Returns the write's offset in the canvas as raw RGB bytes."""
         return (self._first + number * self._step) % self.capacity
 
     def write(self, number: int) -> Write:
@@ -147,11 +147,11 @@ class Ledger:
         return Write(x, y, CHANNELS[channel], value)
 
     def cells(self, numbers: range) -> set[tuple[int, int]]:
-        """The cells that these writes go to, for a service that is read cell by cell."""
+        """Returns the cells of these writes, for a service that is read cell by cell."""
         return {self.write(number)[:2] for number in numbers}
 
     def check(self, after: bytes) -> Verdict:
-        """Compares the canvas, as raw RGB bytes, with what was written and acknowledged."""
+        """Compares the canvas, as raw RGB bytes, with the writes and their fates."""
         if len(after) != self.size:
             raise ValueError(f"the canvas has {len(after)} bytes, and had {self.size}")
         verdict = Verdict()

@@ -1,9 +1,9 @@
-"""Users as there may be, for Locust: most look, some paint, a few follow the canvas as it changes.
+"""Users for Locust: most view the canvas, some paint, a few follow its changes.
 
     locust --locustfile bench/load/locustfile.py --host http://127.0.0.1:8080
 
-Answers are judged by what they say: a write that is echoed as another one, a picture that is older
-than what its viewer has painted, or an event stream that leaves out a pixel is a failure too.
+The content of answers is checked: another write in the acknowledgement, a picture older than what
+the user has painted, or an event stream without a painted pixel is a failure.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from locust.clients import ResponseContextManager
 from locust.exception import RescheduleTask
 from requests import RequestException
 
-PATCH = 24  # pixels, the side of what somebody paints
+PATCH = 24  # pixels, side of the area that a user paints
 STROKE = 8
-SILENCE = 10.0  # seconds; a stream that is there says something every two
+SILENCE = 10.0  # seconds; a stream has a message at least every two
 CHANNELS = "RGB"
 SIDES = ("Width", "Height")
 
 
 class WrongError(Exception):
-    """An answer is wrong; it says how but not where, as failures are counted by their words."""
+    """An answer is wrong; the message has no variable parts, as failures are counted by it."""
 
 
 def expect(true: bool, otherwise: str) -> None:
@@ -39,13 +39,13 @@ def expect(true: bool, otherwise: str) -> None:
 
 
 def moment(event: str) -> tuple[int, int]:
-    """An event's id, as in 1795225898442-0, so that a later one is greater."""
+    """Parses an event id such as 1795225898442-0; later ids are greater."""
     milliseconds, number = event.split("-")
     return int(milliseconds), int(number)
 
 
 def messages(answer: ResponseContextManager) -> Iterator[dict[str, str]]:
-    """The fields of each message of a stream, as it comes."""
+    """Yields the fields of each message of a stream."""
     fields: dict[str, str] = {}
     for line in answer.iter_lines():
         if line:
@@ -57,11 +57,11 @@ def messages(answer: ResponseContextManager) -> Iterator[dict[str, str]]:
 
 
 class Person(HttpUser):
-    """Somebody who has opened the live page."""
+    """A user who has opened the live page."""
 
     abstract = True
     width = height = 0
-    event = "0-0"  # the last one that this person knows of
+    event = "0-0"  # the newest that this user has seen
 
     def on_start(self) -> None:
         self.tags: dict[str, str] = {}
@@ -73,7 +73,7 @@ class Person(HttpUser):
                 time.sleep(1)
 
     def open_page(self) -> None:
-        """What a browser asks for, and the canvas whole."""
+        """Requests the page, its parts and the whole canvas, as a browser does."""
         with self.get("/") as answer:
             if answer.status_code == 200:
                 self.parts = set(re.findall(r'(?:src|href)="(live/[^"]+)"', answer.text))
@@ -85,16 +85,16 @@ class Person(HttpUser):
             self.width, self.height = (int(answer.headers[f"X-Pixel-{side}"]) for side in SIDES)
             if answer.status_code == 200:
                 size = self.width * self.height * 3
-                expect(len(answer.content) == size, "not three bytes a pixel")
-            self.know(answer)
+                expect(len(answer.content) == size, "not three bytes per pixel")
+            self.note_event(answer)
 
     @contextmanager
     def ask(
         self, method: str, name: str, path: str | None = None, **options: Any
     ) -> Iterator[ResponseContextManager]:
-        """An answer to judge, in the statistics by its route's name.
+        """Sends a request and yields its answer; `name` is its row in the statistics.
 
-        If it is wrong, what the person was about to do has come to nothing.
+        A wrong answer is counted as a failure and ends the current task.
         """
         options = {"timeout": SILENCE, "catch_response": True} | options
         with self.client.request(method, path or name, name=name, **options) as answer:
@@ -109,24 +109,24 @@ class Person(HttpUser):
 
     @contextmanager
     def get(self, name: str, path: str | None = None) -> Iterator[ResponseContextManager]:
-        """The same of what a cache keeps: it is asked for again only if it has changed."""
+        """Sends a GET with If-None-Match if the ETag is known, as a browser's cache does."""
         path = path or name
         known = self.tags.get(path)
         again, headers = (" (again)", {"If-None-Match": known}) if known else ("", {})
         with self.ask("GET", name + again, path, headers=headers) as answer:
             tag = answer.headers["ETag"]
-            expect((answer.status_code == 304) == (tag == known), "its ETag and status don't fit")
+            expect((answer.status_code == 304) == (tag == known), "ETag and status contradict")
             self.tags[path] = tag
             yield answer
 
-    def know(self, answer: ResponseContextManager) -> None:
-        """Remember at which event an answer stands; nobody is shown an older one afterwards."""
+    def note_event(self, answer: ResponseContextManager) -> None:
+        """Remembers the answer's event; no later answer may have an older one."""
         event = answer.headers["X-Pixel-Event"]
-        expect(moment(event) >= moment(self.event), "older than what was known")
+        expect(moment(event) >= moment(self.event), "older than an answer before it")
         self.event = event
 
     def place(self, side: int) -> tuple[int, int]:
-        """Where to look or paint: people gather in the middle."""
+        """Chooses a position, more often in the middle."""
         x, y = (random.triangular(0, size - side) for size in (self.width, self.height))
         return int(x), int(y)
 
@@ -135,19 +135,19 @@ class Person(HttpUser):
         with self.get("/canvas.png", path) as answer:
             if answer.status_code == 200:
                 size = struct.pack(">II", side * scale, side * scale)
-                expect(answer.content[:8] == b"\x89PNG\r\n\x1a\n", "no PNG")
-                expect(answer.content[16:24] == size, "of another size")
-            self.know(answer)
+                expect(answer.content[:8] == b"\x89PNG\r\n\x1a\n", "not a PNG")
+                expect(answer.content[16:24] == size, "wrong size")
+            self.note_event(answer)
 
     def put(self, x: int, y: int) -> None:
         colour = {channel: random.randrange(256) for channel in CHANNELS}
         with self.ask("PUT", "/pixel/{x}/{y}", f"/pixel/{x}/{y}", json=colour) as answer:
             expect(answer.json() == {"x": x, "y": y} | colour, "another pixel is acknowledged")
-            self.know(answer)
+            self.note_event(answer)
 
 
 class Looker(Person):
-    """Looks around, and at the same place again to see what has become of it."""
+    """Views different areas, and the same area again."""
 
     weight = 5
     wait_time = between(1, 4)
@@ -175,8 +175,8 @@ class Looker(Person):
         with self.ask("GET", "/pixel/{x}/{y}", f"/pixel/{x}/{y}") as answer:
             colour = answer.json()
             expect((colour.pop("x"), colour.pop("y")) == (x, y), "another pixel")
-            expect([*colour] == [*CHANNELS], "other channels")
-            expect(all(value in range(256) for value in colour.values()), "no byte")
+            expect([*colour] == [*CHANNELS], "wrong channels")
+            expect(all(value in range(256) for value in colour.values()), "not a byte")
 
     @task(1)
     def reload_the_page(self) -> None:
@@ -184,7 +184,7 @@ class Looker(Person):
 
 
 class Painter(Person):
-    """Paints at a place of their own, mostly pixel by pixel, and looks at it."""
+    """Paints in one area, mostly pixel by pixel, and views it."""
 
     weight = 3
     wait_time = between(0.5, 2)
@@ -220,8 +220,8 @@ class Painter(Person):
             for channel, value in colour.items()
         ]
         with self.ask("POST", "/pixels", json=batch) as answer:
-            expect(answer.json() == {"status": "ok", "written": len(batch)}, "not all is written")
-            self.know(answer)
+            expect(answer.json() == {"status": "ok", "written": len(batch)}, "not all written")
+            self.note_event(answer)
 
     @task(3)
     def look_at_it(self) -> None:
@@ -229,7 +229,7 @@ class Painter(Person):
 
 
 class Watcher(Person):
-    """Leaves the page open, paints now and then, and loses the connection once in a while."""
+    """Follows the event stream, paints, and loses the connection sometimes."""
 
     weight = 2
     wait_time = between(0.5, 2)
@@ -244,30 +244,30 @@ class Watcher(Person):
     def follow(
         self, after: str, name: str, path: str, headers: dict[str, str] | None = None
     ) -> str:
-        """Read the stream for some seconds, up to the event that is returned.
+        """Reads the stream for some seconds; returns its last event.
 
-        It begins after an event that is known, so it has to tell also of what was painted since.
+        The stream begins after a known event, so it must contain what was painted since.
         """
         x, y = self.place(1)
         self.put(x, y)
         last, count = after, 0
-        told: set[tuple[int, int]] = set()
+        seen: set[tuple[int, int]] = set()
         until = time.monotonic() + random.uniform(3, 6)
         with self.ask("GET", name, path, headers=headers, stream=True) as answer, closing(answer):
             for message in messages(answer):
                 count += 1
-                expect(count > 1 or message.get("id") == after, "begins elsewhere")
+                expect(count > 1 or message.get("id") == after, "begins at another event")
                 if "id" in message:
-                    expect("event" not in message, "some changes can't be told")
+                    expect("event" not in message, "changes are missing")
                     expect(moment(message["id"]) >= moment(last), "goes back")
                     last = message["id"]
-                    told.update((change[0], change[1]) for change in json.loads(message["data"]))
+                    seen.update((change[0], change[1]) for change in json.loads(message["data"]))
                 elif "event" in message:
                     status = json.loads(message["data"])
                     expect(None not in (status["viewers"], status["writes"]), "Redis is away")
                 if time.monotonic() > until:
-                    expect((x, y) in told, "leaves out a pixel")
+                    expect((x, y) in seen, "a pixel is missing")
                     break
-            # Before that it may end, as in a deploy: the page then goes on with another worker.
-            expect(count > 1, "says nothing")
+            # It may end earlier, as in a deploy: the page then connects to another worker.
+            expect(count > 1, "no message")
         return last

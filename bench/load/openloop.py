@@ -1,8 +1,8 @@
-"""Writes that arrive at a constant rate, whatever the service does.
+"""An open loop: requests at a constant rate, whatever the service does.
 
-An open loop: a slow answer does not delay the requests after it, as real users don't wait for each
-other. Latency counts from the moment a request was *due*, so the time that it waited for a free
-connection, or for this program, is part of it. Nothing is retried.
+A slow answer does not delay the requests after it, as users don't wait for each other. Latency
+counts from the moment a request was *due*: waiting for a free connection, or for this program, is
+part of it. Nothing is retried.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Plan:
     seconds: float
     connections: int = 64
     timeout: float = 10.0
-    reads: bool = False  # the same cells are read instead, and nothing is changed
+    reads: bool = False  # read the same cells instead of writing
 
     @property
     def total(self) -> int:
@@ -42,17 +42,17 @@ class Plan:
 
 
 class Sample(NamedTuple):
-    """One request that is done with: answered, failed or given up."""
+    """One request that was answered, failed or was given up."""
 
     due: float  # on the clock of time.monotonic()
-    seconds: float  # from then until it was done with
+    seconds: float  # until it was done
     error: str | None
-    instance: str  # who answered, if anybody did and said so
+    instance: str  # X-Pixel-Instance of the answer, or empty
 
 
 @dataclass
 class Second:
-    """The requests that were due in one second of the run, and what became of them."""
+    """The requests that were due in one second of the run, and their results."""
 
     due: int = 0
     acknowledged: int = 0
@@ -70,7 +70,7 @@ class Second:
 
 @dataclass
 class Report:
-    """What a run saw. Latencies are those of acknowledged requests and of time-outs."""
+    """The result of a run. Latencies are those of acknowledged requests and of time-outs."""
 
     plan: Plan
     statuses: Counter[int] = field(default_factory=Counter)
@@ -102,7 +102,7 @@ class Report:
 
     @property
     def lag(self) -> Spread:
-        """How late this program itself was: a service can't be measured by a late clock."""
+        """How late this program itself sent requests."""
         return Spread.of_seconds(self.lags)
 
     @property
@@ -111,7 +111,7 @@ class Report:
 
     @classmethod
     def of_parts(cls, plan: Plan, parts: Sequence[Report]) -> Report:
-        """One of several that each had a part of the plan at the same time."""
+        """Merges the reports of processes that each had a part of the plan."""
         seconds = max(len(part.timeline) for part in parts)
         whole = cls(
             plan,
@@ -168,7 +168,7 @@ class _Request:
 
 
 class _Lane:
-    """A place for one connection, and for the one request that is on it."""
+    """One connection and the request that is on it."""
 
     __slots__ = ("connecting", "connection", "request")
 
@@ -184,7 +184,7 @@ def body_of(write: Write) -> bytes:
 
 
 def acknowledges(answer: bytes, body: bytes) -> bool:
-    """Whether the answer says that exactly this write is done, however it is spaced."""
+    """Returns whether the answer acknowledges exactly this write."""
     if answer == b'{"status":"ok","received":' + body + b"}":
         return True
     try:
@@ -263,7 +263,7 @@ class _Run:
             lane.connection.close()
             lane.connection = None
 
-    # Requests, from due to done
+    # Requests
 
     async def send_all(self, stop: asyncio.Event | None) -> None:
         self._start = self._loop.time() + 0.05
@@ -288,7 +288,7 @@ class _Run:
                     task.cancel()
 
     def _tick(self, timer: Timer) -> None:
-        """Sends all that is due, and sets the timer for the next one."""
+        """Sends all requests that are due, and sets the timer for the next one."""
         while self._sent < self._plan.total:
             due = self._start + self._sent / self._plan.rate
             now = self._loop.time()
@@ -324,7 +324,7 @@ class _Run:
             lane.connecting = asyncio.create_task(self._connect_and_send(lane, request))
 
     def _send(self, connection: Connection, request: _Request) -> None:
-        self._ledger.close(request.number, Fate.UNKNOWN)  # until an answer says more
+        self._ledger.close(request.number, Fate.UNKNOWN)  # until there is an answer
         if self._plan.reads:
             x, y, _, _ = self._ledger.write(request.number)
             connection.send((b"%d/%d" % (x, y)).join(self._get) + b"\r\n")
@@ -398,7 +398,7 @@ class _Run:
         self._free.append(lane)
 
     async def _sweep(self) -> None:
-        """Gives up what is overdue; its connection is closed, as its answer may still come."""
+        """Gives up overdue requests, and closes their connections: an answer may still come."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             horizon = self._loop.time() - self._plan.timeout
@@ -430,10 +430,15 @@ async def run(
     stop: asyncio.Event | None = None,
     watch: Callable[[Sample], None] | None = None,
 ) -> Report:
-    """Sends the plan's writes, each on time, and waits until each is answered or given up.
+    """Sends the plan's requests on time, and waits until each is answered or given up.
 
-    `progress` is called once a second; setting `stop` ends the sending early; `watch` is told of
-    every request as it is done with.
+    Args:
+        progress: called once a second.
+        stop: ends the sending early when it is set.
+        watch: called with every request that is done.
+
+    Raises:
+        OSError: the connections could not be opened.
     """
     state = _Run(target, plan, ledger, watch)
     await state.open_connections()
@@ -442,12 +447,12 @@ async def run(
     gc.freeze()
     cpu, wall = time.process_time(), time.monotonic()
     report.started_at = time.time()
-    telling = asyncio.create_task(_tell(report, progress)) if progress else None
+    showing = asyncio.create_task(_show(report, progress)) if progress else None
     try:
         await state.send_all(stop)
     finally:
-        if telling is not None:
-            telling.cancel()
+        if showing is not None:
+            showing.cancel()
         report.wall_seconds = time.monotonic() - wall
         report.cpu_seconds = time.process_time() - cpu
         state.close_connections()
@@ -455,16 +460,16 @@ async def run(
     return report
 
 
-async def _tell(report: Report, progress: Callable[[Report], None]) -> None:
+async def _show(report: Report, progress: Callable[[Report], None]) -> None:
     while True:
         await asyncio.sleep(1)
         progress(report)
 
 
 async def run_together(urls: Sequence[str], plan: Plan, processes: int) -> list[Report]:
-    """The plan for each of the addresses, at the same time, divided among so many processes.
+    """Runs the plan on all addresses at the same time, divided among processes; one report each.
 
-    It is for reads: each process has a ledger of its own, so writes would go to the same cells.
+    For reads only: each process has its own ledger, so writes would go to the same cells.
     """
     if processes == 1:
         return await _run_each(urls, plan)

@@ -1,7 +1,7 @@
-"""A timer for asyncio that is on time.
+"""A precise timer for asyncio.
 
-The event loop rounds every delay up to whole milliseconds, which is more than a fast answer takes.
-A timerfd wakes the loop within some tens of microseconds, and costs nothing while it waits.
+The event loop rounds delays up to whole milliseconds, more than a fast answer takes. A timerfd
+wakes the loop within some tens of microseconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _TimerSpec(ctypes.Structure):
 
 
 class Timer:
-    """Calls back at one point in the loop's time after another."""
+    """Calls back at chosen points of the loop's time, one after another."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self._callback = callback
@@ -36,7 +36,7 @@ class Timer:
         self._loop.add_reader(self._fd, self._ring)
 
     def at(self, when: float) -> None:
-        """Sets the timer; a time that is past rings at once."""
+        """Sets the timer; it fires at once if the time is past."""
         seconds, fraction = divmod(max(when, 0.000001), 1)
         spec = _TimerSpec(_TimeSpec(0, 0), _TimeSpec(int(seconds), int(fraction * 1e9)))
         if _LIBC.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(spec), None) != 0:

@@ -1,13 +1,13 @@
-"""How many requests a second one host serves well: reads at rising constant rates.
+"""Measures how many requests per second one host serves well, by reads at rising rates.
 
     python -m bench.report.calibrate --url http://10.0.0.12:8000
 
-Several addresses are the instances of one host, each of which gets its part of the rate. Each rate
-is half again the one before, until one is not served well: its 99th percentile is over the limit,
-or too many requests fail. Then the gap between the last good rate and the first bad one is halved
-a few times. High rates are sent by several processes, up to one for each processor that this may
-use. Pixels are read, not written: nothing on the canvas changes. One line of JSON is printed. Only
-the standard library is used; `playbooks/calibrate.yml` runs this on a host.
+Several addresses are the instances of one host; each gets its part of the rate. Each rate is 1.5
+times the one before, until the 99th percentile is over the limit or too many requests fail. Then
+the interval between the last good and the first bad rate is halved a few times. High rates are
+sent by several processes, at most one for each available processor. Pixels are only read. The
+result is one line of JSON. Only the standard library is needed; `playbooks/calibrate.yml` runs
+this on a host.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from bench.load.openloop import Plan, run_together
 
 GROWTH = 1.5
 HALVINGS = 3
-A_PROCESS = 1000  # requests/s for each process of the generator, while there are processors
-SETTLE = 1.0  # the first second of a step warms up, and counts for nothing
+A_PROCESS = 1000  # requests/s for each process of the generator
+SETTLE = 1.0  # seconds at the start of a step that are not counted
 
 
 class Step(NamedTuple):
-    """What a rate was like."""
+    """The result at one rate."""
 
     rate: float
     p99_ms: float
@@ -42,12 +42,12 @@ class Limits(NamedTuple):
     p99_ms: float
     failed: float
 
-    def bears(self, step: Step) -> bool:
+    def met_by(self, step: Step) -> bool:
         return step.p99_ms <= self.p99_ms and step.failed <= self.failed
 
 
 class ImpreciseError(Exception):
-    """Nothing was measured that is worth a number; the message says why."""
+    """No usable figure was measured; the message says why."""
 
 
 Measure = Callable[[float], Awaitable[Step]]
@@ -56,36 +56,36 @@ Measure = Callable[[float], Awaitable[Step]]
 async def search(
     measure: Measure, limits: Limits, first: float, most: float
 ) -> tuple[Step, list[Step]]:
-    """The highest rate that was borne, and all that were tried."""
+    """Returns the highest good rate, and all rates that were tried."""
     steps: list[Step] = []
 
-    async def bears(rate: float) -> bool:
+    async def is_good(rate: float) -> bool:
         steps.append(await measure(rate))
-        return limits.bears(steps[-1])
+        return limits.met_by(steps[-1])
 
     rate = first
-    while await bears(rate) and rate < most:
+    while await is_good(rate) and rate < most:
         rate = min(rate * GROWTH, most)
-    good = max((step.rate for step in steps if limits.bears(step)), default=0.0)
+    good = max((step.rate for step in steps if limits.met_by(step)), default=0.0)
     if not good:
         raise ImpreciseError(
-            f"even {first:g} requests/s are too many: p99 {steps[0].p99_ms:.0f} ms,"
+            f"{first:g} requests/s are too many already: p99 {steps[0].p99_ms:.0f} ms,"
             f" {steps[0].failed:.1%} failed"
         )
     if good == rate:
         raise ImpreciseError(
-            f"it serves even {rate:g} requests/s well, so what it can serve is not known: raise"
-            " --most (-e most=)"
+            f"the highest rate, {rate:g} requests/s, is served well, so the limit is not known:"
+            " raise --most (-e most=)"
         )
     bad = rate
     for _ in range(HALVINGS):
         middle = (good + bad) / 2
-        good, bad = (middle, bad) if await bears(middle) else (good, middle)
-    first_bad = next((step for step in steps if not limits.bears(step)), None)
+        good, bad = (middle, bad) if await is_good(middle) else (good, middle)
+    first_bad = next((step for step in steps if not limits.met_by(step)), None)
     if first_bad is not None and first_bad.lag_ms > limits.p99_ms / 2:
         raise ImpreciseError(
             f"at {first_bad.rate:.0f} requests/s the generator itself was {first_bad.lag_ms:.0f} ms"
-            " late: it is the limit, not the host; run it where there is CPU to spare"
+            " late, so it is the limit, not the host: run it on a machine with more free CPU"
         )
     return next(step for step in steps if step.rate == good), steps
 
@@ -100,14 +100,16 @@ async def measure(
     for report in reports:
         report.timeline = report.timeline[round(SETTLE) :]
     failed, sent = (sum(getattr(each, what) for each in reports) for what in ("failed", "sent"))
-    # No instance may be slow, however fast the others are.
+    # The slowest instance decides.
     p99, lag = (max(getattr(each, what).p99 for each in reports) for what in ("latency", "lag"))
     return Step(rate, p99, failed / max(1, sent), lag)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m bench.report.calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -122,13 +124,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--p99",
         type=float,
         default=50.0,
-        help="milliseconds that the 99th percentile may take (50)",
+        help="limit of the 99th percentile in milliseconds (50)",
     )
-    add("--failed", type=float, default=0.1, help="percent of requests that may fail (0.1)")
-    add("--first", type=float, default=100.0, help="requests/s to begin with (100)")
-    add("--most", type=float, default=20_000.0, help="requests/s that are tried at most (20000)")
-    add("--seconds", type=float, default=5.0, help="for each rate (5)")
-    add("--connections", type=int, default=64, help="kept open (64)")
+    add("--failed", type=float, default=0.1, help="limit of failed requests in percent (0.1)")
+    add("--first", type=float, default=100.0, help="lowest rate, requests/s (100)")
+    add("--most", type=float, default=20_000.0, help="highest rate, requests/s (20000)")
+    add("--seconds", type=float, default=5.0, help="seconds at each rate (5)")
+    add("--connections", type=int, default=64, help="number of connections (64)")
     options = parser.parse_args(arguments)
     try:
         options.targets = [Target.parse(url) for url in options.urls]

@@ -1,4 +1,4 @@
-"""What a load test says: rates between samples of hosts, and sentences that follow from figures."""
+"""Findings of a load test: rates between samples of hosts, and sentences derived from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from bench.report.loadtest import BUSY, knee, throughput
 
 SATURATED = 0.85  # of a host's processors
-FITTING = 0.15  # how far shares may be from what the clusters hold by themselves
+FITTING = 0.15  # relative difference between shares and the clusters' own knees
 WHOLE = "all"
 
 
@@ -35,7 +35,7 @@ class Interval:
 
 
 def intervals(samples: Sequence[dict[str, Any]]) -> list[Interval]:
-    """The differences of a host's counters; a counter that was set back counts as still."""
+    """Returns the rates between a host's samples; a counter that went back has rate 0."""
 
     def per_second(
         old: dict[str, float], new: dict[str, float], seconds: float
@@ -83,7 +83,7 @@ def mean(values: Iterable[float]) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that a load test has filled: `load.json`, and `hosts/<name>.jsonl`."""
+    """The directory of a load test: `load.json` and `hosts/<name>.jsonl`."""
 
     name: str
     targets: dict[str, list[dict[str, Any]]]
@@ -92,7 +92,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Raises OSError or ValueError if it isn't one."""
+        """Reads a directory; raises OSError or ValueError if it holds no run."""
         data = json.loads((folder / "load.json").read_text())
         hosts = {}
         for path in sorted((folder / "hosts").glob("*.jsonl")):
@@ -102,29 +102,29 @@ class Run:
             name: target["stages"] for name, target in data["targets"].items() if target["stages"]
         }
         if not targets:
-            raise ValueError(f"{folder} has no stage that was driven")
+            raise ValueError(f"{folder} has no results")
         meta_path = folder / "meta.json"
         meta = json.loads(meta_path.read_text()) if meta_path.exists() else {}
         return cls(folder.resolve().name, targets, hosts, meta)
 
     def during(self, host: str, stage: dict[str, Any]) -> list[Interval]:
-        """What a host did in a stage, without its ragged ends."""
+        """Returns a host's intervals in a stage, without its first second."""
         first, last = stage["began"] + 1, stage["began"] + stage["seconds"]
         return [each for each in self.hosts[host] if first < each.time <= last]
 
     def busy(self, host: str, stage: dict[str, Any]) -> float:
-        """The share of a host's processors that was busy in a stage."""
+        """Returns the used share of a host's processors in a stage."""
         seen = self.during(host, stage)
         return mean(each.busy / each.processors for each in seen)
 
     def stolen(self, host: str, stage: dict[str, Any]) -> float:
-        """The share of them that others took when it wanted it. A container sees its machine's."""
+        """Returns the share of steal in a stage; 0 for containers, which see their machine's."""
         if self.meta.get("shared_processors"):
             return 0.0
         return mean(each.steal / each.processors for each in self.during(host, stage))
 
     def load(self, host: str, stage: dict[str, Any]) -> float:
-        """The share of them that was wanted: a throttled host is full although not busy."""
+        """Returns used share and steal: a throttled host is full although it is not busy."""
         return self.busy(host, stage) + self.stolen(host, stage)
 
     def steps(self, target: str) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ class Run:
 
 
 def shares(stages: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Who answered how much of it."""
+    """Returns each instance's share of the answers."""
     total: Counter[str] = Counter()
     for stage in stages:
         total.update(stage["instances"])
@@ -140,7 +140,7 @@ def shares(stages: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
-    """A row a target: what it holds, what half of that costs, and what a write costs."""
+    """Returns a row for each target: its knee, latencies and CPU time."""
     table = []
     for target in run.targets:
         steps = run.steps(target)
@@ -168,16 +168,16 @@ def rows(run: Run) -> list[dict[str, Any]]:
 
 
 def sentences(run: Run) -> list[str]:
-    """The findings; each follows from the data by the rule that is written beside it."""
+    """Returns the findings as sentences."""
     said = []
     for row in rows(run):
         name = "The balancer as a whole" if row["target"] == WHOLE else f"Cluster {row['target']}"
         if not row["knee"]:
-            said.append(f"{name} kept no step: {row['why']}.")
+            said.append(f"{name} sustained no step: {row['why']}.")
             continue
         end = f"; the next step: {row['why']}" if row["why"] else ", which was the last step tried"
         said.append(
-            f"{name} kept {row['knee']:.0f} writes a second with a p99 of"
+            f"{name} sustained {row['knee']:.0f} writes/s with a p99 of"
             f" {row['p99_knee']:.1f} ms{end}."
         )
     said += [
@@ -198,28 +198,28 @@ def _saturation(run: Run) -> list[str]:
             break
     else:
         said.append(
-            f"No host was busy to {SATURATED:.0%}. The busiest was {host} with"
+            f"No host used {SATURATED:.0%} of its CPU. The busiest was {host} with"
             f" {_used(run, host, step)}."
         )
     generator = max(step["generator"]["cpu_share"] for step in steps)
     if generator > BUSY or any("generator" in step["verdict"] for step in steps):
         said.append(
-            f"The generator used {generator:.0%} of a processor: the fleet may hold more than"
-            " this machine can send."
+            f"The generator used {generator:.0%} of a processor: the fleet may sustain more"
+            " than this machine can send."
         )
     if run.meta.get("shared_processors"):
         said.append(
-            "Hosts and generator shared the processors of one machine, so a host may be slowed"
-            " down by others before its own share looks full."
+            "Hosts and generator shared the processors of one machine, so a host may be slow"
+            " before its own CPU share is full."
         )
     return said
 
 
 def _used(run: Run, host: str, step: dict[str, Any]) -> str:
     stolen = run.stolen(host, step)
-    lost = f", and {stolen:.0%} that others took (steal)," if stolen >= 0.005 else ""
+    lost = f" and {stolen:.0%} steal" if stolen >= 0.005 else ""
     return (
-        f"{run.busy(host, step):.0%} of its CPU{lost} at {step['rate']:.0f} a second;"
+        f"{run.busy(host, step):.0%} of its CPU{lost} at {step['rate']:.0f} writes/s;"
         f" {_most_used(run, host, step)}"
     )
 
@@ -229,9 +229,9 @@ def _most_used(run: Run, host: str, step: dict[str, Any]) -> str:
     for each in run.during(host, step):
         used.update(each.services)
     if not used.total():
-        return "none of its services was seen to use any"
+        return "its services used none"
     name, most = used.most_common(1)[0]
-    return f"most of what its services use there is the {name}'s ({most / used.total():.0%})"
+    return f"{name} used {most / used.total():.0%} of its services' CPU time"
 
 
 def _steal(run: Run) -> list[str]:
@@ -242,12 +242,12 @@ def _steal(run: Run) -> list[str]:
         for host, seen in run.hosts.items()
     }
     said = [
-        f"Others took up to {share:.0%} of the CPU of {host}: a burstable host out of credits, or"
-        " a busy machine under it."
+        f"Up to {share:.0%} of the CPU of {host} was steal: a burstable host out of credits, or"
+        " a busy host machine."
         for host, share in stolen.items()
         if share > 0.05
     ]
-    return said or (["No host lost more than 5% of its CPU to others (steal)."] if stolen else [])
+    return said or (["No host had more than 5% steal."] if stolen else [])
 
 
 def _weights(run: Run) -> list[str]:
@@ -261,7 +261,7 @@ def _weights(run: Run) -> list[str]:
             homes[instance].append(cluster)
     answered = shares(kept)
     if why := _unjudged(alone, homes, answered):
-        return [f"Whether the weights fit can't be judged: {why}."]
+        return [f"The weights can't be judged: {why}."]
     got = dict.fromkeys(alone, 0.0)
     for instance, share in answered.items():
         got[homes[instance][0]] += share
@@ -271,30 +271,30 @@ def _weights(run: Run) -> list[str]:
     by_knee = ", ".join(f"{name} {share:.0%}" for name, share in fit.items())
     if run.meta.get("shared_processors"):
         return [
-            f"Shares were {by_share}; by what each holds alone {by_knee}: on one machine's"
-            " processors that says little of the weights."
+            f"Shares were {by_share}; by each knee alone {by_knee}. On one machine's processors"
+            " this says little about the weights."
         ]
     worst = max(got, key=lambda name: abs(got[name] / fit[name] - 1))
     if abs(got[worst] / fit[worst] - 1) <= FITTING:
-        return [f"The weights fit: shares were {by_share}; by what each holds alone {by_knee}."]
+        return [f"The weights fit: shares were {by_share}; by each knee alone {by_knee}."]
     way = "more" if got[worst] > fit[worst] else "less"
     return [
-        f"The weights don't fit: {worst} gets {way} than it can hold in proportion"
-        f" (shares {by_share}; by what each holds alone {by_knee})."
+        f"The weights don't fit: {worst} gets {way} than its part"
+        f" (shares {by_share}; by each knee alone {by_knee})."
     ]
 
 
 def _unjudged(alone: dict[str, float], homes: dict[str, list[str]], answered: Iterable[str]) -> str:
-    """Why shares can't be held against what clusters hold by themselves; empty if they can."""
+    """Returns why shares can't be compared with the clusters' knees; empty if they can."""
     if len(alone) < 2:
-        return "that takes two clusters that are driven by themselves"
+        return "two clusters must be driven separately"
     for cluster, most in alone.items():
         if not most:
-            return f"cluster {cluster} kept no step by itself"
+            return f"cluster {cluster} alone sustained no step"
     for instance in answered:
         found = homes.get(instance, [])
         if len(found) != 1:
-            name = instance or "who doesn't say its name"
+            name = instance or "an instance without a name"
             where = f"in the clusters {' and '.join(found)}" if found else "in no cluster"
             return f"{name} answers {where}"
     return ""
@@ -317,36 +317,34 @@ def _errors(run: Run) -> list[str]:
         )
     if below:
         listed = ", ".join(f"{error} ({count})" for error, count in below.most_common(3))
-        said.append(f"{below.total()} requests failed up to the knees: {listed}.")
+        said.append(f"{below.total()} requests failed at rates up to the knees: {listed}.")
     else:
-        said.append("No request failed up to the knees.")
+        said.append("No request failed at rates up to the knees.")
     return said
 
 
 def changes(before: Run, after: Run) -> list[str]:
-    """What is different between two runs, target by target."""
+    """Returns the differences between two runs, as a sentence for each target."""
     old = {row["target"]: row for row in rows(before)}
     new = {row["target"]: row for row in rows(after)}
     said = []
     for name, former in old.items():
         row = new.get(name)
         if row is None:
-            said.append(f"{name}: knee {former['knee']:.0f} a second before, and not driven now.")
+            said.append(f"{name}: knee {former['knee']:.0f}/s before, not driven now.")
         elif not row["knee"]:
             why = f" ({row['why']})" if row["why"] else ""
-            said.append(
-                f"{name}: knee {former['knee']:.0f} a second before, and no step kept now{why}."
-            )
+            said.append(f"{name}: knee {former['knee']:.0f}/s before, no step sustained now{why}.")
         elif not former["knee"]:
-            said.append(f"{name}: no step kept before, and knee {row['knee']:.0f} a second now.")
+            said.append(f"{name}: no step sustained before, knee {row['knee']:.0f}/s now.")
         else:
             said.append(_change(name, former, row))
     return said
 
 
 def _change(target: str, former: dict[str, Any], row: dict[str, Any]) -> str:
-    parts = [f"knee {former['knee']:.0f} → {row['knee']:.0f} a second"]
-    for name, title in (("p99_half", "p99 at half of it"), ("cpu_ms_a_write", "CPU a write")):
+    parts = [f"knee {former['knee']:.0f} → {row['knee']:.0f}/s"]
+    for name, title in (("p99_half", "p99 at half of it"), ("cpu_ms_a_write", "CPU per write")):
         if former[name] and row[name]:
             change = row[name] / former[name] - 1
             parts.append(f"{title} {former[name]:.2f} → {row[name]:.2f} ms ({change:+.0%})")

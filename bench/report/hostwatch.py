@@ -1,8 +1,8 @@
 #!/usr/bin/python3
-"""What a host does, second by second: a line of JSON each, until the time is over or it is stopped.
+"""Samples a host's counters every second, one line of JSON each.
 
-It runs on the host, with its own Python and nothing else; playbooks/loadtest.yml brings it there.
-All figures are counters, or gauges with a name that says so; the report takes the differences.
+It runs on the host with the standard library only; playbooks/loadtest.yml copies it there. Figures
+are counters, or gauges whose names end in `_gauge`; the report computes the differences.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REDIS = {
 
 
 def cpu() -> dict[str, float]:
-    """Seconds of all processors, of which others have taken some (`steal`)."""
+    """CPU seconds of all processors, and steal."""
     numbers = [int(field) / TICKS for field in Path("/proc/stat").read_text().split()[1:9]]
     idle = numbers[3] + numbers[4]
     busy = own_cpu()
@@ -39,7 +39,7 @@ def cpu() -> dict[str, float]:
 
 
 def own_cpu() -> float | None:
-    """What a container has used: /proc/stat is its machine's, and others'. None on a real host."""
+    """CPU seconds of a container, whose /proc/stat is its machine's; None on a real host."""
     own = Path("/proc/1/cgroup").read_text()
     for line in own.splitlines():
         _, controllers, path = line.split(":", 2)
@@ -63,7 +63,7 @@ def read(path: str) -> str:
 
 
 def services() -> dict[str, dict[str, float]]:
-    """CPU seconds and resident bytes of the processes of each of our services."""
+    """CPU seconds and resident bytes of each service's processes."""
     seconds: defaultdict[str, float] = defaultdict(float)
     resident: defaultdict[str, int] = defaultdict(int)
     page = os.sysconf("SC_PAGE_SIZE")
@@ -71,7 +71,7 @@ def services() -> dict[str, dict[str, float]]:
         if not entry.isdigit():
             continue
         unit = re.search(r"/([^/]+\.service)$", read(f"/proc/{entry}/cgroup"), re.M)
-        # Further instances of the app are called pixel@8001.service.
+        # Other instances of the app have units such as pixel@8001.service.
         name = SERVICES.get(re.sub("@.*[.]", ".", unit[1])) if unit else None
         fields = read(f"/proc/{entry}/stat").rpartition(")")[2].split()
         if name and fields:
@@ -81,7 +81,7 @@ def services() -> dict[str, dict[str, float]]:
 
 
 def memory() -> int:
-    """Bytes in use by all services where this is a container, by all of the host otherwise."""
+    """Bytes used by the services of a container, or by the whole of a real host."""
     if own_cpu() is not None:
         return int(sum(service["bytes_gauge"] for service in services().values()))
     sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", read("/proc/meminfo"), re.M))
@@ -89,7 +89,7 @@ def memory() -> int:
 
 
 def network() -> dict[str, int]:
-    """Bytes over all interfaces but loopback."""
+    """Bytes received and sent on all interfaces except loopback."""
     lines = [line.split(":", 1) for line in read("/proc/net/dev").splitlines()[2:]]
     counters = [rest.split() for name, rest in lines if name.strip() != "lo"]
     return {
@@ -100,7 +100,7 @@ def network() -> dict[str, int]:
 
 def fetch(url: str) -> str:
     try:
-        with urllib.request.urlopen(url, timeout=0.5) as answer:  # noqa: S310 - given by us
+        with urllib.request.urlopen(url, timeout=0.5) as answer:  # noqa: S310 - a URL of the playbook
             text: str = answer.read().decode()
             return text
     except OSError:
@@ -108,13 +108,13 @@ def fetch(url: str) -> str:
 
 
 def redis(url: str) -> dict[str, float]:
-    """Of what its exporter says."""
+    """Figures from the exporter of Redis."""
     found = re.findall(r"^(\w+) ([0-9.e+]+)$", fetch(url), re.M)
     return {REDIS[name]: float(value) for name, value in found if name in REDIS}
 
 
 def nginx(url: str) -> dict[str, float]:
-    """Of its stub_status."""
+    """Figures from the stub_status of Nginx."""
     found = re.search(r"Active connections: (\d+).*?\n\s*\d+ \d+ (\d+)", fetch(url), re.S)
     return {"connections_gauge": int(found[1]), "requests": int(found[2])} if found else {}
 

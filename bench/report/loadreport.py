@@ -1,8 +1,8 @@
-"""Draws what a load test saw: one page that needs nothing else, and its pictures beside it.
+"""Draws a load test's results: a self-contained page, and its pictures as files.
 
     python -m bench.report.loadreport DIR [--before DIR] [--table]
 
-`index.html` and the PNGs are written into the folder; `--table` prints a table for documents.
+`index.html` and the PNGs are written to the directory; `--table` prints a table for documents.
 Exit status: 0, or 2 if there is nothing to draw.
 """
 
@@ -53,7 +53,7 @@ def by_rate(steps: Sequence[dict[str, Any]], name: str) -> tuple[list[float], li
 
 
 def throughput(run: Run, before: Run | None) -> Figure:
-    """What was acknowledged of what was due, and how long it took, by rate."""
+    """Acknowledged writes and latency, by rate."""
     figure, [[left, right]] = new(1, 2, 3.6)
     most = 0.0
     for run_drawn, line in ((before, ":"), (run, "-")):
@@ -70,15 +70,15 @@ def throughput(run: Run, before: Run | None) -> Figure:
             right.plot(*by_rate(steps, "p50"), line, marker=".", color=colour, alpha=0.4)
             right.plot(*by_rate(steps, "p99"), line, marker=".", color=colour, label=name)
     left.plot([0, most], [0, most], color="#999999", linewidth=0.8, zorder=0)
-    left.set(title="Acknowledged", xlabel="due a second", ylabel="acknowledged a second")
-    right.set(title="Latency: p99, and p50 fainter", xlabel="due a second", ylabel="ms")
+    left.set(title="Acknowledged", xlabel="due per second", ylabel="acknowledged per second")
+    right.set(title="Latency: p99 (p50 lighter)", xlabel="due per second", ylabel="ms")
     right.set_yscale("log")
     left.legend()
     return figure
 
 
 def over_time(run: Run, _: Run | None) -> Figure:
-    """Each second of each target: what was due, what failed, how long it took."""
+    """Due and failed requests and latency of each target, by second."""
     figure, axes = new(2, len(run.targets), 5, sharey="row", sharex="col")
     for column, (target, stages) in enumerate(run.targets.items()):
         seconds = [second for stage in stages for second in stage["timeline"]]
@@ -100,14 +100,14 @@ def over_time(run: Run, _: Run | None) -> Figure:
         lower.bar(clock, failed, 1, color=COLOURS[1], label="failed")
         lower.set(xlabel="seconds")
     axes[0][0].set_ylabel("latency, ms")
-    axes[1][0].set_ylabel("requests a second")
+    axes[1][0].set_ylabel("requests per second")
     axes[0][0].legend()
     axes[1][0].legend()
     return figure
 
 
 def shade(axes: Axes, run: Run, start: float) -> None:
-    """Name the targets over the time in which each was driven."""
+    """Marks the time in which each target was driven."""
     for number, (target, stages) in enumerate(run.targets.items()):
         first = stages[0]["began"] - start
         last = stages[-1]["began"] + stages[-1]["seconds"] - start
@@ -116,7 +116,7 @@ def shade(axes: Axes, run: Run, start: float) -> None:
 
 
 def hosts_over_time(run: Run, _: Run | None) -> Figure | None:
-    """CPU of each host, by service, and what others took."""
+    """CPU of each host by service, and steal."""
     if not run.hosts:
         return None
     figure, axes = new(len(run.hosts), 1, 0.6 + 2.2 * len(run.hosts), sharex=True)
@@ -127,7 +127,7 @@ def hosts_over_time(run: Run, _: Run | None) -> Figure | None:
         layers = [[each.services.get(name, 0) for each in seen] for name in services]
         if layers:
             plot.stackplot(clock, layers, labels=services, alpha=0.6, colors=COLOURS)
-        plot.plot(clock, [each.busy for each in seen], color="#333333", label="all of it")
+        plot.plot(clock, [each.busy for each in seen], color="#333333", label="total")
         plot.plot(clock, [each.steal for each in seen], "--", color=COLOURS[1], label="steal")
         shade(plot, run, start)
         most = max((each.processors for each in seen), default=1)
@@ -138,7 +138,7 @@ def hosts_over_time(run: Run, _: Run | None) -> Figure | None:
 
 
 def shares_over_time(run: Run, _: Run | None) -> Figure | None:
-    """Who answered, second by second, when the balancer chose."""
+    """Share of each instance's answers through the balancer, by second."""
     stages = run.targets.get(WHOLE, [])
     seconds = [second for stage in stages for second in stage["timeline"]]
     names = sorted({name for second in seconds for name in second["instances"]})
@@ -160,7 +160,7 @@ def shares_over_time(run: Run, _: Run | None) -> Figure | None:
 
 
 def others_over_time(run: Run, _: Run | None) -> Figure | None:
-    """Memory and network of each host, and what Redis and Nginx say."""
+    """Memory and network of each host, commands of Redis, requests of Nginx."""
     if not run.hosts:
         return None
     figure, [[memory, net], [redis, nginx]] = new(2, 2, 5, sharex=True)
@@ -182,9 +182,9 @@ def others_over_time(run: Run, _: Run | None) -> Figure | None:
         draw(redis, host, f"{host}", lambda each: each.redis.get("commands"))
         draw(nginx, host, f"{host} requests", lambda each: each.nginx.get("requests"))
     memory.set(title="Memory, MB", ylim=(0, None))
-    net.set(title="Network, MB a second", ylim=(0, None))
-    redis.set(title="Redis: commands a second", xlabel="seconds", ylim=(0, None))
-    nginx.set(title="Nginx: requests a second", xlabel="seconds", ylim=(0, None))
+    net.set(title="Network, MB/s", ylim=(0, None))
+    redis.set(title="Redis: commands/s", xlabel="seconds", ylim=(0, None))
+    nginx.set(title="Nginx: requests/s", xlabel="seconds", ylim=(0, None))
     for plot in (memory, net, redis, nginx):
         if plot.lines:
             plot.legend(fontsize=7)
@@ -201,7 +201,7 @@ DRAWINGS: dict[str, tuple[str, Callable[[Run, Run | None], Figure | None]]] = {
 
 
 def draw(run: Run, before: Run | None, folder: Path) -> dict[str, tuple[str, str]]:
-    """Writes the pictures; gives title and content, for the page, of each."""
+    """Writes the pictures; returns title and base64 content of each."""
     pictures = {}
     with matplotlib.rc_context(STYLE):
         for name, (title, drawing) in DRAWINGS.items():
@@ -209,7 +209,7 @@ def draw(run: Run, before: Run | None, folder: Path) -> dict[str, tuple[str, str
             if figure is None:
                 continue
             buffer = io.BytesIO()
-            # Without the program's version, equal data make equal files.
+            # Without the program's version, equal data give equal files.
             figure.savefig(buffer, format="png", metadata={"Software": None})
             pyplot.close(figure)
             (folder / f"{name}.png").write_bytes(buffer.getvalue())
@@ -226,10 +226,10 @@ def cells(run: Run) -> Iterable[list[str]]:
     hosts = list(run.hosts)
     yield [
         "target",
-        *("1000 requests, one by one, a second", "… 50 at once"),
-        *("knee, writes a second", "p50 at half of it, ms", "p99 there, ms", "p99 at the knee, ms"),
+        *("requests/s, one at a time", "50 at a time"),
+        *("knee, writes/s", "p50 at half the knee, ms", "p99 at half, ms", "p99 at the knee, ms"),
         *(f"CPU of {host} at the knee" for host in hosts),
-        *("CPU a write, ms", "failed"),
+        *("CPU per write, ms", "failed"),
     ]
     for row in rows(run):
         yield [
@@ -266,10 +266,12 @@ def page(run: Run, before: Run | None, pictures: dict[str, tuple[str, str]]) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Draws what a load test saw.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report.loadreport", description="Draws a load test's results."
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="a run to compare with")
-    parser.add_argument("--table", action="store_true", help="print a table, and draw nothing")
+    parser.add_argument("--table", action="store_true", help="print a table instead")
     options = parser.parse_args(arguments)
     try:
         run = Run.read(options.folder)

@@ -1,10 +1,10 @@
-"""How much a target holds: requests one after another and 50 at once, a staircase, and a spike.
+"""Measures a target: requests one at a time and 50 at a time, a staircase and a spike.
 
     python -m bench.report.loadtest --url http://127.0.0.1:8080/cluster/c5 --target c5 --out DIR
 
-A target is a part of the fleet that has an address of its own, or the whole. What was seen is added
-to `load.json` in the folder; playbooks/loadtest.yml calls this for each target and stage, and
-`loadreport.py` draws it. Exit status: 0, or 2 if the target can't be reached.
+A target is a part of the fleet that has its own URL, or the whole. Results are added to `load.json`
+in the directory; playbooks/loadtest.yml runs this for each target and stage, and `loadreport.py`
+draws the results. Exit status: 0, or 2 if the target can't be reached.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from bench.load.figures import Spread
-from bench.load.http1 import Answer, Connection, Target
+from bench.load.http1 import Client, Target
 from bench.load.ledger import Ledger
 from bench.load.openloop import Plan, Report, Sample, body_of, run
 from bench.load.readback import UNREACHABLE
@@ -33,14 +34,14 @@ STEP_SECONDS = 5.0
 CONNECTIONS = 128
 TIMEOUT = 5.0
 CANVAS = 1024
-# The knee is the last step that was kept: nearly all that was due was acknowledged, within this.
+# The knee is the last step that was sustained: within these limits.
 FEW_FAILED, SLOW_MS = 0.01, 250.0
 LATE_MS, BUSY = 50.0, 0.85  # of this program itself
 SPIKE_SECONDS, SPIKE_FROM, SPIKE_TO = 16.0, 5.0, 8.0
 
 
 def seconds_of(samples: Sequence[Sample], began: float, offset: float) -> list[dict[str, Any]]:
-    """What was due in each second: `offset` takes the samples' clock to the time of day."""
+    """Returns a row for each second; `offset` converts the samples' clock to the time of day."""
     rows: defaultdict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
         rows[int(sample.due + offset - began)].append(sample)
@@ -61,7 +62,7 @@ def seconds_of(samples: Sequence[Sample], began: float, offset: float) -> list[d
 def stage_of(
     kind: str, samples: Sequence[Sample], began: float, seconds: float, **others: Any
 ) -> dict[str, Any]:
-    """A stage as the file has it; times are of the day, latencies from when requests were due."""
+    """Returns a stage for the file; times are Unix times, latencies count from the due time."""
     done = [sample for sample in samples if sample.error is None]
     offset = time.time() - time.monotonic()
     last = max((sample.due + sample.seconds for sample in done), default=0.0)
@@ -82,20 +83,19 @@ def stage_of(
 
 
 def throughput(stage: dict[str, Any]) -> float:
-    """What was acknowledged a second, until the last answer. Older files know only the plan's."""
+    """Acknowledged writes per second until the last answer, which old files don't have."""
     within: float = max(stage["seconds"], stage.get("answered_within", 0.0))
     return float(stage["acknowledged"] / within)
 
 
 class ClosedLoop:
-    """A number of requests, so many at once; each waits for the answer before it."""
+    """A number of writes, so many at a time; each waits for the answer before it."""
 
     def __init__(self, target: Target, requests: int, at_once: int) -> None:
         self._target = target
         self._left = requests
         self._at_once = at_once
         self._ledger = Ledger(CANVAS, CANVAS)
-        self._head = target.head("POST", "/pixel") + b"Content-Type: application/json\r\n"
         self.samples: list[Sample] = []
 
     async def run(self) -> None:
@@ -104,45 +104,21 @@ class ClosedLoop:
                 group.create_task(self._lane())
 
     async def _lane(self) -> None:
-        connection: Connection | None = None
-        waiting: asyncio.Future[Answer] | None = None
-
-        def answered(_: Connection, answer: Answer) -> None:
-            if waiting is not None and not waiting.done():
-                waiting.set_result(answer)
-
-        def lost(_: Connection, error: Exception | None) -> None:
-            nonlocal connection
-            connection = None
-            if waiting is not None and not waiting.done():
-                waiting.set_exception(error or ConnectionResetError("connection lost"))
-
-        while self._left > 0:
-            self._left -= 1
-            body = body_of(self._ledger.write(self._ledger.open()))
-            due = time.monotonic()
-            error: str | None = None
-            instance = ""
-            try:
-                async with asyncio.timeout(TIMEOUT):
-                    connection = connection or await self._target.connect(answered, lost)
-                    waiting = asyncio.get_running_loop().create_future()
-                    connection.send(self._head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-                    answer = await waiting
-                instance = answer.instance
-                if answer.status != 200:
-                    error = f"status {answer.status}"
-                if not answer.reusable:
-                    connection.close()
-                    connection = None
-            except UNREACHABLE as reason:
-                error = str(reason) or "no answer in time"
-                if connection is not None:
-                    connection.close()
-                    connection = None
-            self.samples.append(Sample(due, time.monotonic() - due, error, instance))
-        if connection is not None:
-            connection.close()
+        with closing(Client(self._target, TIMEOUT)) as client:
+            while self._left > 0:
+                self._left -= 1
+                body = body_of(self._ledger.write(self._ledger.open()))
+                due = time.monotonic()
+                error: str | None = None
+                instance = ""
+                try:
+                    answer = await client.request("POST", "/pixel", body)
+                    instance = answer.instance
+                    if answer.status != 200:
+                        error = f"status {answer.status}"
+                except UNREACHABLE as reason:
+                    error = str(reason) or "no answer in time"
+                self.samples.append(Sample(due, time.monotonic() - due, error, instance))
 
 
 async def closed(target: Target, at_once: int) -> dict[str, Any]:
@@ -164,7 +140,7 @@ async def constant(target: Target, rate: float, seconds: float) -> dict[str, Any
 
 
 async def spike(target: Target, calm: float, high: float) -> dict[str, Any]:
-    """A constant rate, and for some seconds more on top of it."""
+    """A constant rate, with a higher one for some seconds."""
     samples: list[Sample] = []
 
     async def sending(rate: float, seconds: float) -> Report:
@@ -183,7 +159,7 @@ async def spike(target: Target, calm: float, high: float) -> dict[str, Any]:
 
 
 def effort(reports: Sequence[Report]) -> dict[str, float]:
-    """What this program did itself: its share of a processor, and how late it was."""
+    """Returns the generator's share of a processor, and its lateness."""
     return {
         # All reports are of this one process, and each has all of its CPU.
         "cpu_share": round(max(report.cpu_share for report in reports), 3),
@@ -192,13 +168,13 @@ def effort(reports: Sequence[Report]) -> dict[str, float]:
 
 
 def verdict(step: dict[str, Any]) -> str:
-    """Why a step wasn't kept; empty if it was."""
+    """Returns why a step was not sustained; empty if it was."""
     latency = step["latency_ms"]["p99"]
     failed = step["sent"] - step["acknowledged"]
     if failed > FEW_FAILED * step["sent"]:
         [(error, _)] = Counter(step["errors"]).most_common(1)
         return f"{failed / step['sent']:.0%} failed ({error})"
-    # Before the latencies, of which its lateness is a part.
+    # Before the latency, which includes the lateness.
     if step["generator"]["cpu_share"] > BUSY or step["generator"]["late_ms"] > LATE_MS:
         return "the generator can't send faster from here"
     if latency is None or latency > SLOW_MS:
@@ -207,7 +183,7 @@ def verdict(step: dict[str, Any]) -> str:
 
 
 async def staircase(target: Target, first: float = FIRST_RATE) -> list[dict[str, Any]]:
-    """Steps up to the first that isn't kept."""
+    """Drives rising rates up to the first that is not sustained."""
     steps = []
     for number in range(STEPS):
         step = await constant(target, round(first * GROWTH**number), STEP_SECONDS)
@@ -216,18 +192,18 @@ async def staircase(target: Target, first: float = FIRST_RATE) -> list[dict[str,
         say(step)
         if step["verdict"]:
             break
-        await asyncio.sleep(1)  # so that what a step has left behind isn't the next one's
+        await asyncio.sleep(1)  # lets requests of this step end before the next
     return steps
 
 
 def knee(stages: Sequence[dict[str, Any]]) -> float:
-    """The highest rate that was kept; 0 if none was."""
+    """Returns the highest sustained rate; 0 if there is none."""
     kept = [stage["rate"] for stage in stages if stage["kind"] == "step" and not stage["verdict"]]
     return max(kept, default=0.0)
 
 
 def say(stage: dict[str, Any]) -> None:
-    """A line of progress."""
+    """Prints a line of progress."""
     latency = stage["latency_ms"]
     what = {
         "requests": lambda: f"{REQUESTS} requests, {stage['connections']} at once",
@@ -248,7 +224,7 @@ def say(stage: dict[str, Any]) -> None:
 
 
 async def drive(target: Target, stage: str, before: Sequence[dict[str, Any]]) -> list[Any]:
-    """One stage of a target, after those that were driven before."""
+    """Drives one stage of a target; `before` has the stages driven already."""
     if stage == "requests":
         stages = [await closed(target, at_once) for at_once in (1, 50)]
     elif stage == "staircase":
@@ -262,11 +238,13 @@ async def drive(target: Target, stage: str, before: Sequence[dict[str, Any]]) ->
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="How much a target holds.")
-    parser.add_argument("--url", required=True, help="its root, e.g. http://127.0.0.1:8080")
-    parser.add_argument("--target", required=True, help="what it is called in the report")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report.loadtest", description="Measures a target under load."
+    )
+    parser.add_argument("--url", required=True, help="root URL, e.g. http://127.0.0.1:8080")
+    parser.add_argument("--target", required=True, help="name in the report")
     parser.add_argument("--stage", choices=STAGES, action="append", help="default: all")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the report")
     parser.add_argument("--insecure", action="store_true", help="accept any TLS certificate")
     options = parser.parse_args(arguments)
     try:

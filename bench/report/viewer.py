@@ -1,10 +1,10 @@
-"""What somebody who looks at the canvas waits for: its pictures, and other people's pixels.
+"""Measures what a viewer waits for: pictures of the canvas, and others' pixels on the live page.
 
     python -m bench.report.viewer --url http://127.0.0.1:8080
 
-The canvas is filled with noise, which no picture format can make smaller, and stays so. A real
-browser (Chromium, by Playwright) has the live page open, while `load.py`'s generator writes.
-Exit status: 0, 1 if the page did not show every acknowledged write, 2 it could not run.
+The canvas is filled with noise, which does not compress, and is not restored. A browser (Chromium,
+with Playwright) has the live page open while the generator of `bench.load` writes. Exit status: 0;
+1 if the page did not show every acknowledged write; 2 if the run was not possible.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ CONNECTIONS = 64
 SETTLE = 3.0
 JSON = {"Content-Type": "application/json"}
 
-# Nothing of the browser's own is to leave the machine.
+# The browser sends nothing of its own to the network.
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update"]
 FLAGS += ["--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run"]
 
-# Beside the page's own code: when did a change come, and when was the picture drawn after it?
+# Runs beside the page's code: records when a change arrived, and when it was drawn.
 WATCH = """(() => {
   const now = () => performance.timeOrigin + performance.now();
   const seen = (window.seen = { changes: [], frames: [] });
@@ -80,13 +80,15 @@ class Answer(NamedTuple):
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.report.viewer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--url", required=True, help="the service's root, e.g. http://127.0.0.1:8080")
     add("--seconds", type=positive, default=30.0, help="at each rate (default 30)")
     add("--rates", default="500,1000", help="writes per second (default 500,1000)")
-    add("--json", type=Path, metavar="FILE", help="write what was seen to FILE")
+    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
     options = parser.parse_args(arguments)
     try:
         options.target = Target.parse(options.url)
@@ -106,8 +108,8 @@ def fetch(client: httpx.Client, path: str) -> Answer:
 
 
 def noise(width: int, height: int) -> Iterator[bytes]:
-    """Bodies for POST /pixels that give every channel of every pixel a value of its own."""
-    values = random.Random(1)  # noqa: S311 - noise is all that is wanted
+    """Yields bodies for POST /pixels that set every channel of every pixel."""
+    values = random.Random(1)  # noqa: S311 - only noise
     cells = [(x, y, c) for y in range(height) for x in range(width) for c in "RGB"]
     for start in range(0, len(cells), BATCH):
         yield json.dumps(
@@ -119,7 +121,7 @@ def noise(width: int, height: int) -> Iterator[bytes]:
 
 
 def look(client: httpx.Client, path: str) -> dict[str, Any]:
-    """Fetch a picture of a canvas that has just changed, and again what is known by then."""
+    """Fetches a picture right after a change, and again without a change."""
     pixel = {"x": 0, "y": 0, "channel": "R"}
     fresh, known = [], []
     for number in range(LOOKS):
@@ -133,11 +135,11 @@ def look(client: httpx.Client, path: str) -> dict[str, Any]:
     }
 
 
-# Other people's pixels
+# The live page
 
 
 async def watch(page: Page, options: argparse.Namespace, rate: float) -> dict[str, Any]:
-    """What the page shows of writes at a constant rate, and how long after each was due."""
+    """Measures when the page shows writes at a constant rate, from when each was due."""
     target: Target = options.target
     width, height = await page.evaluate("[board.width, board.height]")
     ledger = Ledger(width, height, await read_canvas(target, width, height, cells=[]))
@@ -149,7 +151,7 @@ async def watch(page: Page, options: argparse.Namespace, rate: float) -> dict[st
     )
     await asyncio.sleep(SETTLE)
     seen = await page.evaluate("seen")
-    # Writes are handed out in the order in which they are due.
+    # Writes are issued in the order in which they are due.
     due = {
         ",".join(map(str, ledger.write(number))): (sample.due + to_wall) * 1000
         for number, sample in enumerate(sorted(samples, key=lambda sample: sample.due))

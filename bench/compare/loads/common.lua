@@ -1,4 +1,4 @@
--- What the scripts share: random pixels, raw requests, and a result that a program can read.
+-- Shared by the scripts: random pixels, raw requests, and the result as JSON.
 
 local common = {}
 

@@ -1,4 +1,4 @@
-"""The floor of an ASGI service: the same answer to everything, at no cost but the server's."""
+"""The minimum of an ASGI service: a constant answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task taken literally: FastAPI validates the pixel and says it back. Nothing is stored."""
+"""FastAPI validates the pixel and returns it; nothing is stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pixel is, as most FastAPI services would say it."""
+"""The pixel as a usual pydantic model."""
 
 from __future__ import annotations
 

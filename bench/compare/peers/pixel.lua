@@ -1,5 +1,5 @@
--- The pixel endpoint in Lua: validates, stores durably, appends the event, and only then answers.
--- Lua has one kind of number, so 255.0 passes as 255 here; everything else is as strict as ours.
+-- The pixel endpoint in Lua: validates, stores, appends the event, then answers.
+-- Lua has one type of number, so 255.0 is accepted as 255; all other checks are the app's.
 
 local cjson = require("cjson.safe")
 local resp = require("resp")

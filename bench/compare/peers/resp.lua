@@ -1,4 +1,4 @@
--- Redis' protocol over Nginx's cosockets: several commands, one round trip, connections kept.
+-- Redis' protocol over Nginx's cosockets: pipelined commands on kept connections.
 
 local resp = {}
 

@@ -1,4 +1,4 @@
-"""The service that most would write: FastAPI, and one awaited redis-py command for each request."""
+"""A usual service: FastAPI and one awaited redis-py command for each request."""
 
 from __future__ import annotations
 

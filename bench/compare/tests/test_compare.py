@@ -47,10 +47,10 @@ def test_rounds_do_not_all_begin_with_the_same() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "usual,nginx"], "there is no nginx; there are literal"),
+        (["--only", "usual,nginx"], "unknown: nginx; the variants are literal"),
         (["--rounds", "0"], "at least 1"),
         (["--service-cpus", "a"], "not a list"),
-        (["--load-cpus", "4096"], "processor 4096 is not among"),
+        (["--load-cpus", "4096"], "processor 4096 is not available"),
     ],
 )
 def test_bad_arguments_are_explained(

@@ -19,7 +19,7 @@ USUAL = Key("usual", "always", 64)
 
 @pytest.fixture
 def results() -> Results:
-    """Three rounds; in the second one everything took four times as long."""
+    """Three rounds; everything took four times as long in the second."""
     results = Results()
     for number, noise in enumerate([1, 4, 1]):
         results.add(number, OURS, sample(0.5 * noise, 4))

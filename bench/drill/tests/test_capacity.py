@@ -14,7 +14,7 @@ Change = Callable[[Sample], Sample]
 
 
 def load(seconds: float, change: Change = lambda sample: sample) -> list[Sample]:
-    """Answers by c5 and t2 as 3 to 2, in 2 ms; with a change to each from the start on."""
+    """Answers of c5 and t2, 3 to 2, in 2 ms; with changes to all of them."""
     return [
         change(
             Sample(START + number / RATE, 0.002, None, ("c5", "t2", "c5", "t2", "c5")[number % 5])
@@ -24,7 +24,7 @@ def load(seconds: float, change: Change = lambda sample: sample) -> list[Sample]
 
 
 def between(begin: float, end: float, **changes: object) -> Change:
-    """A change to those requests that were due in these seconds."""
+    """Changes the requests that were due in these seconds."""
 
     def change(sample: Sample) -> Sample:
         if begin <= sample.due - START < end:

@@ -1,4 +1,4 @@
-"""The drill without a fleet: what is asked of it, and what it does to programs that it starts."""
+"""The drill without a fleet: options, events, and the programs that it starts."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ Command = tuple[str, ...]
 
 
 class Recorded(Fleet):
-    """A fleet whose hosts do nothing; `commands` has what they were given."""
+    """A fleet whose hosts do nothing; `commands` has what was sent to them."""
 
     commands: list[Command]
 

@@ -1,4 +1,4 @@
-"""The drill's events on a stand-in for the fleet whose faults are chosen."""
+"""The drill on a stand-in service whose faults the tests choose."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.load.tests.standin import HEIGHT, WIDTH, Deed, StandIn
 
 
 class Healed(Fleet):
-    """A fleet without hosts, which notes that it was healed."""
+    """A fleet without hosts, which counts how often it was healed."""
 
     times = 0
     flushes: tuple[Flush, ...] = ()

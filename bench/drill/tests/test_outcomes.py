@@ -117,6 +117,6 @@ def test_the_table_has_a_line_an_event_and_says_what_is_wrong() -> None:
     assert " 2       7 " in frozen
     assert len({len(head), len(redis), len(frozen)}) == 1
     assert rest == [
-        "  deploy: 7 of the failed while Redis' disk was slow",
+        "  deploy: 7 failed while Redis waited for its disk",
         *("", "Faults:", "  t2 frozen: lost: (1, 2) R"),
     ]

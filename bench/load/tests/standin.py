@@ -1,4 +1,4 @@
-"""A small pixel service whose faults tests choose, for tests of the load generator."""
+"""A small pixel service whose faults the tests choose."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STORING = {
 
 
 class StandIn:
-    """Serves on a port of its own, in a thread of its own."""
+    """Serves on its own port, in its own thread."""
 
     def __init__(
         self, deed: Callable[[int], Deed] = lambda _: Deed.STORE, whole_canvas: bool = True

@@ -1,4 +1,4 @@
-"""The whole generator against a service that fails in every way it can."""
+"""The generator against a service with every kind of fault."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def service() -> Iterator[StandIn]:
 
 
 def drive(service: StandIn, **changes: float | int) -> tuple[Report, Verdict]:
-    """100 writes in a fifth of a second, and what the canvas says of them."""
+    """Sends 100 writes in 0.2 s, and checks the canvas."""
 
     async def session() -> tuple[Report, Verdict]:
         plan = Plan(**{"rate": 500, "seconds": 0.2, "connections": 8, "timeout": 5} | changes)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The users of locustfile.py notice what is wrong with an answer, though its status is 200."""
+"""The users of locustfile.py detect wrong answers with status 200."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
 class Wrong(BaseHTTPRequestHandler):
-    """All but page and canvas is wrong, in a way of its own; some of it every other time."""
+    """A service whose answers, except page and canvas, are wrong in different ways."""
 
     protocol_version = "HTTP/1.1"
     stopped = threading.Event()
@@ -75,7 +75,7 @@ class Wrong(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = answer  # noqa: N815 - so http.server names them
 
     def stream(self, after: str) -> None:
-        """Begins elsewhere if it is resumed; else tells of no pixel, or breaks off, or is right."""
+        """Begins at another event if resumed; else lacks a pixel, breaks off, or is right."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -105,21 +105,21 @@ def url() -> Iterator[str]:
 
 
 WRONG = {
-    ("GET /live/{name} (again)", "its ETag and status don't fit"),
-    ("GET /canvas.png", "of another size"),
-    ("GET /canvas.png (again)", "older than what was known"),
+    ("GET /live/{name} (again)", "ETag and status contradict"),
+    ("GET /canvas.png", "wrong size"),
+    ("GET /canvas.png (again)", "older than an answer before it"),
     ("GET /pixel/{x}/{y}", "another pixel"),
     ("POST /pixel", "another write is acknowledged"),
     ("PUT /pixel/{x}/{y}", "another pixel is acknowledged"),
-    ("POST /pixels", "not all is written"),
-    ("GET /events", "leaves out a pixel"),
+    ("POST /pixels", "not all written"),
+    ("GET /events", "a pixel is missing"),
     ("GET /events", "Response ended prematurely"),
-    ("GET /events (resumed)", "begins elsewhere"),
+    ("GET /events (resumed)", "begins at another event"),
 }
 
 
 def failures(file: Path) -> set[tuple[str, str]]:
-    """Which requests failed by now, and why."""
+    """Returns the failed requests and their errors."""
     if not file.exists():
         return set()
     with file.open() as lines:

@@ -1,4 +1,4 @@
-"""The search for what an instance serves well; the service is a formula."""
+"""The search for the highest good rate; the service is a formula."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def found(measure: Measure, most: float = 20_000) -> tuple[Step, list[Step]]:
 
 
 class Service:
-    """Serves well up to a rate, and then with a p99 that grows."""
+    """Serves well up to a rate; above it the p99 grows."""
 
     def __init__(self, capacity: float, lag_ms: float = 0.1) -> None:
         self.capacity = capacity
@@ -48,7 +48,7 @@ def test_failures_are_too_much_as_well() -> None:
 
 
 def test_a_host_that_bears_all_that_is_tried_has_no_number() -> None:
-    with pytest.raises(ImpreciseError, match=r"serves even 1000 requests/s well.*-e most="):
+    with pytest.raises(ImpreciseError, match=r"1000 requests/s, is served well.*-e most="):
         found(Service(1e9), 1000)
 
 
@@ -59,7 +59,7 @@ def test_the_most_that_is_tried_may_be_too_much() -> None:
 
 
 def test_a_host_that_bears_nothing_is_told() -> None:
-    with pytest.raises(ImpreciseError, match="even 100 requests/s are too many: p99 55 ms"):
+    with pytest.raises(ImpreciseError, match="100 requests/s are too many already: p99 55 ms"):
         found(Service(50))
 
 

@@ -1,4 +1,4 @@
-"""A variant must do the work before its speed counts."""
+"""Checks that a variant fulfils the API's contract before it is measured."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ READY_SECONDS = 30.0
 
 
 def check(variant: Variant, stack: Stack) -> None:
-    """Waits until the variant answers, and holds what it says to the contract."""
+    """Waits until the variant answers, and checks its answers; raises StartError."""
     answer = _first_answer(variant, stack)
     if answer != (200, {"status": "ok", "received": PIXEL}):
-        raise StartError(f"{variant.name} answered a write with {answer}\n{_last_words(stack)}")
+        raise StartError(f"{variant.name} answered a write with {answer}\n{_log_tail(stack)}")
     if not variant.stores:
         return
     if "mix90" in variant.workloads:
         status, body = _ask(stack.port, "GET", "/pixel/1/2")
         if status != 200 or body.get("R") != PIXEL["value"]:
-            raise StartError(f"{variant.name} does not hold what it stored: {status} {body}")
+            raise StartError(f"{variant.name} did not store the pixel: {status} {body}")
     if "batch100" in variant.workloads:
         status, body = _ask(stack.port, "POST", "/pixels", [PIXEL, {**PIXEL, "channel": "G"}])
         if (status, body) != (200, {"status": "ok", "written": 2}):
@@ -38,19 +38,19 @@ def _first_answer(variant: Variant, stack: Stack) -> tuple[int, Any]:
     while time.monotonic() < deadline:
         for program in stack.programs.values():
             if not program.running():
-                raise StartError(f"{variant.name}: {program.name}:\n{program.last_words()}")
+                raise StartError(f"{variant.name}: {program.name}:\n{program.log_tail()}")
         with contextlib.suppress(OSError, http.client.HTTPException):
             last = _ask(stack.port, "POST", "/pixel", PIXEL)
             if last[0] not in (502, 503, 504):
                 return last
         time.sleep(0.05)
     raise StartError(
-        f"{variant.name} was not ready in time; it last said {last}\n{_last_words(stack)}"
+        f"{variant.name} was not ready in time; its last answer was {last}\n{_log_tail(stack)}"
     )
 
 
-def _last_words(stack: Stack) -> str:
-    return "\n".join(program.last_words() for program in stack.programs.values())
+def _log_tail(stack: Stack) -> str:
+    return "\n".join(program.log_tail() for program in stack.programs.values())
 
 
 def _ask(port: int, method: str, path: str, body: object = None) -> tuple[int, Any]:
