@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import asyncio
+import json
+import socket
+from contextlib import closing
+
 import pytest
 
-from bench.load.http1 import Answer, AnswerReader, BadAnswerError, Target
+from bench.load.http1 import Answer, AnswerReader, BadAnswerError, Client, ConnectError, Target
+from bench.load.tests.standin import WIDTH, StandIn
 
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKED = (
@@ -79,3 +85,42 @@ def test_what_is_no_address_is_refused(url: str) -> None:
 def test_what_is_no_header_is_refused(header: str) -> None:
     with pytest.raises(ValueError, match="not a header"):
         Target.parse("http://x", [header])
+
+
+# The client
+
+
+def test_a_client_keeps_its_connection_and_opens_another_after_a_close() -> None:
+    async def session(service: StandIn) -> list[int]:
+        with closing(Client(Target.parse(service.url))) as client:
+            body = b'{"R":1,"G":2,"B":3}'
+            statuses = [(await client.request("PUT", "/pixel/1/2", body)).status for _ in range(2)]
+            service.close_each = True
+            return statuses + [(await client.get("/pixel/1/2")).status for _ in range(2)]
+
+    with StandIn().serving() as service:
+        assert asyncio.run(session(service)) == [200, 200, 200, 200]
+        assert service.canvas[(2 * WIDTH + 1) * 3 :][:3] == b"\1\2\3"
+
+
+def test_a_late_answer_is_not_taken_for_the_next_one() -> None:
+    async def session(service: StandIn) -> None:
+        with closing(Client(Target.parse(service.url), timeout=0.2)) as client:
+            body = b'{"x":1,"y":2,"channel":"R","value":3}'
+            service.delay = 0.4
+            with pytest.raises(TimeoutError):
+                await client.request("POST", "/pixel", body)
+            await asyncio.sleep(0.4)
+            answer = await client.get("/pixel/1/2")
+            assert json.loads(answer.body) == {"R": 3, "G": 0, "B": 0}
+
+    with StandIn().serving() as service:
+        asyncio.run(session(service))
+
+
+def test_a_request_without_a_connection_was_not_sent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    client = Client(Target.parse(f"http://127.0.0.1:{port}"))
+    with pytest.raises(ConnectError):
+        asyncio.run(client.get("/"))
