@@ -72,7 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         names = [name.strip() for name in options.events.split(",")]
     for name in names:
         if name not in known:
-            parser.error(f"there is no event {name!r}; there are {', '.join(known)}")
+            parser.error(f"unknown event {name!r}; the events are {', '.join(known)}")
     options.events = [known[name] for name in names]
     options.runs = options.runs or (1 if options.quick else None)
     return options
@@ -278,10 +278,10 @@ async def back_to(scene: Scene, first: dict[str, str]) -> None:
     """Returns to the release that ran when the drill began."""
     if await scene.fleet.releases() != first and len(set(first.values())) == 1:
         release = next(iter(first.values()))
-        say(f"back to release {release}")
+        say(f"returning to release {release}")
         status, _ = await scene.fleet.play("pixel_app.yml", {"pixel_app_release": release})
         if status != 0:
-            raise FleetError(f"the fleet could not be brought back to release {release}")
+            raise FleetError(f"the fleet could not be returned to release {release}")
 
 
 def line(done: Run) -> str:

@@ -52,7 +52,7 @@ def test_events_can_be_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--events", "earthquake"], "there is no event 'earthquake'; there are deploy"),
+        (["--events", "earthquake"], "unknown event 'earthquake'; the events are deploy"),
         (["--runs", "0"], "at least 1"),
         (["--rate", "0"], "not a positive number"),
     ],
