@@ -343,7 +343,7 @@ EVENTS = (
     Event("t2 cut off from balancer", cut_off_from_balancer, runs=10, patience=90),
     Event("t2 delayed", delay, patience=90),
     Event("redis restart", restart_redis, excused=AWAY, grace=2),
-    Event("redis stopped", stop_redis, excused=AWAY, grace=2),
+    Event("redis stopped", stop_redis, excused=AWAY, grace=2, patience=90),
     Event("redis killed", kill_redis, runs=10, excused=AWAY, grace=2),
     Event("c5 power cut", cut_power, excused=ANYTHING, grace=10, patience=120),
 )
