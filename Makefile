@@ -22,7 +22,7 @@ lint: tools  ## style, types, and what Ansible's users expect
 	ruff format --check . app bench
 	mypy
 	cd app && mypy
-	cd bench && mypy .
+	mypy --config-file bench/pyproject.toml bench
 	yamllint --strict .
 	ansible-lint --profile production --offline
 
@@ -39,21 +39,21 @@ $(ROLES): tools
 	molecule test --scenario-name $@
 
 bench: tools  ## compare ways to serve a durable pixel, on this machine
-	PYTHONPATH=$(CURDIR)/app/src $(BIN)/python bench/bench.py
+	PYTHONPATH=$(CURDIR)/app/src $(BIN)/python -m bench.compare
 
 load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the balancer
-	$(BIN)/python bench/load.py --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --strict
+	$(BIN)/python -m bench.load --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --writers 16 --strict
 
 locust:  ## users who look, paint and watch, by Locust: http://127.0.0.1:8089
 	$(PYTHON) molecule/shared/machine.py locust
-	$(BIN)/locust --locustfile bench/locustfile.py --host $(URL) --web-host 127.0.0.1
+	$(BIN)/locust --locustfile bench/load/locustfile.py --host $(URL) --web-host 127.0.0.1
 
 report: control  ## drive the local fleet up to its knee, and draw what that took: 5 minutes
 	$(PYTHON) molecule/shared/machine.py report
 	$(BIN)/ansible-playbook playbooks/loadtest.yml
 
-drill: tools  ## break the local fleet in fourteen ways under load, and count what users notice
-	$(BIN)/python bench/drill.py
+drill: tools  ## cause faults on the local fleet under load, and count what users notice
+	$(BIN)/python -m bench.drill
 
 docs: tools  ## write the roles' READMEs from their argument specs, and the API's answers
 	for role in roles/*; do aar-doc --output-file README.md $$role markdown; done

@@ -6,7 +6,7 @@ Only the standard library is used, so that this runs on a fresh Debian or Ubuntu
     machine.py control    what `site.yml` needs: ansible-core
     machine.py aws        that, and what `playbooks/provision.yml` needs: the collection amazon.aws
     machine.py report     that of control, and what draws the load report
-    machine.py locust     what plays users (bench/locustfile.py)
+    machine.py locust     what plays users (bench/load/locustfile.py)
     machine.py test       all that the tests need
 """
 

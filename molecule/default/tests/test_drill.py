@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_users_notice_no_more_than_they_may(fleet: dict[str, Any], tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "bench/drill.py", "--quick", "--json", str(tmp_path / "drill.json")],
+        [sys.executable, "-m", "bench.drill", "--quick", "--json", str(tmp_path / "drill.json")],
         cwd=ROOT,
         text=True,
         capture_output=True,

@@ -10,7 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# What the users of bench/locustfile.py do. Named here as well, so that a task that is never done is noticed.
+# The tasks of bench/load/locustfile.py, named here so that a task that never runs is noticed.
 DEEDS = {
     *("GET /", "GET /live/{name}", "GET /canvas.rgb", "GET /canvas.png", "GET /pixel/{x}/{y}"),
     *("GET / (again)", "GET /live/{name} (again)", "GET /canvas.rgb (again)", "GET /canvas.png (again)"),
@@ -20,7 +20,7 @@ DEEDS = {
 
 def test_forty_users_see_no_failure(fleet: dict[str, Any], tmp_path: Path) -> None:
     # In a process of its own, as Locust exchanges parts of Python's library.
-    command = [sys.executable, "-m", "locust", "--locustfile", "bench/locustfile.py", "--headless"]
+    command = [sys.executable, "-m", "locust", "--locustfile", "bench/load/locustfile.py", "--headless"]
     plan = ["--users", "40", "--spawn-rate", "10", "--run-time", "20s", "--only-summary"]
     done = subprocess.run(
         [*command, *plan, "--host", fleet["url"], "--csv", str(tmp_path / "locust")],

@@ -28,20 +28,21 @@ def releases(client: Any) -> Any:
 
 @contextmanager
 def requests(fleet: dict[str, Any], tmp_path: Path) -> Iterator[None]:
-    """A constant rate of writes meanwhile, none of which may fail (but for the disk) or be lost."""
+    """A load meanwhile: no write may fail (except for a slow disk), be lost or be undone."""
     report = tmp_path / "load.json"
     load = subprocess.Popen(
         [
-            *(sys.executable, str(ROOT / "bench" / "load.py"), "--url", fleet["url"]),
+            *(sys.executable, "-m", "bench.load", "--url", fleet["url"], "--writers", "16"),
             *("--strict", "--forgive-disk", "--rate", "200", "--seconds", "900", "--json", str(report)),
         ],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
         yield
     finally:
-        # It ends the sending, reads the canvas and judges, as after its time.
+        # It stops sending, waits, reads the canvas and judges.
         load.send_signal(2)
         output, _ = load.communicate(timeout=60)
     assert load.returncode == 0, output

@@ -1,0 +1,356 @@
+"""The events of the drill: what happens to the fleet, and which failures are excused."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.drill.hosts import BALANCER, OTHER, ROOT, Fleet, FleetError, tail
+
+FROZEN_SECONDS = 20
+AWAY_SECONDS = 5
+REDIS_STOPPED_SECONDS = 3
+DELAY_SECONDS = 3
+A_FIFTIETH = 0.02  # of a processor
+EVEN = {"c5": 1, "t2": 1}
+# Appended to the app's module: everything works except the answer that a deploy waits for.
+REFUSAL = "This release is never ready."
+NEVER_READY = f'''
+
+_ready_app = app
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """A release that its gate must refuse."""
+    if scope.get("path") != "/readyz":
+        await _ready_app(scope, receive, send)
+        return
+    await send({{"type": "http.response.start", "status": 503, "headers": []}})
+    await send({{"type": "http.response.body", "body": b"{REFUSAL}"}})
+'''
+
+
+# The positional parameters of the shell become the process ids of the app's workers.
+WORKERS = """\
+master=$(systemctl show --property MainPID --value pixel.service)
+set -- $(cat "/proc/$master/task/$master/children")"""
+
+
+class Scene:
+    """The fleet under drill, and the state that events share."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.label = time.strftime("drill-%Y%m%d-%H%M%S")
+        self.releases = 0
+        self.may_roll_back = False
+        self.end_writers: Callable[[], None] = lambda: None  # set by the drill for each run
+
+    def next_release(self) -> str:
+        self.releases += 1
+        return f"{self.label}-{self.releases}"
+
+    def host(self, turn: int) -> str:
+        """The hosts in turn."""
+        return (BALANCER, OTHER)[turn % 2]
+
+
+Act = Callable[[Scene, int], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event and what it may cost.
+
+    Attributes:
+        name: as on the command line.
+        act: causes the event, and ends it.
+        runs: how often it happens in a full drill.
+        planned: an operator's work: recovery counts from the first shortage of capacity, not from
+            the command.
+        excused: failures that users may see until `grace` seconds after the act is over; all
+            others are faults.
+        patience: seconds from the command until the fleet counts as not recovered.
+        prepare: runs before the load begins.
+    """
+
+    name: str
+    act: Act
+    runs: int = 3
+    planned: bool = False
+    excused: frozenset[str] = frozenset()
+    grace: float = 0.0
+    patience: float = 60.0
+    prepare: Callable[[Scene], Awaitable[None]] | None = None
+
+
+# Releases and configuration
+
+
+async def deploy(scene: Scene, _: int) -> None:
+    release = scene.next_release()
+    await scene.fleet.must_play("pixel_app.yml", pixel_app_release=release)
+    await expect_releases(scene.fleet, dict.fromkeys(scene.fleet.addresses, release))
+    scene.may_roll_back = True
+
+
+async def bad_deploy(scene: Scene, _: int) -> None:
+    former = await scene.fleet.releases()
+    with never_ready_source() as source:
+        variables = {
+            "pixel_app_release": f"{scene.next_release()}-bad",
+            "pixel_app_source": str(source),
+            "pixel_app_ready_timeout": 10,
+        }
+        status, output = await scene.fleet.play("pixel_app.yml", variables)
+    if status == 0:
+        raise FleetError("the deploy of a release that is never ready succeeded")
+    if REFUSAL not in output:
+        raise FleetError(f"the deploy failed, but not at its gate:\n{tail(output, 25)}")
+    await expect_releases(scene.fleet, former)
+
+
+@contextmanager
+def never_ready_source() -> Iterator[Path]:
+    """A copy of the app that works and is never ready."""
+    with tempfile.TemporaryDirectory(prefix="pixel-drill-") as folder:
+        source = Path(folder) / "app"
+        junk = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "tests", ".*")
+        shutil.copytree(ROOT / "app", source, ignore=junk)
+        module = source / "src" / "pixel" / "app.py"
+        module.write_text(module.read_text() + NEVER_READY)
+        yield source
+
+
+async def roll_back(scene: Scene, _: int) -> None:
+    former = await scene.fleet.releases()
+    await scene.fleet.must_play("rollback.yml")
+    scene.may_roll_back = False
+    now = await scene.fleet.releases()
+    if len(set(now.values())) != 1 or set(now) != set(former) or now == former:
+        raise FleetError(f"after the rollback from {former} the hosts run {now}")
+
+
+async def something_to_roll_back(scene: Scene) -> None:
+    if not scene.may_roll_back:
+        await deploy(scene, 0)
+
+
+async def expect_releases(fleet: Fleet, wanted: dict[str, str]) -> None:
+    now = await fleet.releases()
+    if now != wanted:
+        raise FleetError(f"the hosts run {now}, expected {wanted}")
+
+
+async def change_weights(scene: Scene, _: int) -> None:
+    former = await weights(scene.fleet)
+    await scene.fleet.must_play("nginx_lb.yml", nginx_lb_factors=EVEN)
+    even = await weights(scene.fleet)
+    await asyncio.sleep(2)
+    await scene.fleet.must_play("nginx_lb.yml")
+    now = await weights(scene.fleet)
+    if len(set(even.values())) != 1 or now != former:
+        raise FleetError(f"the weights were {former}, then {even}, then {now}")
+
+
+async def weights(fleet: Fleet) -> dict[str, int]:
+    return {host: said["weight"] for host, said in (await fleet.balancer_status()).items()}
+
+
+async def drain(scene: Scene, _: int) -> None:
+    await scene.fleet.must_play("drain.yml", host=OTHER)
+    await asyncio.sleep(AWAY_SECONDS)
+    await scene.fleet.must_play("undrain.yml", host=OTHER)
+
+
+async def reload_nginx(scene: Scene, _: int) -> None:
+    await scene.fleet.ssh(BALANCER, "systemctl reload nginx")
+
+
+# Processes
+
+
+async def kill_worker(scene: Scene, turn: int) -> None:
+    await scene.fleet.ssh(
+        scene.host(turn),
+        f'{WORKERS}; kill -KILL "$1"',
+    )
+
+
+async def kill_master(scene: Scene, turn: int) -> None:
+    await scene.fleet.ssh(
+        scene.host(turn),
+        'kill -KILL "$(systemctl show --property MainPID --value pixel.service)"',
+    )
+
+
+async def freeze(scene: Scene, _: int) -> None:
+    await signal_app(scene, "STOP")
+    await asyncio.sleep(FROZEN_SECONDS)
+    await signal_app(scene, "CONT")
+
+
+async def freeze_as_writers_end(scene: Scene, _: int) -> None:
+    """The writers get past the frozen host, then stop: no later write hides a late one."""
+    await signal_app(scene, "STOP")
+    await asyncio.sleep(FROZEN_SECONDS / 2)
+    scene.end_writers()
+    await asyncio.sleep(FROZEN_SECONDS / 4)
+    await signal_app(scene, "CONT")
+
+
+async def signal_app(scene: Scene, name: str) -> None:
+    await scene.fleet.ssh(OTHER, f"systemctl kill --signal={name} pixel.service")
+
+
+async def stop_a_worker(scene: Scene, _: int) -> None:
+    await scene.fleet.ssh(OTHER, f'{WORKERS}; kill -STOP "$1"')
+    await asyncio.sleep(FROZEN_SECONDS)
+    await signal_app(scene, "CONT")
+
+
+async def stop_workers(scene: Scene, _: int) -> None:
+    """One after the other, and the master goes on; a listening socket stays open."""
+    script = f'{WORKERS}; for worker; do kill -STOP "$worker"; sleep 2; done'
+    await scene.fleet.ssh(OTHER, script)
+    await asyncio.sleep(FROZEN_SECONDS / 2)
+    await signal_app(scene, "CONT")
+
+
+async def throttle(scene: Scene, _: int) -> None:
+    await scene.fleet.throttle(OTHER, A_FIFTIETH)
+    await asyncio.sleep(FROZEN_SECONDS)
+    await scene.fleet.throttle(OTHER, None)
+
+
+async def stop_redis(scene: Scene, _: int) -> None:
+    await scene.fleet.ssh(
+        BALANCER,
+        f"""
+        systemctl kill --signal=STOP redis-server.service
+        sleep {REDIS_STOPPED_SECONDS}
+        systemctl kill --signal=CONT redis-server.service
+        """,
+    )
+
+
+async def restart_redis(scene: Scene, _: int) -> None:
+    await scene.fleet.ssh(BALANCER, "systemctl restart redis-server.service")
+
+
+async def kill_redis(scene: Scene, _: int) -> None:
+    """Over when systemd has started Redis again and it has read its log."""
+    await scene.fleet.ssh(
+        BALANCER,
+        """
+        pid() { systemctl show --property MainPID --value redis-server.service; }
+        former=$(pid)
+        kill -KILL "$former"
+        until now=$(pid) && [ "$now" != 0 ] && [ "$now" != "$former" ] \
+            && systemctl --quiet is-active redis-server.service; do sleep 0.05; done
+        """,
+    )
+
+
+# Hosts and the network
+
+
+async def stop_host(scene: Scene, _: int) -> None:
+    """Shuts the host down, as before a resize, and starts it."""
+    with suppress(FleetError):  # the connection may end before the command does
+        await scene.fleet.ssh(OTHER, "systemctl poweroff")
+    await until_off(scene.fleet.ssh_ports[OTHER])
+    await asyncio.sleep(AWAY_SECONDS)
+    await scene.fleet.power(OTHER, "on")
+
+
+async def until_off(port: int, patience: float = 60) -> None:
+    """Waits until a host's port is closed: it is open while the host runs."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            return
+        await asyncio.sleep(0.2)
+    raise FleetError(f"{OTHER} did not power off within {patience:.0f} s")
+
+
+async def cut_off(scene: Scene, _: int) -> None:
+    await scene.fleet.cut()
+    await asyncio.sleep(FROZEN_SECONDS)
+    await scene.fleet.restore_network()
+
+
+async def cut_off_from_redis(scene: Scene, _: int) -> None:
+    await scene.fleet.drop("tcp dport 6379 drop; tcp sport 6379 drop;")
+    await asyncio.sleep(FROZEN_SECONDS)
+    await scene.fleet.restore_network()
+
+
+async def cut_off_from_balancer(scene: Scene, _: int) -> None:
+    """Requests and answers are lost; the host still reaches Redis."""
+    await scene.fleet.drop("tcp dport 8000 drop; tcp sport 8000 drop;")
+    await asyncio.sleep(FROZEN_SECONDS)
+    await scene.fleet.restore_network()
+
+
+async def delay(scene: Scene, _: int) -> None:
+    """Delayed packets still arrive after the network is fast again."""
+    await scene.fleet.delay(DELAY_SECONDS)
+    await asyncio.sleep(FROZEN_SECONDS)
+    await scene.fleet.join()
+    await asyncio.sleep(DELAY_SECONDS)
+    await scene.fleet.restore_network()
+
+
+async def cut_power(scene: Scene, _: int) -> None:
+    await scene.fleet.power(BALANCER, "off")
+    await asyncio.sleep(AWAY_SECONDS)
+    await scene.fleet.power(BALANCER, "on")
+
+
+AWAY = frozenset({"503"})
+ANYTHING = frozenset(
+    {"502", "503", "504", "cannot connect", "connection lost", "no answer in time"}
+    | {"no free connection in time"}
+)
+EVENTS = (
+    Event("deploy", deploy, runs=10, planned=True, patience=180),
+    Event("bad deploy", bad_deploy, planned=True, patience=180),
+    Event("rollback", roll_back, planned=True, patience=120, prepare=something_to_roll_back),
+    Event("drain", drain, planned=True, patience=120),
+    Event("weight change", change_weights, planned=True, patience=120),
+    Event("reload", reload_nginx, planned=True),
+    Event("worker killed", kill_worker, runs=10),
+    Event("master killed", kill_master),
+    Event("t2 frozen", freeze, runs=10, patience=90),
+    Event("t2 frozen as writers end", freeze_as_writers_end, patience=90),
+    Event("t2 worker stopped", stop_a_worker, patience=90),
+    Event("t2 workers stopped", stop_workers, patience=90),
+    Event("t2 throttled", throttle, patience=120),
+    Event("t2 stopped", stop_host, patience=120),
+    Event("t2 cut off", cut_off, patience=90),
+    Event("t2 cut off from redis", cut_off_from_redis, runs=10, patience=90),
+    Event("t2 cut off from balancer", cut_off_from_balancer, runs=10, patience=90),
+    Event("t2 delayed", delay, patience=90),
+    Event("redis restart", restart_redis, excused=AWAY, grace=2),
+    Event("redis stopped", stop_redis, excused=AWAY, grace=2, patience=90),
+    Event("redis killed", kill_redis, runs=10, excused=AWAY, grace=2),
+    Event("c5 power cut", cut_power, excused=ANYTHING, grace=10, patience=120),
+)
+QUICK = ("deploy", "bad deploy", "rollback", "worker killed", "redis killed")
+
+
+def clear_cache(label: str) -> None:
+    """Removes the drill's releases from the control node's cache."""
+    for folder in (ROOT / ".cache" / "releases").glob(f"{label}-*"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,49 @@
+"""Types of command-line options, and the limit of open files, for the programs of `bench`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+
+SPARE_FILES = 64
+
+
+class ImpossibleError(Exception):
+    """The run is not possible; the message says why."""
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def count_or_zero(text: str) -> int:
+    return 0 if text == "0" else count(text)
+
+
+def size(text: str) -> tuple[int, int]:
+    width, by, height = text.partition("x")
+    if not (by and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT")
+    return int(width), int(height)
+
+
+def allow_files(wanted: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise ImpossibleError(
+                f"{wanted} connections need `ulimit -n {needed}`; the limit is {hard}"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
