@@ -344,9 +344,8 @@ class Clocks:
                 await self.limit.measure(error.balancer)
                 self.limit.begin_by(stamp)
         except Problem as problem:
-            assert problem.written == "no"
             await asyncio.sleep(0)  # in which it may measure
-            return False
+            return problem.written != "no"
         return True
 
     async def request(self, age: float = 0.0) -> bool:
