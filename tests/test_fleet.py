@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import fleet
-import machine
 import pytest
+
+import machine
 
 
 def plan(name: str = "pixel", **environ: str) -> fleet.Fleet:
