@@ -13,9 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import fleet
-import pytest
-
 import machine
+import pytest
 
 
 def plan(name: str = "pixel", **environ: str) -> fleet.Fleet:
