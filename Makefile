@@ -18,13 +18,14 @@ down:  ## remove the local fleet
 test: lint check scenarios  ## all tests
 
 lint: tools  ## style, types, and what Ansible's users expect
-	ruff check . app bench
-	ruff format --check . app bench
+	ruff check .
+	ruff format --check .
 	mypy
 	cd app && mypy
 	mypy --config-file bench/pyproject.toml bench
 	yamllint --strict .
 	ansible-lint --profile production --offline
+	.config/eslint/node_modules/.bin/eslint --config .config/eslint/eslint.config.js --max-warnings 0 app/src/pixel/live
 
 check: tools  ## the tests that need no host
 	pytest -q tests balancer
@@ -32,10 +33,10 @@ check: tools  ## the tests that need no host
 	cd bench && pytest -q
 
 scenarios: tools  ## the roles and the fleet, on hosts that boot
-	molecule test --scenario-name default
+	$(MAKE) --no-print-directory default
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(ROLES)
 
-$(ROLES): tools
+default $(ROLES): tools
 	molecule test --scenario-name $@
 
 bench: tools  ## compare ways to serve a durable pixel, on this machine
@@ -59,10 +60,13 @@ docs: tools  ## write the roles' READMEs from their argument specs, and the API'
 	for role in roles/*; do aar-doc --output-file README.md $$role markdown; done
 	cd app && PYTHONPATH=src python tests/test_docs.py
 
+release:  ## make release VERSION=1.1.0: date the changelog, set the version, commit, tag; nothing is pushed
+	$(PYTHON) .ci/release.py $(VERSION)
+
 control:
 	@$(PYTHON) molecule/shared/machine.py control
 
 tools:
 	@$(PYTHON) molecule/shared/machine.py test
 
-.PHONY: help up down test lint check scenarios $(ROLES) bench load locust report drill docs control tools
+.PHONY: help up down test lint check scenarios default $(ROLES) bench load locust report drill docs release control tools

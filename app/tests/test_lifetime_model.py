@@ -159,7 +159,6 @@ class Worker(Process):
 
     def kill(self) -> None:
         """The process ends; what it has sent may still arrive. Another one takes its place."""
-        world = self.world
         gone, self.queue = self.queue, []
         if self.flying:
             gone.append(self.flying.request)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
+ESLINT = ROOT / ".config" / "eslint"
 LOCKS = {
     "control": ("control.txt",),
     "aws": ("aws.txt",),
@@ -35,6 +36,8 @@ TEST_COMMANDS = {
     "curl": "curl",
     "git": "git",
     "nginx": "nginx",
+    "node": "nodejs",
+    "npm": "npm",
     "promtool": "prometheus",
     "redis-server": "redis-server",
     "wrk": "wrk",
@@ -122,6 +125,17 @@ def ensure_venv(profile: str) -> None:
     stamp.write_text(wanted)
 
 
+def ensure_eslint() -> None:
+    """Install the locked ESLint, which checks the live page."""
+    wanted = hashlib.sha256((ESLINT / "package-lock.json").read_bytes()).hexdigest()
+    stamp = ESLINT / "node_modules" / "lock.sha256"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    say("installing the locked ESLint")
+    run("npm", "--prefix", str(ESLINT), "ci", "--ignore-scripts", "--no-audit", "--no-fund")
+    stamp.write_text(wanted)
+
+
 def main() -> None:
     profile = sys.argv[1] if len(sys.argv) == 2 else ""
     if profile not in LOCKS:
@@ -134,6 +148,8 @@ def main() -> None:
     try:
         ensure_packages(profile)
         ensure_venv(profile)
+        if profile == "test":
+            ensure_eslint()
     except (Problem, OSError, subprocess.TimeoutExpired) as problem:
         raise SystemExit(f"machine: {problem}") from None
 
