@@ -10,10 +10,10 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 up: control  ## make the local fleet, deploy to it, post a pixel and read it back
-	$(PYTHON) molecule/shared/fleet.py up
+	$(PYTHON) fleet/fleet.py up
 
 down:  ## remove the local fleet
-	$(PYTHON) molecule/shared/fleet.py down
+	$(PYTHON) fleet/fleet.py down
 
 test: lint check scenarios  ## all tests
 
@@ -46,11 +46,11 @@ load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the bala
 	$(BIN)/python -m bench.load --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --writers 16 --strict
 
 locust:  ## users who look, paint and watch, by Locust: http://127.0.0.1:8089
-	$(PYTHON) molecule/shared/machine.py locust
+	$(PYTHON) fleet/bootstrap.py locust
 	$(BIN)/locust --locustfile bench/load/locustfile.py --host $(URL) --web-host 127.0.0.1
 
 report: control  ## drive the local fleet up to its knee, and draw what that took: 5 minutes
-	$(PYTHON) molecule/shared/machine.py report
+	$(PYTHON) fleet/bootstrap.py report
 	$(BIN)/ansible-playbook playbooks/loadtest.yml
 
 drill: tools  ## cause faults on the local fleet under load, and count what users notice
@@ -64,9 +64,9 @@ release:  ## make release VERSION=1.1.0: date the changelog, set the version, co
 	$(PYTHON) .ci/release.py $(VERSION)
 
 control:
-	@$(PYTHON) molecule/shared/machine.py control
+	@$(PYTHON) fleet/bootstrap.py control
 
 tools:
-	@$(PYTHON) molecule/shared/machine.py test
+	@$(PYTHON) fleet/bootstrap.py test
 
 .PHONY: help up down test lint check scenarios default $(ROLES) bench load locust report drill docs release control tools

@@ -4,5 +4,5 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DIRECTORIES = ("molecule/shared", "roles/monitoring/files", "roles/redis/files")
+DIRECTORIES = ("fleet", "roles/monitoring/files", "roles/redis/files")
 sys.path[:0] = [str(ROOT / directory) for directory in DIRECTORIES]

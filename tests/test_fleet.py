@@ -12,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fleet
-import machine
+import bootstrap
 import pytest
+
+import fleet
 
 
 def plan(name: str = "pixel", **environ: str) -> fleet.Fleet:
@@ -56,25 +57,25 @@ def test_fleets_share_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["", "Pixel", "a b", "../x", "1st", "x" * 32])
 def test_a_name_that_cannot_be_one_is_refused(name: str) -> None:
-    with pytest.raises(machine.Problem, match="PIXEL_FLEET"):
+    with pytest.raises(bootstrap.Problem, match="PIXEL_FLEET"):
         plan(name)
 
 
 @pytest.mark.parametrize("port", ["80", "eighty", "70000", "-1"])
 def test_a_port_that_cannot_be_one_is_refused(port: str) -> None:
-    with pytest.raises(machine.Problem, match="PIXEL_FLEET_PORT"):
+    with pytest.raises(bootstrap.Problem, match="PIXEL_FLEET_PORT"):
         plan(PIXEL_FLEET_PORT=port)
 
 
 def test_a_folder_of_data_has_to_be_a_whole_path() -> None:
     assert plan(PIXEL_FLEET_DATA="/dev/shm").data == "/dev/shm"
-    with pytest.raises(machine.Problem, match="PIXEL_FLEET_DATA='shm'"):
+    with pytest.raises(bootstrap.Problem, match="PIXEL_FLEET_DATA='shm'"):
         plan(PIXEL_FLEET_DATA="shm")
 
 
 @pytest.mark.parametrize("subnet", ["10.0.0.0/30", "10.0.0.7/24", "here"])
 def test_a_subnet_that_cannot_be_one_is_refused(subnet: str) -> None:
-    with pytest.raises(machine.Problem, match="PIXEL_FLEET_SUBNET"):
+    with pytest.raises(bootstrap.Problem, match="PIXEL_FLEET_SUBNET"):
         plan(PIXEL_FLEET_SUBNET=subnet)
 
 
@@ -84,7 +85,7 @@ def test_a_taken_port_is_told_with_a_way_out() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         host = plan(PIXEL_FLEET_PORT=str(port)).hosts[0]
-        with pytest.raises(machine.Problem, match=rf"port {port} .* is taken .*PIXEL_FLEET_PORT"):
+        with pytest.raises(bootstrap.Problem, match=rf"port {port} .* is taken .*PIXEL_FLEET_PORT"):
             fleet._ports_free(host)
 
 
@@ -93,7 +94,7 @@ def test_a_full_disk_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     docker = fleet.Docker()
     docker.command = ("echo", str(tmp_path))
-    with pytest.raises(machine.Problem, match=r"only 1\.0 GiB are free"):
+    with pytest.raises(bootstrap.Problem, match=r"only 1\.0 GiB are free"):
         fleet.enough_disk(docker)
 
 
@@ -107,7 +108,7 @@ def test_no_permission_for_docker_is_told_with_a_way_out(
     docker.command = (str(refusing),)
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    with pytest.raises(machine.Problem, match="usermod -aG docker"):
+    with pytest.raises(bootstrap.Problem, match="usermod -aG docker"):
         docker.ensure()
 
 
@@ -135,7 +136,7 @@ def test_one_command_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(fleet, "ROOT", tmp_path)
     with (
         fleet.alone(plan()),
-        pytest.raises(machine.Problem, match="another command works on fleet 'pixel'"),
+        pytest.raises(bootstrap.Problem, match="another command works on fleet 'pixel'"),
         fleet.alone(plan()),
     ):
         pass
@@ -145,7 +146,7 @@ def test_without_a_bootstrap_the_public_image_is_taken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object) -> None:
-        raise machine.Problem("mount: permission denied")
+        raise bootstrap.Problem("mount: permission denied")
 
     monkeypatch.setattr(fleet, "_apt_sources", lambda suite: ["deb http://mirror.example bookworm main"])
     monkeypatch.setattr(fleet, "_bootstrap", fails)
@@ -190,7 +191,7 @@ def test_who_loses_data_is_told_so(
         port = str(taken.getsockname()[1])
         one = plan(PIXEL_FLEET_PORT=port)
         refused = Engine(container_inspect=answer)
-        with pytest.raises(machine.Problem, match="is taken"):
+        with pytest.raises(bootstrap.Problem, match="is taken"):
             fleet._ensure_container(refused, one, one.hosts[0], "image")
         assert not refused.did("rm")
         # The same port, held by the container itself.
@@ -205,9 +206,9 @@ def test_who_loses_data_is_told_so(
 def test_what_no_fleet_made_is_left_alone() -> None:
     one = plan()
     docker = Engine(container_inspect="  running redis 8080\n", network_inspect=f" {one.subnet}\n")
-    with pytest.raises(machine.Problem, match="container pixel-c5 that isn't this fleet's"):
+    with pytest.raises(bootstrap.Problem, match="container pixel-c5 that isn't this fleet's"):
         fleet._ensure_container(docker, one, one.hosts[0], "image")
-    with pytest.raises(machine.Problem, match="network pixel that isn't this fleet's"):
+    with pytest.raises(bootstrap.Problem, match="network pixel that isn't this fleet's"):
         fleet._ensure_network(docker, one)
     fleet.destroy(docker, plan("other"))
     assert not docker.did("rm")
@@ -249,7 +250,7 @@ def test_a_missing_client_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     docker = fleet.Docker()
     docker.command = ("/nowhere/docker",)
     monkeypatch.setattr(docker, "_start", lambda: None)
-    with pytest.raises(machine.Problem, match="doesn't answer"):
+    with pytest.raises(bootstrap.Problem, match="doesn't answer"):
         docker.ensure()
     assert installed == [(("docker.io",), ("docker-cli",))]
 
@@ -261,9 +262,9 @@ def test_packages_that_a_release_has_not_are_left_out(monkeypatch: pytest.Monkey
         ran.append(command)
         return SimpleNamespace(stdout="Package: docker-cli" if command[-1] == "docker-cli" else "")
 
-    monkeypatch.setattr(machine, "run", run)
+    monkeypatch.setattr(bootstrap, "run", run)
     monkeypatch.setattr("shutil.which", lambda *_, **__: "/usr/bin/it")
-    machine.install_packages("docker.io", if_known=("docker-cli", "chromium"))
+    bootstrap.install_packages("docker.io", if_known=("docker-cli", "chromium"))
     assert ran[-1][-2:] == ("docker.io", "docker-cli")
 
 
@@ -271,9 +272,10 @@ def test_a_missing_browser_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     installed = []
-    monkeypatch.setattr(machine, "find", lambda command: None if command in ("chromium", "wrk") else command)
-    monkeypatch.setattr(machine, "install_packages", lambda *names, **more: installed.append((names, more)))
-    machine.ensure_packages("test")
+    missing = ("chromium", "wrk")
+    monkeypatch.setattr(bootstrap, "find", lambda command: None if command in missing else command)
+    monkeypatch.setattr(bootstrap, "install_packages", lambda *names, **more: installed.append((names, more)))
+    bootstrap.ensure_packages("test")
     assert installed == [(("wrk",), {"if_known": ("chromium",)})]
     assert "no chromium" in capsys.readouterr().out
 

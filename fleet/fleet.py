@@ -43,7 +43,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from machine import ROOT, VENV, Problem, as_root, find, install_packages, run, say
+from bootstrap import ROOT, VENV, Problem, as_root, find, install_packages, run, say
 
 RECIPE = Path(__file__).with_name("Containerfile")
 DEFAULT_SUITE = "bookworm"

@@ -3,11 +3,11 @@
 
 Only the standard library is used, so that this runs on a fresh Debian or Ubuntu.
 
-    machine.py control    what `site.yml` needs: ansible-core
-    machine.py aws        that, and what `playbooks/provision.yml` needs: the collection amazon.aws
-    machine.py report     that of control, and what draws the load report
-    machine.py locust     what plays users (bench/load/locustfile.py)
-    machine.py test       all that the tests need
+    bootstrap.py control    what `site.yml` needs: ansible-core
+    bootstrap.py aws        that, and what `playbooks/provision.yml` needs: the collection amazon.aws
+    bootstrap.py report     that of control, and what draws the load report
+    bootstrap.py locust     what plays users (bench/load/locustfile.py)
+    bootstrap.py test       all that the tests need
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 ESLINT = ROOT / ".config" / "eslint"
 LOCKS = {
@@ -139,7 +139,7 @@ def ensure_eslint() -> None:
 def main() -> None:
     profile = sys.argv[1] if len(sys.argv) == 2 else ""
     if profile not in LOCKS:
-        raise SystemExit(f"usage: machine.py {'|'.join(LOCKS)}")
+        raise SystemExit(f"usage: bootstrap.py {'|'.join(LOCKS)}")
     if sys.version_info < (3, 11):  # noqa: UP036 (this is where an older one is told so)
         raise SystemExit(
             f"this is Python {sys.version.split()[0]}; 3.11 or newer is needed. Name one:"
@@ -151,7 +151,7 @@ def main() -> None:
         if profile == "test":
             ensure_eslint()
     except (Problem, OSError, subprocess.TimeoutExpired) as problem:
-        raise SystemExit(f"machine: {problem}") from None
+        raise SystemExit(f"bootstrap: {problem}") from None
 
 
 if __name__ == "__main__":
