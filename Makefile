@@ -40,7 +40,7 @@ default $(ROLES): tools
 	molecule test --scenario-name $@
 
 bench: tools  ## compare ways to serve a durable pixel, on this machine
-	PYTHONPATH=$(CURDIR)/app/src $(BIN)/python -m bench.compare
+	PYTHONPATH="$(CURDIR)/app/src" $(BIN)/python -m bench.compare
 
 load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the balancer
 	$(BIN)/python -m bench.load --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --writers 16 --strict
