@@ -6,6 +6,7 @@ library and the `docker` command, so it runs before anything is installed.
 
     fleet.py up                      install Docker, build the image, create c5 and t2, deploy, test one pixel
     fleet.py create HOST[:SUITE]...  install Docker, build the image, create these hosts
+    fleet.py images SUITE...         install Docker, build the images of these Debian suites
     fleet.py power HOST on|off|reboot
     fleet.py cpus HOST NUMBER|all    limit the processors a host may use; 0.05 is a twentieth of one
     fleet.py destroy                 remove hosts, network and state; the image stays for the next fleet
@@ -40,13 +41,14 @@ import containers
 import state
 from bootstrap import ROOT, VENV, Problem, find, say
 from engine import Docker
-from image import remove_images
+from image import ensure_image, remove_images
 from layout import Fleet, plan
 
 
 def deploy(fleet: Fleet) -> None:
     """Run site.yml as a user would, with its output visible."""
-    environment = os.environ | {"PIXEL_FLEET": fleet.name}
+    # Ansible ignores an ansible.cfg in a directory that others may write to, unless it is named.
+    environment = os.environ | {"PIXEL_FLEET": fleet.name, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
     playbook = VENV / "bin" / "ansible-playbook"
     done = subprocess.run([playbook, "site.yml"], cwd=ROOT, env=environment)
     if done.returncode != 0:
@@ -123,6 +125,8 @@ def main() -> None:
     commands.add_parser("up", help="create the default hosts, deploy, and test one pixel")
     creating = commands.add_parser("create", help="create these hosts")
     creating.add_argument("hosts", nargs="+", metavar="HOST[:SUITE]")
+    building = commands.add_parser("images", help="build the images of these Debian suites")
+    building.add_argument("suites", nargs="+", metavar="SUITE")
     switching = commands.add_parser("power", help="power a host off, on, or reboot it")
     switching.add_argument("host")
     switching.add_argument("action", choices=("on", "off", "reboot"))
@@ -142,6 +146,11 @@ def main() -> None:
 
 def _execute(args: argparse.Namespace) -> None:
     docker = Docker()
+    if args.command == "images":
+        docker.ensure()
+        for suite in args.suites:
+            say(ensure_image(docker, suite))
+        return
     name = os.environ.get("PIXEL_FLEET") or "pixel"
     hosts, environ = state.remembered(name, os.environ)
     fleet = plan(name, getattr(args, "hosts", None) or hosts, environ)

@@ -223,6 +223,34 @@ def test_containers_and_networks_of_others_are_left_alone() -> None:
     assert not docker.did("network rm")
 
 
+def test_a_path_with_spaces_is_quoted_in_the_ssh_configuration(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(layout, "ROOT", tmp_path / "a clone")
+    one = plan()
+    one.state.mkdir(parents=True)
+    state.write(Engine(), one)
+    shown = subprocess.run(
+        ["ssh", "-G", "-F", one.state / "ssh_config", "pixel-c5"], text=True, capture_output=True, check=True
+    )
+    assert f"identityfile {one.state}/id_ed25519\n" in shown.stdout
+    assert f"userknownhostsfile {one.state}/known_hosts\n" in shown.stdout
+
+
+def test_the_deploy_names_the_settings_of_ansible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ansible ignores an ansible.cfg in a directory that others may write to, unless it is named."""
+    environments = []
+
+    def run(command: list[Path | str], **options: Any) -> SimpleNamespace:
+        environments.append(options["env"])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("subprocess.run", run)
+    fleet.deploy(plan("other"))
+    assert environments[0]["ANSIBLE_CONFIG"] == str(bootstrap.ROOT / "ansible.cfg")
+    assert environments[0]["PIXEL_FLEET"] == "other"
+
+
 def test_the_pixel_is_read_from_the_other_host_by_its_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -289,19 +317,31 @@ def test_a_missing_browser_is_reported(
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Runs fleet.py with this argument, for a fleet that doesn't exist."""
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Runs fleet.py with arguments, for a fleet that doesn't exist."""
 
-    def start(argument: str) -> None:
-        monkeypatch.setattr("sys.argv", ["fleet.py", argument])
+    def start(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["fleet.py", *arguments])
         fleet.main()
 
     monkeypatch.setattr(layout, "ROOT", tmp_path)
     return start
 
 
+def test_images_are_built_while_another_command_runs(
+    command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine.Docker, "ensure", lambda docker: "")
+    monkeypatch.setattr(fleet, "ensure_image", lambda docker, suite: f"pixel-host:{suite}")
+    with state.exclusive(plan()):
+        command("images", "bookworm", "trixie")
+    output = capsys.readouterr().out
+    assert "pixel-host:bookworm" in output
+    assert "pixel-host:trixie" in output
+
+
 def test_docker_is_not_installed_to_remove_a_fleet(
-    command: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fleet, "find", lambda _: None)
     command("down")
@@ -311,7 +351,7 @@ def test_docker_is_not_installed_to_remove_a_fleet(
 @pytest.mark.parametrize("error", [subprocess.TimeoutExpired(["docker"], 900), PermissionError("no")])
 def test_a_system_error_is_one_line(
     error: Exception,
-    command: Callable[[str], None],
+    command: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
