@@ -89,16 +89,28 @@ def test_memory_is_bounded_by_the_hosts(host: Any, redis: Any) -> None:
     assert 0.3 * total < limit < 0.5 * total
 
 
-@pytest.mark.parametrize("way", ["systemctl restart redis-server", "systemctl kill -s KILL redis-server"])
-def test_a_restart_or_a_crash_loses_nothing(host: Any, redis: Any, way: str) -> None:
-    assert redis("app", "set", "pixel:test:kept", way) == "OK"
-    before = host.service("redis-server").systemd_properties["MainPID"]
+KILL = "systemctl kill --signal=KILL redis-server"
+
+
+def stop_and_wait(host: Any, redis: Any, way: str) -> None:
+    """Restart or kill Redis, and wait until another process answers."""
+
+    def main_pid() -> str:
+        return str(host.service("redis-server").systemd_properties["MainPID"])
+
+    before = main_pid()
     host.run_expect([0], way)
     for _ in range(50):
-        if redis("app", "ping") == "PONG":
-            break
-        host.run("sleep 0.2")
-    assert host.service("redis-server").systemd_properties["MainPID"] not in (before, "0")
+        if main_pid() not in (before, "0") and redis("app", "ping") == "PONG":
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"Redis did not come back within 10 s after `{way}`")
+
+
+@pytest.mark.parametrize("way", ["systemctl restart redis-server", KILL])
+def test_a_restart_or_a_crash_loses_nothing(host: Any, redis: Any, way: str) -> None:
+    assert redis("app", "set", "pixel:test:kept", way) == "OK"
+    stop_and_wait(host, redis, way)
     assert redis("app", "get", "pixel:test:kept") == way
 
 
@@ -169,7 +181,7 @@ def test_a_log_cut_off_at_its_end_is_repaired_and_reported(
     assert "All AOF files and manifest are valid" in shell(
         "redis-check-aof /var/lib/redis/appendonlydir/appendonly.aof.manifest"
     )
-    host.run_expect([0], "systemctl kill --signal=KILL redis-server && sleep 3")
+    stop_and_wait(host, redis, KILL)
     assert redis("app", "exists", "pixel:test:whole", "pixel:test:later", "pixel:test:later:2") == "3"
     assert repairs() == 0
 
