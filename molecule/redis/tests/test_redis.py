@@ -191,7 +191,7 @@ def test_a_log_cut_off_at_its_end_is_repaired_and_reported(
 
 @dataclass
 class Repair:
-    """Three runs on all hosts, after Redis on each has another password than its file, and its PIDs by host."""
+    """Three runs on all hosts where Redis has another password than its file; its PIDs by host."""
 
     refused: Any
     finished: Any
