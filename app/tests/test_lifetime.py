@@ -437,6 +437,18 @@ async def test_a_slow_answer_of_redis_does_not_move_its_clock(clocks: Clocks) ->
     assert all(await clocks.go_on(5))
 
 
+async def test_a_drifting_clock_is_followed_also_by_slow_answers(clocks: Clocks) -> None:
+    """A worker that stood still while Redis's answer waited for it must not take Redis to be late."""
+    for sign in (1, -1):
+        for _ in range(100):
+            clocks.now += 0.5
+            clocks.redis += sign * 0.5 * 500e-6
+            clocks.balancer += sign * 0.5 * 500e-6
+            clocks.ask(0.0001, 1.2)
+            assert clocks.clock.now() - clocks.now - clocks.redis == pytest.approx(0, abs=0.06)
+            assert not await clocks.request(1)
+
+
 async def test_a_balancer_that_does_not_say_its_time_is_trusted_in_the_end(
     clocks: Clocks, caplog: pytest.LogCaptureFixture
 ) -> None:

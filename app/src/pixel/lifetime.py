@@ -38,8 +38,8 @@ class RedisClock:
     """Redis's clock, as an offset from this process's monotonic clock.
 
     Redis said its time somewhere between question and answer, so the offset is known within
-    bounds, which further answers narrow. Bounds that contradict each other mean that a clock was
-    set, or that this process was suspended: the newest answer then counts alone.
+    bounds, which further answers narrow. A bound that a new answer contradicts moves as far as
+    that answer demands: clocks drift, are set, and stand still while a host is suspended.
     """
 
     def __init__(self) -> None:
@@ -51,12 +51,15 @@ class RedisClock:
     def learn(self, sent: float, said: float, received: float) -> None:
         """Redis said its time to a question sent and answered at these monotonic times."""
         low, high = said - received, said - sent
-        if self._known and low <= self._high and high >= self._low:
-            low, high = max(low, self._low), min(high, self._high)
-        self._known, self._low, self._high = True, low, high
+        if not self._known or low > self._high:
+            self._known, self._low, self._high = True, low, high
+        else:
+            # An answer that was long on its way says little: it must not make the time late.
+            self._high = min(high, self._high)
+            self._low = min(max(low, self._low), self._high)
 
     def now(self) -> float:
-        """Redis's time. It may be late, but is never early, unless Redis's clock was set back."""
+        """Redis's time, not early but where Redis's clock was set back, and hardly late."""
         return monotonic() + self._low
 
 
