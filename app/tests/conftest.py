@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 import redis
+import yaml
 from hypothesis import HealthCheck, settings
 from starlette.testclient import TestClient
 
@@ -24,12 +25,12 @@ from pixel.app import create_app
 from pixel.settings import Settings
 
 # The same examples in every run, however busy the machine is.
-settings.register_profile(
-    "suite", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
-)
+settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("suite")
 
-APP_USER = "~pixel:* resetchannels +@read +@write +@connection +@transaction +time -@dangerous"
+REDIS_ROLE = Path(__file__).parents[2] / "roles" / "redis" / "vars" / "main.yml"
+APP_COMMANDS: list[str] = yaml.safe_load(REDIS_ROLE.read_text())["_redis_app_commands"]
+APP_USER = f"~pixel:* resetchannels -@all +{' +'.join(APP_COMMANDS)}"
 PASSWORD = "correct-horse"
 GUNICORN = ("gunicorn", "--config", "python:pixel.gunicorn_conf", "pixel.app:app")
 
@@ -62,9 +63,7 @@ class RedisServer:
             --user admin on nopass ~* &* +@all
             --user pixel on >{PASSWORD} {APP_USER}
         """
-        self.process = subprocess.Popen(
-            ["redis-server", *shlex.split(options)], stdout=subprocess.DEVNULL
-        )
+        self.process = subprocess.Popen(["redis-server", *shlex.split(options)], stdout=subprocess.DEVNULL)
         try:
             wait_until(self._answers)
         except AssertionError:
@@ -78,15 +77,11 @@ class RedisServer:
 
     def admin(self) -> redis.Redis:
         """A client that may do anything. To be closed."""
-        return redis.Redis(
-            unix_socket_path=str(self.socket), username="admin", password="", protocol=2
-        )
+        return redis.Redis(unix_socket_path=str(self.socket), username="admin", password="", protocol=2)
 
     def settings(self, **others: object) -> Settings:
         """Settings for a service with this Redis."""
-        return Settings(
-            redis_url=self.url, redis_username="pixel", redis_password=PASSWORD, **others
-        )
+        return Settings(redis_url=self.url, redis_username="pixel", redis_password=PASSWORD, **others)
 
     def pause(self) -> None:
         self.process.send_signal(signal.SIGSTOP)

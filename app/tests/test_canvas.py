@@ -9,13 +9,15 @@ from conftest import RedisServer
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from starlette.requests import ClientDisconnect
 from starlette.testclient import TestClient
 
 from pixel import pictures
 from pixel.app import create_app
 from pixel.canvas import TILE, TILE_BYTES, Region, locate, tile_key
-from pixel.pictures import Gallery
+from pixel.pictures import PictureCache, PictureResponse
 from pixel.pixel import Change
+from pixel.problems import Problem
 from pixel.store import Store
 
 SWAGGER = "/docs/static/swagger-ui-bundle.js"
@@ -105,9 +107,10 @@ def test_a_picture_can_be_a_part_and_larger(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("query", "field"),
     [("x=1024", "w"), ("x=1000&w=25", "w"), ("y=1&h=1024", "h"), ("w=0", "w"), ("x=-1", "x"),
-     ("x=a", "x"), ("scale=0", "scale"), ("scale=17", "scale"), ("scale=5", "w")],
+     ("x=a", "x"), ("scale=0", "scale"), ("scale=17", "scale"), ("scale=5", "w"),
+     ("w=513&h=512&scale=4", "w")],
 )  # fmt: skip
-def test_a_region_that_is_none_is_named(client: TestClient, query: str, field: str) -> None:
+def test_an_invalid_region_is_named(client: TestClient, query: str, field: str) -> None:
     answer = client.get(f"/canvas.png?{query}")
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == field
@@ -118,7 +121,8 @@ def test_the_tag_changes_if_and_only_if_the_canvas_does(client: TestClient) -> N
         paint(client, 5, 5, 1)
         first = client.get(path)
         tag = first.headers["etag"]
-        for known in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+        assert client.get(path, headers={"If-None-Match": "*"}).status_code == 304
+        for known in (tag, f"W/{tag}", f'"other", {tag}'):
             answer = client.get(path, headers={"If-None-Match": known})
             assert answer.status_code == 304
             assert answer.content == b""
@@ -148,7 +152,7 @@ async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
     store.close()
 
 
-async def test_a_picture_is_read_and_encoded_once_for_all_who_ask(
+async def test_a_picture_is_read_and_encoded_once_for_all_requests(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
@@ -158,11 +162,11 @@ async def test_a_picture_is_read_and_encoded_once_for_all_who_ask(
         return b"png"
 
     monkeypatch.setattr(pictures, "encode_png", encode)
-    gallery = Gallery(store)
+    cache = PictureCache(store)
     region = Region(0, 0, 64, 64)
 
     async def show(scale: int = 1) -> None:
-        await (await gallery.picture(region)).png(scale)
+        await cache.png(await cache.picture(region), scale)
 
     await asyncio.gather(*(show() for _ in range(50)), show(2))
     await show()
@@ -179,19 +183,98 @@ async def test_a_picture_is_read_and_encoded_once_for_all_who_ask(
 
 
 async def test_a_picture_shows_what_was_written_before_it_was_asked_for(store: Store) -> None:
-    gallery = Gallery(store)
+    cache = PictureCache(store)
 
     async def write_and_look(x: int) -> None:
         for value in range(1, 20):
             await store.write([Change(x, 0, 0, value)])
-            picture = await gallery.picture(Region(0, 0, 50, 1))
+            picture = await cache.picture(Region(0, 0, 50, 1))
             assert picture.raw[3 * x] == value
 
     await asyncio.gather(*(write_and_look(x) for x in range(50)))
 
 
+def test_any_tag_is_matched_without_reading_the_canvas(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "snapshot", None)
+    for path in ("/canvas.rgb", "/canvas.png", "/canvas.png?x=5&w=9&scale=2"):
+        answer = client.get(path, headers={"If-None-Match": "*"})
+        assert (answer.status_code, answer.content) == (304, b"")
+        assert answer.headers["cache-control"] == "max-age=1, stale-while-revalidate=10"
+    assert client.get("/canvas.rgb?w=0", headers={"If-None-Match": "*"}).status_code == 422
+
+
+async def test_only_few_pictures_are_made_at_a_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = store.snapshot
+    go_on = asyncio.Event()
+
+    async def read_slowly(keys: list[str]) -> object:
+        await go_on.wait()
+        return await read(keys)
+
+    monkeypatch.setattr(store, "snapshot", read_slowly)
+    whole = Region(0, 0, 1024, 1024)
+    with PictureCache(store) as cache:
+        regions = [Region(n // 2, 0, 5, 5) for n in range(2 * pictures.MAKING)]
+        waiting = [asyncio.create_task(cache.picture(r)) for r in [*regions, whole, whole]]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Problem, match="Too many pictures") as caught:
+            await cache.picture(Region(100, 100, 5, 5))
+        assert caught.value.status == 503
+        assert caught.value.headers == {"Retry-After": "1"}
+        assert Region(100, 100, 5, 5) not in cache._frames
+        go_on.set()
+        found = [picture.region for picture in await asyncio.gather(*waiting)]
+        assert found == [*regions, whole, whole]
+        await cache.picture(Region(100, 100, 5, 5))
+
+
+async def test_the_whole_canvas_is_always_kept(store: Store) -> None:
+    with PictureCache(store) as cache:
+        whole = await cache.picture(Region(0, 0, 1024, 1024))
+        for x in range(10):
+            await cache.picture(Region(x, 0, 5, 5))
+        assert await cache.picture(Region(0, 0, 1024, 1024)) is whole
+
+
+async def test_pictures_count_until_they_are_sent(store: Store) -> None:
+    with PictureCache(store) as cache:
+        cache._limit = 1000 * 1000
+        responses = []
+        for x in range(4):  # of 270 kB each
+            picture = await cache.picture(Region(x, 0, 300, 300))
+            responses.append(PictureResponse(picture, picture.raw, {}, "image/png"))
+        with pytest.raises(Problem, match="Too many pictures are being sent"):
+            await cache.picture(Region(4, 0, 300, 300))
+        responses.clear()
+        for _ in range(pictures.KEPT_PICTURES):
+            cache._frames.popitem()
+        del picture
+        await cache.picture(Region(9, 9, 300, 300))
+
+
+async def test_a_client_that_takes_no_bytes_is_disconnected(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "STALL_SECONDS", 0.05)
+    sent: list[int] = []
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(len(message.get("body", b"")))  # type: ignore[arg-type]
+        if len(sent) > 3:
+            await asyncio.sleep(60)
+
+    with PictureCache(store) as cache:
+        picture = await cache.picture(Region(0, 0, 1024, 1024))
+        response = PictureResponse(picture, picture.raw, {}, "image/png")
+        with pytest.raises(ClientDisconnect):
+            await response({}, None, send)  # type: ignore[arg-type]
+    assert sent == [0, *[pictures.CHUNK_BYTES] * 3]
+
+
 async def test_few_pictures_are_kept(store: Store) -> None:
-    gallery = Gallery(store)
+    cache = PictureCache(store)
     for x in range(10):
-        await gallery.picture(Region(x, 0, 5, 5))
-    assert len(gallery._frames) == pictures.KEPT_PICTURES
+        await cache.picture(Region(x, 0, 5, 5))
+    assert len(cache._frames) == pictures.KEPT_PICTURES

@@ -35,7 +35,7 @@ def test_it_backs_off_in_steps_and_forgets(clock: list[float]) -> None:
     assert crashes.lately() == 0
 
 
-def test_without_a_runtime_directory_there_is_nothing_to_tell(
+def test_without_a_runtime_directory_nothing_is_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
@@ -44,7 +44,7 @@ def test_without_a_runtime_directory_there_is_nothing_to_tell(
 
 
 @pytest.mark.parametrize(("result", "noted"), [("success", 0), ("signal", 1), ("oom-kill", 1)])
-def test_an_end_that_was_asked_for_is_none(tmp_path: Path, result: str, noted: int) -> None:
+def test_a_requested_stop_is_not_a_crash(tmp_path: Path, result: str, noted: int) -> None:
     env = os.environ | {
         "PYTHONPATH": str(Path(crashes.__file__).parents[1]),
         "RUNTIME_DIRECTORY": str(tmp_path),

@@ -1,7 +1,8 @@
-"""Changes as viewers hear of them."""
+"""The event stream, as viewers receive it."""
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ async def hub(store: Store) -> AsyncIterator[Hub]:
 
 
 class Screen:
-    """A viewer as a browser is one: it keeps the canvas by the events that it hears."""
+    """A viewer like a browser: it applies the events that it receives to its canvas."""
 
     def __init__(self, hub: Hub, after: EventId | None = None) -> None:
         self._hub = hub
@@ -78,14 +79,14 @@ class Screen:
 
 
 def figures(screen: Screen) -> list[Any]:
-    """The viewers and writes that it heard of last."""
+    """Viewers and writes of the last status."""
     return [status[name] for status in screen.statuses[-1:] for name in ("viewers", "writes")]
 
 
 async def eventually(true: Callable[[], bool]) -> None:
-    """Return when something has become true."""
+    """Return when a condition is true."""
     async with asyncio.timeout(5):
-        while not true():  # noqa: ASYNC110 - there is nothing to be told by
+        while not true():  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.01)
 
 
@@ -93,7 +94,7 @@ def written(changes: list[Change]) -> Cells:
     return {(x, y, CHANNELS[channel]): value for x, y, channel, value in changes}
 
 
-async def test_a_viewer_hears_of_changes_from_now_on(store: Store, hub: Hub) -> None:
+async def test_a_viewer_receives_changes_from_now_on(store: Store, hub: Hub) -> None:
     await store.write([Change(9, 9, 0, 9)])
     async with Screen(hub) as screen:
         changes = [Change(1, 2, 0, 3), Change(1, 2, 1, 4), Change(700, 800, 2, 5)]
@@ -128,7 +129,7 @@ async def test_a_viewer_resumes_without_a_gap(store: Store, hub: Hub) -> None:
         assert set(again.names) == {"message"}
 
 
-async def test_who_knows_an_empty_canvas_is_told_everything(store: Store, hub: Hub) -> None:
+async def test_a_viewer_that_knows_an_empty_canvas_receives_all_changes(store: Store, hub: Hub) -> None:
     async with Screen(hub, NO_EVENT) as screen:
         await store.write([Change(3, 3, 0, 3)])
         await screen.sees({(3, 3, "R"): 3})
@@ -138,7 +139,7 @@ async def test_who_knows_an_empty_canvas_is_told_everything(store: Store, hub: H
 
 
 @pytest.mark.parametrize("after", [NO_EVENT, EventId(5, 0), EventId(10**15, 0)])
-async def test_who_knows_too_little_or_too_much_fetches_the_canvas_anew(
+async def test_a_viewer_with_an_unknown_position_is_sent_resync(
     store: Store, hub: Hub, redis_server: RedisServer, after: EventId
 ) -> None:
     short = Store(redis_server.settings(events_maxlen=100))
@@ -193,7 +194,7 @@ async def test_picture_and_later_events_are_the_canvas_exactly(
         await screen.__aexit__()
 
 
-async def test_who_resumes_while_others_write_on_has_the_same_reader_as_all(
+async def test_viewers_that_resume_during_writes_share_the_reader(
     store: Store, hub: Hub, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "STATUS", 0.2)
@@ -214,6 +215,108 @@ async def test_who_resumes_while_others_write_on_has_the_same_reader_as_all(
     writer.cancel()
     for screen in screens:
         await screen.__aexit__()
+
+
+def batch(number: int, size: int) -> list[Change]:
+    places = range(number * size, (number + 1) * size)
+    return [Change(n % 1024, n // 1024, 0, 1 + n % 255) for n in places]
+
+
+async def test_what_is_replayed_comes_in_messages_of_bounded_size(store: Store, hub: Hub) -> None:
+    changes = [change for number in range(4) for change in batch(number, 4000)]
+    for start in range(0, len(changes), 4000):
+        await store.write(changes[start : start + 4000])
+    async with Screen(hub, NO_EVENT) as screen:
+        last = await store.last_event()
+        await eventually(lambda: screen.after == last)
+        assert screen.cells == written(changes)
+        assert set(screen.names) == {"message"}
+        assert max(map(len, screen.messages)) <= events.FRAME_CHANGES
+
+
+async def test_a_viewer_too_far_behind_is_sent_resync(
+    store: Store, hub: Hub, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        await store.write(batch(number, 10_000))
+    last = await store.last_event()
+    async with Screen(hub, NO_EVENT) as screen:
+        await eventually(lambda: screen.names == ["message", "resync"])
+        assert screen.after == last
+        await store.write([Change(1, 1, 1, 1)])
+        await screen.sees({(1, 1, "G"): 1})
+        assert len(screen.cells) == 1
+    # The same, if it is many small events.
+    monkeypatch.setattr(events, "REPLAY_CHANGES", 300)
+    for value in range(600):
+        await store.write([Change(value, 9, 0, 1)])
+    async with Screen(hub, last) as screen:
+        await eventually(lambda: "resync" in screen.names)
+        assert screen.after == await store.last_event()
+        assert len(screen.cells) <= 301
+
+
+async def test_viewers_at_the_same_position_share_one_replay(
+    store: Store, hub: Hub, redis_server: RedisServer
+) -> None:
+    last = await store.write(batch(0, 1000))
+    with redis_server.admin() as admin:
+        admin.config_resetstat()
+        screens = [Screen(hub, NO_EVENT) for _ in range(20)]
+        await asyncio.gather(*(screen.__aenter__() for screen in screens))
+        await eventually(lambda: all(screen.after == last for screen in screens))
+        assert all(len(screen.cells) == 1000 for screen in screens)
+        assert admin.info("commandstats")["cmdstat_xrange"]["calls"] <= 10
+    for screen in screens:
+        await screen.__aexit__()
+
+
+async def test_beyond_the_bound_of_replays_viewers_are_sent_resync_at_once(
+    store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "REPLAYS_WAITING", 3)
+    ids = [NO_EVENT, *[await store.write([Change(n, 0, 0, 1)]) for n in range(4)]]
+    for _ in range(events.REPLAYS):
+        await hub._replaying.acquire()
+    screens = [await Screen(hub, after).__aenter__() for after in ids]
+    await eventually(lambda: screens[-1].names == ["message", "resync"])
+    assert [screen.names for screen in screens[:3]] == [["message"]] * 3
+    assert len(hub._replays) == 3
+    for _ in range(events.REPLAYS):
+        hub._replaying.release()
+    await screens[0].sees(written([Change(n, 0, 0, 1) for n in range(4)]))
+    await store.write([Change(9, 9, 0, 9)])
+    for screen in screens:
+        await screen.sees({(9, 9, "R"): 9})
+        await screen.__aexit__()
+
+
+async def test_too_many_changes_at_once_are_a_resync_and_not_often(
+    store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "REPLAY_CHANGES", 1000)
+    async with Screen(hub) as screen:
+        for number in range(20):
+            await store.write(batch(number, 1500))
+            await asyncio.sleep(0.02)
+        await eventually(lambda: "resync" in screen.names)
+        assert screen.names.count("resync") <= 2
+        await eventually(lambda: screen.names.count("resync") == 2)
+        await store.write([Change(1, 1, 1, 1)])
+        await screen.sees({(1, 1, "G"): 1})
+        assert sum(map(len, screen.messages)) <= 2
+
+
+async def test_viewers_are_counted_by_the_clock_of_redis(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = [Store(redis_server.settings(instance=name)) for name in NAMES]
+    clock = time.time
+    for store, shift in zip(stores, (0, 30), strict=True):
+        monkeypatch.setattr(time, "time", lambda shift=shift: clock() + shift)
+        viewers = await store.count_viewers(3)
+        store.close()
+    assert viewers == 6
 
 
 async def test_a_slow_viewer_is_bounded_and_misses_nothing(
@@ -239,9 +342,7 @@ async def test_a_slow_viewer_is_bounded_and_misses_nothing(
     await slow.aclose()  # type: ignore[attr-defined]
 
 
-async def test_many_viewers_have_one_reader(
-    store: Store, hub: Hub, redis_server: RedisServer
-) -> None:
+async def test_many_viewers_have_one_reader(store: Store, hub: Hub, redis_server: RedisServer) -> None:
     screens = [await Screen(hub).__aenter__() for _ in range(100)]
     await store.write([Change(1, 1, 1, 1)])
     for screen in screens:
@@ -256,7 +357,7 @@ async def test_many_viewers_have_one_reader(
         assert admin.info("commandstats")["cmdstat_xread"]["calls"] == reads
 
 
-async def test_a_redis_that_was_away_costs_no_viewer_a_change(fragile_redis: RedisServer) -> None:
+async def test_an_outage_of_redis_loses_no_change(fragile_redis: RedisServer) -> None:
     store = Store(fragile_redis.settings())
     hub = Hub(store, "c5", "r1")
     async with Screen(hub) as screen:
@@ -271,7 +372,7 @@ async def test_a_redis_that_was_away_costs_no_viewer_a_change(fragile_redis: Red
             await screen.sees({(2, 2, "R"): 2})
             await late.sees({(2, 2, "R"): 2})
         assert set(screen.names) == {"message"}
-        # It comes back with less than it had.
+        # Redis is restored to an earlier state.
         with fragile_redis.admin() as admin:
             admin.delete(EVENTS)
         await eventually(lambda: screen.names[-1] == "resync")
@@ -297,19 +398,18 @@ async def test_a_quiet_stream_has_a_heartbeat(
     await stream.aclose()  # type: ignore[attr-defined]
 
 
-async def test_viewers_hear_how_many_they_are_and_how_much_is_written(
+async def test_the_status_has_viewers_and_writes_of_the_fleet(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "STATUS", 0.2)
-    monkeypatch.setattr(events, "_LOOK", 0.02)
+    monkeypatch.setattr(events, "_CHECK", 0.02)
     stores = [Store(redis_server.settings(instance=name)) for name in NAMES]
     hubs = [Hub(store, name, "r1") for name, store in zip(NAMES, stores, strict=True)]
     async with Screen(hubs[0]) as one, Screen(hubs[1]), Screen(hubs[1]) as other:
         status = {"viewers": 3, "writes": 0.0, "release": "r1"}
         await eventually(
             lambda: (
-                [s.statuses[-1:] for s in (one, other)]
-                == [[status | {"instance": name}] for name in NAMES]
+                [s.statuses[-1:] for s in (one, other)] == [[status | {"instance": name}] for name in NAMES]
             )
         )
         count = len(one.statuses)
@@ -325,7 +425,7 @@ async def test_viewers_hear_how_many_they_are_and_how_much_is_written(
         store.close()
 
 
-async def test_while_redis_is_away_viewers_hear_that_nothing_is_known(
+async def test_the_status_is_null_while_redis_is_away(
     fragile_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "STATUS", 0.2)

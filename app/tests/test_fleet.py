@@ -1,4 +1,4 @@
-"""What instances say of one another, when some of them misbehave."""
+"""Status of the fleet when some instances misbehave."""
 
 import json
 import socket
@@ -28,7 +28,7 @@ STATEMENT = {
 
 
 class StandIn:
-    """A server that gives every connection the same answer, whatever it is asked."""
+    """A server that sends the same answer to every request."""
 
     def __init__(self, answer: bytes, *, hang: float = 0, reset: bool = False) -> None:
         self._answer, self._hang, self._reset = answer, hang, reset
@@ -112,7 +112,7 @@ def fleet(redis_server: RedisServer, *peers: str) -> TestClient:
     return TestClient(create_app(redis_server.settings(instance="c5", peers=json.dumps(peers))))
 
 
-def test_an_instance_speaks_for_itself(client: TestClient) -> None:
+def test_an_instance_reports_its_status(client: TestClient) -> None:
     client.post("/pixel", json={"x": 1, "y": 1, "channel": "R", "value": 1})
     own = client.get("/fleet/self").json()
     assert own.keys() == STATEMENT.keys()
@@ -199,6 +199,23 @@ def test_first_fails_only_if_all_do(
         ]
 
 
+def test_requests_to_the_fleet_are_bounded(
+    redis_server: RedisServer, hanging: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pixel.routes.fleet.FAN_OUTS", 2)
+    with fleet(redis_server, hanging.url) as client, ThreadPoolExecutor() as pool:
+        asked = [pool.submit(client.get, f"/fleet/{n}?timeout=800") for n in ("all", "first")]
+        time.sleep(0.3)
+        for path in ("/fleet/all", "/fleet/first"):
+            started = time.monotonic()
+            answer = client.get(path)
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "1"
+            assert time.monotonic() - started < 0.3
+        assert [answer.result().status_code for answer in asked] == [504, 504]
+        assert client.get("/fleet/all?timeout=1").status_code == 504
+
+
 @pytest.mark.parametrize("timeout", ["0", "60001", "-1", "x", "", "1.5"])
 @pytest.mark.parametrize("path", ["/fleet/all", "/fleet/first"])
 def test_a_timeout_is_1_to_60000_milliseconds(client: TestClient, path: str, timeout: str) -> None:
@@ -207,7 +224,7 @@ def test_a_timeout_is_1_to_60000_milliseconds(client: TestClient, path: str, tim
     assert answer.json()["errors"][0]["field"] == "timeout"
 
 
-def test_an_instance_without_redis_still_speaks(fragile_redis: RedisServer) -> None:
+def test_an_instance_without_redis_still_reports_its_status(fragile_redis: RedisServer) -> None:
     with TestClient(create_app(fragile_redis.settings(instance="c5"))) as client:
         fragile_redis.kill()
         answer = client.get("/fleet/self")

@@ -1,10 +1,16 @@
 """The HTTP surface, as a client sees it."""
 
 import asyncio
+import gzip
 import json
+import re
+from base64 import b64encode
+from hashlib import sha256
 
 import pytest
 from conftest import RedisServer
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from pixel import requests
@@ -76,7 +82,7 @@ def test_what_is_not_there_is_a_404(client: TestClient, path: str) -> None:
         ("/openapi.json", "GET, HEAD, OPTIONS"),
     ],
 )
-def test_methods_are_told(client: TestClient, path: str, methods: str) -> None:
+def test_allow_lists_the_methods(client: TestClient, path: str, methods: str) -> None:
     answer = client.request("DELETE", path)
     assert answer.status_code == 405
     assert answer.headers["allow"] == methods
@@ -98,6 +104,63 @@ def test_a_type_other_than_json_is_a_415(client: TestClient) -> None:
     assert answer.status_code == 200
 
 
+@pytest.mark.parametrize("coding", ["gzip", "br", "zstd", "identity, gzip"])
+def test_an_encoded_body_is_a_415(client: TestClient, coding: str) -> None:
+    headers = {"content-type": "application/json", "content-encoding": coding}
+    for method, path in (("POST", "/pixel"), ("POST", "/pixels"), ("PUT", "/pixel/1/1")):
+        for content in (gzip.compress(json.dumps(GOOD).encode()), json.dumps(GOOD).encode()):
+            answer = client.request(method, path, content=content, headers=headers)
+            assert answer.status_code == 415
+            assert answer.headers["accept-encoding"] == "identity"
+            assert "Content-Encoding" in answer.json()["detail"]
+    headers["content-encoding"] = "Identity"
+    assert client.post("/pixel", content=json.dumps(GOOD), headers=headers).status_code == 200
+
+
+# Pieces of JSON and of what is nearly JSON.
+PIECES = [
+    *(b"{", b"}", b"[", b"]", b",", b":", b'"', b" ", b"\\", b"-", b"1", b"null", b"true", b"NaN"),
+    *(b'"x":1', b'"y":2', b'"channel":"R"', b'"value":3', b'"R":1', b'"G":2', b'"B":3', b'"x"'),
+    *(b'"\\ud800"', b'"\\udc00\\ud800":1', b"\\u0000", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf"),
+    *(
+        b"1e400",
+        b"-0",
+        b"0.1",
+        b"9" * 500,
+        b'{"x":1,"y":2,"channel":"R","value":3}',
+        b"\n",
+        b"\x00",
+    ),
+]
+
+
+@given(st.binary(max_size=40) | st.lists(st.sampled_from(PIECES), max_size=16).map(b"".join))
+def test_no_body_makes_a_500(client: TestClient, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    for method, path in (("POST", "/pixel"), ("POST", "/pixels"), ("PUT", "/pixel/1/1")):
+        for content in (body, b"[%b]" % body, b"{%b}" % body, b'{"%b":1}' % body):
+            answer = client.request(method, path, content=content, headers=headers)
+            assert answer.status_code in (200, 400, 413, 422), (method, path, content, answer.text)
+            if answer.status_code != 200:
+                assert answer.headers["content-type"] == "application/problem+json"
+                assert answer.json()["detail"]
+
+
+def test_no_answer_that_can_change_may_be_kept(client: TestClient) -> None:
+    fresh = ("/pixel/1/1", "/fleet/self", "/fleet/all", "/fleet/first", "/ping", "/healthz",
+             "/readyz", "/metrics", "/openapi.json", "/docs", "/nothing", "/pixel/5000/1",
+             "/canvas.png?w=0")  # fmt: skip
+    for path in fresh:
+        for method in ("GET", "HEAD"):
+            assert client.request(method, path).headers["cache-control"] == "no-store", path
+    for path in ("/", "/live/main.js", "/docs/static/swagger-ui.css"):
+        answer = client.get(path)
+        assert answer.headers["cache-control"] == "no-cache"
+        assert answer.headers["etag"]
+    assert client.post("/pixel", json={}).headers["cache-control"] == "no-store"
+    assert client.request("DELETE", "/pixel").headers["cache-control"] == "no-store"
+
+
 def test_a_body_beyond_its_bound_is_a_413(client: TestClient) -> None:
     padded = json.dumps(GOOD) + " " * 1024
     headers = {"content-type": "application/json"}
@@ -107,7 +170,7 @@ def test_a_body_beyond_its_bound_is_a_413(client: TestClient) -> None:
     assert client.post("/pixels", content=parts, headers=headers).status_code == 413
 
 
-def test_the_instance_says_who_it_is(client: TestClient) -> None:
+def test_identity_and_health(client: TestClient) -> None:
     assert client.get("/ping").json() == {"instance": "c5", "port": 8000, "release": "r1"}
     assert client.get("/healthz").json() == {"status": "ok"}
     ready = client.get("/readyz").json()
@@ -117,11 +180,11 @@ def test_the_instance_says_who_it_is(client: TestClient) -> None:
 
 def test_readiness_is_being_able_to_write(client: TestClient, redis_server: RedisServer) -> None:
     with redis_server.admin() as admin:
-        admin.acl_setuser("pixel", enabled=True, commands=["-@write"])
+        admin.acl_setuser("pixel", enabled=True, commands=["-bitfield"])
         try:
             answer = client.get("/readyz")
         finally:
-            admin.acl_setuser("pixel", enabled=True, categories=["+@write", "-@dangerous"])
+            admin.acl_setuser("pixel", enabled=True, commands=["+bitfield"])
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "1"
     assert answer.json()["redis"] == "unavailable"
@@ -129,17 +192,21 @@ def test_readiness_is_being_able_to_write(client: TestClient, redis_server: Redi
     assert client.get("/healthz").status_code == 200
 
 
-def test_the_documentation_asks_nobody_outside(client: TestClient) -> None:
-    page = client.get("/docs").text
+def test_the_documentation_loads_nothing_from_outside(client: TestClient) -> None:
+    answer = client.get("/docs")
+    page = answer.text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    [script] = re.findall("<script>(.*?)</script>", page, re.DOTALL)
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    assert f"script-src 'self' 'sha256-{digest}';" in policy
     assert "http" not in page.replace("http-equiv", "")
     for path in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png"):
         assert f'"/docs/static/{path}"' in page
         assert client.get(f"/docs/static/{path}").status_code == 200
 
 
-def test_a_body_that_never_ends_is_a_408(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_body_that_never_ends_is_a_408(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "BODY_SECONDS", 0.05)
 
     async def receive() -> dict[str, object]:

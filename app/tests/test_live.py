@@ -1,9 +1,11 @@
-"""The live page in a real browser: what people do with it, and what goes wrong around it."""
+"""The live page in a real browser: its use, and faults around it."""
 
+import contextlib
 import os
 import re
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ PARTS = sorted(f"/live/{name}" for name in live._FILES)
 
 RED, BLUE, WHITE = (229, 38, 58), (37, 99, 235), (255, 255, 255)
 
-# Nothing of the browser's own is to leave the machine.
+# The browser must send no requests of its own.
 FLAGS = [
     "--no-sandbox",
     "--disable-background-networking",
@@ -70,7 +72,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def faults() -> Iterator[list[str]]:
-    """What a page complains of beside what a test expects. Nothing, in the end."""
+    """Errors that a page reports; a test fails if there are any."""
     faults: list[str] = []
     yield faults
     assert faults == []
@@ -78,17 +80,24 @@ def faults() -> Iterator[list[str]]:
 
 @pytest.fixture
 def open_page(browser: Browser, faults: list[str]) -> Iterator[Callable[..., Page]]:
-    """Opens the page of a service, with a profile of its own, and waits until it is live."""
+    """Opens the page of a service in a new profile, or in a tab ``beside`` another page.
+
+    It waits until the page shows the state ``until``.
+    """
     contexts: list[BrowserContext] = []
     desktop = {"viewport": {"width": 1000, "height": 700}}
 
-    def open_one(url: str, **options: Any) -> Page:
-        contexts.append(browser.new_context(**desktop | options))
-        page = contexts[-1].new_page()
+    def open_one(
+        url: str, beside: Page | None = None, script: str = "", until: str = "Live", **options: Any
+    ) -> Page:
+        if beside is None:
+            contexts.append(browser.new_context(**desktop | options))
+        page = (beside.context if beside else contexts[-1]).new_page()
+        page.add_init_script(script)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on(
             "console",
-            # The browser itself tells of every answer that is no success.
+            # The browser itself reports each answer that is not a success.
             lambda message: (
                 message.type == "error"
                 and "Failed to load resource" not in message.text
@@ -96,7 +105,7 @@ def open_page(browser: Browser, faults: list[str]) -> Iterator[Callable[..., Pag
             ),
         )
         page.goto(url)
-        is_live(page)
+        expect(page.locator("#connection")).to_have_text(until, timeout=20_000)
         return page
 
     yield open_one
@@ -111,7 +120,7 @@ def canvas(service: Service, redis_server: RedisServer) -> str:
 
 
 def becomes(page: Page, script: str) -> None:
-    """Return when a script says true. (Playwright's own way needs what the policy forbids.)"""
+    """Return when a script returns true. (Playwright's own way is forbidden by the policy.)"""
     wait_until(lambda: page.evaluate(script))
 
 
@@ -268,7 +277,7 @@ def test_all_of_it_can_be_done_by_keys(canvas: str, open_page: Callable[..., Pag
     becomes(page, "board.getBoundingClientRect().width < board.width")
 
 
-def test_the_last_line_says_how_it_goes_and_who_says_so(
+def test_the_last_line_shows_the_state_and_the_instance(
     fragile_redis: RedisServer,
     start_service: Callable[..., Service],
     open_page: Callable[..., Page],
@@ -374,7 +383,7 @@ def test_what_one_paints_stays_until_it_is_known_what_came_of_it(
 
 
 class Painters:
-    """Others who paint all the time, whatever becomes of it."""
+    """Others who paint all the time, and ignore failures."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -485,3 +494,140 @@ def test_it_is_of_use_while_a_thousand_pixels_a_second_change(
         stop.set()
         writer.join()
     wait_until(lambda: differences(page) == 0)
+
+
+def streams(url: str) -> float:
+    text = httpx.get(f"{url}/metrics").text
+    return float(re.findall(r"^pixel_viewers (\S+)$", text, re.MULTILINE)[0])
+
+
+def test_tabs_share_one_stream(canvas: str, open_page: Callable[..., Page]) -> None:
+    wait_until(lambda: streams(canvas) == 0)
+    first = open_page(canvas)
+    # More than a browser opens connections to a host.
+    tabs = [first] + [open_page(canvas, beside=first) for _ in range(7)]
+    assert streams(canvas) == 1
+    put(canvas, 500, 500, BLUE)
+    for tab in tabs:
+        sees(tab, 500, 500, BLUE)
+        expect(tab.locator("#viewers")).to_have_text("1")
+    first.close()  # which has started the stream
+    for tab in tabs[1:4]:
+        tab.close()
+    put(canvas, 500, 500, RED)
+    for tab in tabs[4:]:
+        sees(tab, 500, 500, RED)
+        is_live(tab)
+    for tab in tabs[4:]:
+        tab.close()
+    wait_until(lambda: streams(canvas) == 0)
+
+
+def test_a_tab_that_joins_misses_nothing(canvas: str, open_page: Callable[..., Page]) -> None:
+    with Painters(canvas):
+        tabs = [open_page(canvas)]
+        for _ in range(3):
+            tabs.append(open_page(canvas, beside=tabs[0]))
+            time.sleep(0.3)
+    for tab in tabs:
+        wait_until(lambda tab=tab: differences(tab) == 0)
+
+
+def test_without_shared_workers_each_tab_has_its_stream(canvas: str, open_page: Callable[..., Page]) -> None:
+    wait_until(lambda: streams(canvas) == 0)
+    script = "delete globalThis.SharedWorker"
+    page = open_page(canvas, script=script)
+    other = open_page(canvas, beside=page, script=script)
+    assert streams(canvas) == 2
+    put(canvas, 500, 500, BLUE)
+    sees(page, 500, 500, BLUE)
+    sees(other, 500, 500, BLUE)
+
+
+class BufferingProxy:
+    """A proxy that passes everything on but the event stream, which it holds back."""
+
+    def __init__(self, backend: tuple[str, int]) -> None:
+        self._backend = backend
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        self.holding = True
+        self._sockets = [self._server]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._server.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self._backend)
+            self._sockets += [client, server]
+            held = threading.Event()
+            for source, target in ((client, server), (server, client)):
+                threading.Thread(
+                    target=self._pass, args=(source, target, held, source is client), daemon=True
+                ).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, held: threading.Event, up: bool) -> None:
+        try:
+            while data := source.recv(65536):
+                if up and data.startswith(b"GET /events") and self.holding:
+                    held.set()
+                if up or not held.is_set():
+                    target.sendall(data)
+        except OSError:
+            pass
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for end in self._sockets:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+@pytest.fixture
+def proxy(service: Service, canvas: str) -> Iterator[BufferingProxy]:
+    proxy = BufferingProxy(service.tcp.getsockname())
+    yield proxy
+    proxy.close()
+
+
+def test_behind_a_proxy_that_holds_the_stream_back_the_page_polls(
+    canvas: str, proxy: BufferingProxy, open_page: Callable[..., Page]
+) -> None:
+    page = open_page(proxy.url, until="Polling")
+    assert "proxy" in (page.locator("#connection").get_attribute("title") or "")
+    put(canvas, 500, 500, BLUE)
+    sees(page, 500, 500, BLUE)
+    answers: list[int] = []
+    page.on("response", lambda response: answers.append(response.status))
+    wait_until(lambda: page.wait_for_timeout(10) or 304 in answers)  # nothing has changed
+    put(canvas, 500, 500, RED)
+    sees(page, 500, 500, RED)
+    expect(page.locator("#connection")).to_have_text("Polling")
+    proxy.holding = False
+    page.evaluate("dispatchEvent(new Event('online'))")
+    is_live(page)
+    assert page.locator("#connection").get_attribute("title") == ""
+    put(canvas, 500, 500, BLUE)
+    sees(page, 500, 500, BLUE)
+    wait_until(lambda: differences(page) == 0)
+
+
+def test_the_documentation_works_under_its_policy(canvas: str, browser: Browser) -> None:
+    page = browser.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(f"{canvas}/docs")
+    expect(page.locator(".opblock").first).to_be_visible()
+    page.locator("#operations-instance-ping .opblock-summary").click()
+    page.get_by_role("button", name="Try it out").click()
+    page.get_by_role("button", name="Execute").click()
+    expect(page.locator(".responses-table.live-responses-table")).to_contain_text('"c5"')
+    page.close()
+    assert complaints == []

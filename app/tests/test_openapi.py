@@ -22,7 +22,7 @@ RELATED_PARAMETERS = {"/canvas.rgb", "/canvas.png"}
 
 @schema.hook
 def map_body(context: schemathesis.HookContext, body: Any) -> Any:
-    """For a JSON Schema 1.0 is an integer; for us it isn't, which no schema can say either."""
+    """JSON Schema accepts 1.0 as an integer; the API doesn't, which no schema can express."""
     if isinstance(body, dict):
         return {name: map_body(context, value) for name, value in body.items()}
     if isinstance(body, list):

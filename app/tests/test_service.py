@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
@@ -28,9 +29,7 @@ PIXEL = {"x": 1, "y": 2, "channel": "G", "value": 3}
 def test_it_answers_on_both_sockets_and_signs_everything(service: Service) -> None:
     with (
         httpx.Client(base_url=service.url) as tcp,
-        httpx.Client(
-            base_url="http://local", transport=httpx.HTTPTransport(uds=str(service.socket))
-        ) as unix,
+        httpx.Client(base_url="http://local", transport=httpx.HTTPTransport(uds=str(service.socket))) as unix,
     ):
         for client in (tcp, unix):
             answers = [
@@ -47,6 +46,9 @@ def test_it_answers_on_both_sockets_and_signs_everything(service: Service) -> No
 
 BAD_BODIES = [
     b"",
+    b'{"\\ud800":1}',
+    b'{"x":1,"y":2,"channel":"\\ud800","value":3}',
+    b'{"R":1,"G":2,"B":"\\udc00\\ud800"}',
     b"x=1&y=2",
     b'{"x":1,"y":2,"channel":"R","value":',
     b'{"x":NaN,"y":2,"channel":"R","value":3}',
@@ -84,14 +86,11 @@ def test_a_bad_body_is_refused_and_nothing_is_written(service: Service, body: by
         assert client.get("/canvas.rgb").headers["x-pixel-event"] == before
 
 
-def test_slow_clients_hold_nobody_up(
-    shared_redis: RedisServer, start_service: StartService
-) -> None:
+def test_slow_clients_hold_nobody_up(shared_redis: RedisServer, start_service: StartService) -> None:
     service = start_service(shared_redis.url, PIXEL_WORKERS="1")
     httpx.get(f"{service.url}/readyz", timeout=20)
     head = (
-        b"POST /pixels HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-        b"Content-Length: 900\r\n\r\n"
+        b"POST /pixels HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n"
     )
     slow = [socket.create_connection(service.tcp.getsockname()) for _ in range(200)]
     try:
@@ -113,17 +112,13 @@ def test_metrics_are_of_all_workers(service: Service) -> None:
     httpx.get(f"{service.url}/pixel/5/5")
     text = httpx.get(f"{service.url}/metrics").text
     assert "\npixel_workers 2.0" in text
-    counts = dict(
-        re.findall(r"^pixel_request_seconds_count\{(.*)\} ([0-9.]+)$", text, re.MULTILINE)
-    )
+    counts = dict(re.findall(r"^pixel_request_seconds_count\{(.*)\} ([0-9.]+)$", text, re.MULTILINE))
     assert float(counts['method="POST",route="/pixel",status="200"']) >= 20
     assert float(counts['method="GET",route="/pixel/{x}/{y}",status="200"']) >= 1
     assert len(list((service.directory / "metrics").glob("counter_*.db"))) == 2
 
 
-def test_metrics_tell_what_the_hosts_cpu_does(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_metrics_tell_what_the_hosts_cpu_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOST_PROC", str(tmp_path))
     (tmp_path / "stat").write_text("cpu  100 2 30 4000 5 0 7 800 50 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
     (family,) = metrics.HOST_CPU.collect()
@@ -131,8 +126,7 @@ def test_metrics_tell_what_the_hosts_cpu_does(
     modes = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
     ticks = os.sysconf("SC_CLK_TCK")
     assert seconds == {
-        mode: count / ticks
-        for mode, count in zip(modes, (100, 2, 30, 4000, 5, 0, 7, 800), strict=True)
+        mode: count / ticks for mode, count in zip(modes, (100, 2, 30, 4000, 5, 0, 7, 800), strict=True)
     }
     (tmp_path / "stat").unlink()
     assert next(iter(metrics.HOST_CPU.collect())).samples == []
@@ -195,7 +189,7 @@ def test_metrics_tell_of_a_redis_that_goes_and_comes_back(
     assert httpx.get(f"{service.url}/pixel/1/2", timeout=20).status_code == 200
     assert httpx.post(f"{service.url}/pixel", json=PIXEL).status_code == 200
     assert metric(service, "pixel_redis_reconnects_total") == 0
-    assert metric(service, "pixel_read_seconds_count") == 1
+    assert metric(service, "pixel_read_seconds_count") >= 1  # clocks are compared each second
     fragile_redis.pause()
     stop = threading.Event()
 
@@ -212,7 +206,7 @@ def test_metrics_tell_of_a_redis_that_goes_and_comes_back(
         writer.join()
     fragile_redis.kill()
     assert httpx.get(f"{service.url}/pixel/1/2").status_code == 503
-    assert metric(service, 'pixel_redis_errors_total{operation="read"}') == 1
+    assert metric(service, 'pixel_redis_errors_total{operation="read"}') >= 1
     assert metric(service, 'pixel_redis_errors_total{operation="write"}') >= 1
     fragile_redis.start()
     wait_until(lambda: httpx.get(f"{service.url}/readyz").status_code == 200)
@@ -275,9 +269,64 @@ def test_a_reload_replaces_the_workers_and_fails_nobody(
     wait_until(lambda: "\npixel_workers 2.0" in httpx.get(f"{service.url}/metrics").text)
 
 
-def test_a_stop_answers_what_is_in_flight(
-    fragile_redis: RedisServer, start_service: StartService
+def test_reloads_neither_add_metrics_files_nor_reset_counters(
+    shared_redis: RedisServer, start_service: StartService
 ) -> None:
+    service = start_service(shared_redis.url)
+    httpx.get(f"{service.url}/readyz", timeout=20)
+    started = metric(service, "pixel_start_time_seconds")
+    for reload in range(1, 7):
+        wait_until(lambda: len(worker_pids(service)) == 2)
+        before = worker_pids(service)
+        for _ in range(5):
+            assert httpx.post(f"{service.url}/pixel", json=PIXEL).status_code == 200
+        assert metric(service, "pixel_writes_total") == 5 * reload
+        service.process.send_signal(signal.SIGHUP)
+        wait_until(lambda before=before: len(worker_pids(service)) == 2 and not worker_pids(service) & before)
+        assert metric(service, "pixel_writes_total") == 5 * reload
+    # Two kinds of files stay of a worker that died, four more are of one that lives.
+    files = list((service.directory / "metrics").glob("*.db"))
+    assert len(list((service.directory / "metrics").glob("counter_*.db"))) <= 2 * 2
+    assert len(files) <= 4 * 6
+    wait_until(lambda: metric(service, "pixel_workers") == 2)
+    assert metric(service, "pixel_viewers") == 0
+    assert metric(service, "pixel_start_time_seconds") == pytest.approx(started, abs=0.1)
+    assert httpx.get(f"{service.url}/fleet/self").json()["uptime_s"] > 1
+
+
+def test_a_worker_gives_the_memory_of_pictures_back(
+    redis_server: RedisServer, start_service: StartService
+) -> None:
+    service = start_service(redis_server.url, PIXEL_WORKERS="1")
+    httpx.get(f"{service.url}/readyz", timeout=20)
+
+    def resident() -> float:  # megabytes
+        [pid] = worker_pids(service)
+        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def look(part: int) -> int:
+        area = f"x={part % 5}&y={part // 5}&w=1000&h=1000"
+        return httpx.get(f"{service.url}/canvas.png?{area}&scale=2", timeout=20).status_code
+
+    before = resident()
+    with ThreadPoolExecutor(12) as pool:
+        statuses = set(pool.map(look, range(60)))
+    assert statuses <= {200, 503}
+    assert resident() < before + 80
+    # Four pictures of 3 MB stay, with their PNGs.
+    wait_until(lambda: resident() < before + 30)
+
+
+def test_head_of_a_stream_ends_at_once(service: Service) -> None:
+    answer = httpx.head(f"{service.url}/events", timeout=5)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-accel-buffering"] == "no"
+    wait_until(lambda: metric(service, "pixel_viewers") == 0)
+
+
+def test_a_stop_answers_what_is_in_flight(fragile_redis: RedisServer, start_service: StartService) -> None:
     service = start_service(fragile_redis.url, PIXEL_WORKERS="1")
     httpx.get(f"{service.url}/readyz", timeout=20)
     fragile_redis.pause()

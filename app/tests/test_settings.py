@@ -57,6 +57,17 @@ def test_a_bad_setting_is_one_line_that_names_it(name: str, value: str, hint: st
     assert hint in done.stderr
 
 
+def test_a_canvas_that_a_browser_could_not_show_is_refused() -> None:
+    size = {"PIXEL_CANVAS_WIDTH": "4096", "PIXEL_CANVAS_HEIGHT": "4096"}
+    assert run("-m", "pixel.settings", **size).returncode == 0
+    done = run("-m", "pixel.settings", **size | {"PIXEL_CANVAS_WIDTH": "4097"})
+    assert done.returncode == 78
+    assert done.stderr == (
+        "pixel: PIXEL_CANVAS_WIDTH times PIXEL_CANVAS_HEIGHT is more than 16777216 pixels, the"
+        " largest canvas\n"
+    )
+
+
 def test_gunicorn_ends_as_the_check_does() -> None:
     bad = {"PIXEL_PORT": "x", "PIXEL_WORKERS": "x"}
     done = run("-m", *GUNICORN, **bad)
@@ -99,6 +110,4 @@ def test_a_missing_fast_package_is_a_fault_not_a_slow_service(package: str) -> N
     )
     done = run("-c", code)
     assert done.returncode == 78
-    assert done.stderr == (
-        f"pixel: the package {package} is missing: install what requirements.txt lists\n"
-    )
+    assert done.stderr == (f"pixel: the package {package} is missing: install what requirements.txt lists\n")

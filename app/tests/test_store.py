@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 import redis
 import uvloop
-from conftest import RedisServer
+from conftest import APP_COMMANDS, RedisServer
 
 from pixel.canvas import TILE_BYTES, locate
+from pixel.events import Hub
 from pixel.pixel import Change, unpack
 from pixel.problems import Problem
 from pixel.resp import Connection, Server
@@ -64,9 +65,7 @@ def events(server: RedisServer) -> list[list[Change]]:
         return [list(unpack(fields[b"c"])) for _, fields in admin.xrange(EVENTS)]
 
 
-async def test_a_write_is_in_redis_when_it_is_answered(
-    store: Store, redis_server: RedisServer
-) -> None:
+async def test_a_write_is_in_redis_when_it_is_answered(store: Store, redis_server: RedisServer) -> None:
     change = Change(1023, 300, 2, 77)
     event = await store.write([change])
     assert event == await store.last_event()
@@ -88,9 +87,7 @@ async def test_writes_made_together_travel_together_in_their_order(
     assert [change for batch in batches for change in batch] == [first, *changes]
     assert len(batches) <= 3
     for x in range(7):
-        assert (
-            stored(redis_server, Change(x, 0, 0, 0)) == [c.value for c in changes if c.x == x][-1]
-        )
+        assert stored(redis_server, Change(x, 0, 0, 0)) == [c.value for c in changes if c.x == x][-1]
 
 
 async def test_a_tile_is_created_at_its_full_size(store: Store, redis_server: RedisServer) -> None:
@@ -119,9 +116,7 @@ async def test_the_event_stream_is_bounded(redis_server: RedisServer) -> None:
     assert 100 <= len(events(redis_server)) < 300
 
 
-async def test_one_broken_tile_fails_its_own_writes_only(
-    store: Store, redis_server: RedisServer
-) -> None:
+async def test_one_broken_tile_fails_its_own_writes_only(store: Store, redis_server: RedisServer) -> None:
     with redis_server.admin() as admin:
         admin.rpush(TILE_00, "no string")
     here, there = Change(0, 0, 0, 9), Change(600, 600, 0, 9)
@@ -220,9 +215,7 @@ async def test_a_restart_while_nobody_writes_costs_nobody_anything(
     assert await fragile.colour(3, 3) == (3, 0, 0)
 
 
-async def test_what_was_acknowledged_survives_a_kill(
-    fragile: Store, fragile_redis: RedisServer
-) -> None:
+async def test_what_was_acknowledged_survives_a_kill(fragile: Store, fragile_redis: RedisServer) -> None:
     acknowledged: dict[int, int] = {}
     stop = False
 
@@ -336,17 +329,60 @@ async def test_a_wrong_password_is_a_503_and_stays_secret(
     assert "correct-horse" not in caplog.text
 
 
-async def test_the_application_may_not_do_more_than_it_has_to(redis_server: RedisServer) -> None:
-    with (
-        redis.Redis(
-            unix_socket_path=str(redis_server.socket),
-            username="pixel",
-            password="correct-horse",
-            protocol=2,
-        ) as user,
-        pytest.raises(redis.exceptions.NoPermissionError),
-    ):
-        user.flushall()
+LEFT_OUT = [
+    "ACL WHOAMI", "BLPOP pixel:a 1", "CLIENT LIST", "CONFIG GET maxmemory", "COPY pixel:a pixel:b",
+    "DEL pixel:events", "DUMP pixel:events", "EVAL return 0", "FLUSHALL", "FLUSHDB",
+    "HDEL pixel:a b", "INFO", "KEYS *", "LPUSH pixel:a b", "MONITOR", "PUBLISH a b",
+    "RENAME pixel:a pixel:b",
+    "SAVE", "SCAN 0", "SETRANGE pixel:a 536870911 b", "SHUTDOWN", "SORT pixel:a",
+    "UNLINK pixel:a", "XDEL pixel:events 1-1", "XINFO GROUPS pixel:events",
+    "XTRIM pixel:events MAXLEN 0",
+]  # fmt: skip
+
+
+async def test_the_application_can_use_its_commands_and_keys_only(
+    redis_server: RedisServer,
+) -> None:
+    with redis.Redis(
+        unix_socket_path=str(redis_server.socket),
+        username="pixel",
+        password="correct-horse",
+        protocol=2,
+    ) as user:
+        for command in LEFT_OUT:
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                user.execute_command(*command.split())
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            user.get("other")
+
+
+async def test_the_application_uses_all_of_its_commands_and_no_others(
+    redis_server: RedisServer,
+) -> None:
+    with redis_server.admin() as admin:
+        admin.acl_log_reset()
+        admin.config_resetstat()
+        store = Store(redis_server.settings())
+        hub = Hub(store, "c5", "r1")
+        await store.probe()
+        event = await store.write([Change(1, 1, 0, 1), Change(300, 1, 0, 1)])
+        assert await store.colour(1, 1) == (1, 0, 0)
+        assert (await store.snapshot(["pixel:{0:0}"]))[0] == await store.last_event() == event
+        assert await store.count_viewers(3) == 3
+        await hub.prepare()
+        stream = hub.stream(EventId(0, 0))
+        for _ in range(2):
+            await anext(stream)
+        await asyncio.sleep(0.1)
+        await stream.aclose()  # type: ignore[attr-defined]
+        hub.close()
+        await asyncio.sleep(0.1)
+        store.close()
+        assert admin.acl_log() == []
+        used = {name.removeprefix("cmdstat_") for name in admin.info("commandstats")}
+    assert set(APP_COMMANDS) <= used
+    ours = {"auth", "acl|log", "client|setinfo", "config|resetstat", "info"}
+    assert used - set(APP_COMMANDS) <= ours
 
 
 def test_a_process_that_was_stopped_for_a_while_goes_on(redis_server: RedisServer) -> None:

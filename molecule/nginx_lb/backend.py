@@ -1,7 +1,8 @@
 #!/usr/bin/python3
 """A backend that says who it is and what it was sent: backend.py NAME HOST:PORT SOCKET.
 
-It echoes, but /work is done one at a time, 10 ms each, /hold takes half a second, and /live has own headers.
+It echoes, but /work is done one at a time, 10 ms each, /hold takes half a second, and /live and /events have
+headers of their own.
 """
 
 import json
@@ -69,6 +70,8 @@ class Echo(BaseHTTPRequestHandler):
         if self.path == "/live":
             self.send_header("Content-Security-Policy", "default-src 'self'")
             self.send_header("Referrer-Policy", "no-referrer")
+        if self.path == "/events":
+            self.send_header("X-Accel-Buffering", "no")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":

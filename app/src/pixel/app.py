@@ -1,6 +1,6 @@
-"""The application: ``Front`` and, behind it, FastAPI.
+"""The application: FastAPI behind ``MetricsMiddleware``.
 
-Nearly every ``POST /pixel``, the hot path, is answered before it comes here: see ``protocol``.
+Nearly every ``POST /pixel``, the hot path, is answered before it gets here: see ``protocol``.
 """
 
 import logging
@@ -22,7 +22,7 @@ from pixel import logs, metrics
 from pixel.canvas import Canvas
 from pixel.events import Hub
 from pixel.openapi import DescribedAPI
-from pixel.pictures import Gallery
+from pixel.pictures import PictureCache
 from pixel.pixel import Reader
 from pixel.problems import Problem
 from pixel.requests import State
@@ -41,15 +41,19 @@ ROUTERS: tuple[APIRouter, ...] = (
 )
 
 DISCONNECTED = 499
-"""In metrics, the status of an answer that nobody waited for."""
+"""In metrics, the status of a request whose client disconnected before the answer."""
 
-OUR_FAULT = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This is our fault, and it is logged.")
+OUR_FAULT = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This is a fault of the server; it is logged.")
 
 log = logging.getLogger(__name__)
 
 
-class Front:
-    """Answers HEAD as GET without the body, and counts every answer of FastAPI's."""
+class MetricsMiddleware:
+    """Counts FastAPI's answers, and does what HTTP asks of every GET.
+
+    HEAD is answered as GET without the body. An answer to GET that doesn't say how long it may be
+    kept must not be kept by a cache; one with an ETag must be validated each time.
+    """
 
     def __init__(self, api: ASGIApp) -> None:
         self._api = api
@@ -69,6 +73,8 @@ class Front:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if method in ("GET", "HEAD"):
+                    _limit_caching(message["headers"])
                 await send(message)
                 if method == "HEAD":
                     await send({"type": "http.response.body"})
@@ -77,7 +83,7 @@ class Front:
 
         try:
             await self._api(scope, receive, watch)
-            # Whether Redis is there is asked every other second, and the store says it once.
+            # /readyz is asked every other second; the store logs an outage of Redis once.
             if status >= HTTPStatus.INTERNAL_SERVER_ERROR and scope["path"] != "/readyz":
                 level = logging.WARNING
         except ClientDisconnect:
@@ -92,24 +98,30 @@ class Front:
 
 
 def log_fault(scope: Scope) -> None:
-    """Log the exception at hand."""
+    """Log the exception that is being handled."""
     what = (scope["method"], scope["path"])
     log.exception("%s %s failed", *what, extra={"request_id": logs.request_id(scope["headers"])})
 
 
+def _limit_caching(headers: list[tuple[bytes, bytes]]) -> None:
+    names = {name.lower() for name, _ in headers}
+    if b"cache-control" not in names:
+        headers.append((b"cache-control", b"no-cache" if b"etag" in names else b"no-store"))
+
+
 async def fault_answer(request: Request, error: Exception) -> Response:
-    """An exception that nobody expected."""
+    """The answer to an unexpected exception."""
     return OUR_FAULT.response()
 
 
 async def problem_answer(request: Request, error: Exception) -> Response:
-    """A problem that a route has raised."""
+    """The answer to a problem that a route has raised."""
     assert isinstance(error, Problem)
     return error.response(request.scope["headers"])
 
 
 async def http_answer(request: Request, error: Exception) -> Response:
-    """404 and 405 from the router; OPTIONS is what no route answers by itself."""
+    """The router's 404 and 405; OPTIONS, which no route answers itself, is answered here."""
     assert isinstance(error, HTTPException)
     if error.status_code == HTTPStatus.NOT_FOUND:
         return Problem(HTTPStatus.NOT_FOUND, "There is nothing at this path.").response()
@@ -118,12 +130,12 @@ async def http_answer(request: Request, error: Exception) -> Response:
     allow = {"Allow": ", ".join(sorted(allowed(request)))}
     if request.method == "OPTIONS":
         return Response(status_code=HTTPStatus.NO_CONTENT, headers=allow)
-    detail = f"{request.method} can't be done here."
+    detail = f"{request.method} is not allowed at this path."
     return Problem(HTTPStatus.METHOD_NOT_ALLOWED, detail, headers=allow).response()
 
 
 def allowed(request: Request) -> set[str]:
-    """The methods that some route answers at the path of a request."""
+    """The methods that the routes at the path of a request answer."""
     methods = {"OPTIONS"}
     for route in chain(request.app.routes, *(router.routes for router in ROUTERS)):
         if isinstance(route, Route | APIRoute) and route.path_regex.match(request.url.path):
@@ -134,7 +146,7 @@ def allowed(request: Request) -> set[str]:
 
 
 async def validation_answer(request: Request, error: Exception) -> Response:
-    """422 for a query parameter; a path that names no pixel names nothing, and is a 404."""
+    """422 for an invalid query parameter; an invalid path parameter is a 404."""
     assert isinstance(error, RequestValidationError)
     faults = error.errors()
     if any(fault["loc"][0] == "path" for fault in faults):
@@ -145,19 +157,20 @@ async def validation_answer(request: Request, error: Exception) -> Response:
 
 
 def create_api(settings: Settings) -> FastAPI:
-    """FastAPI's part of the application; it connects to Redis when it is started."""
+    """FastAPI's part of the application. It connects to Redis at startup."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         metrics.WORKERS.set(1)
         store = Store(settings)
-        yield {
-            "settings": settings,
-            "store": store,
-            "reader": Reader(store.canvas),
-            "gallery": Gallery(store),
-            "hub": Hub(store, settings.instance, settings.release),
-        }
+        with PictureCache(store) as pictures:
+            yield {
+                "settings": settings,
+                "store": store,
+                "reader": Reader(store.canvas),
+                "pictures": pictures,
+                "hub": Hub(store, settings.instance, settings.release),
+            }
         store.close()
 
     api = DescribedAPI(
@@ -185,7 +198,7 @@ def create_api(settings: Settings) -> FastAPI:
 
 def create_app(settings: Settings) -> ASGIApp:
     """The whole application."""
-    return Front(create_api(settings))
+    return MetricsMiddleware(create_api(settings))
 
 
 app = create_app(load())

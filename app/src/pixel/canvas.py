@@ -1,7 +1,7 @@
-"""The canvas' geometry: the one place that knows where a pixel is kept.
+"""Geometry of the canvas: where a pixel is stored.
 
-The canvas is kept in tiles of 256x256 pixels, rows from the top, three bytes (R, G, B) a pixel.
-A tile that reaches beyond the canvas' edge is as large as any other.
+The canvas is stored in tiles of 256x256 pixels, rows from the top, three bytes (R, G, B) a pixel.
+A tile at the edge of the canvas is as large as any other.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ CHANNELS = ("R", "G", "B")
 
 @cache
 def tile_key(column: int, row: int) -> str:
-    """The Redis key of a tile. The braces put each tile into a hash slot of its own."""
+    """The Redis key of a tile. Its hash tag (in braces) gives each tile its own hash slot."""
     return f"pixel:{{{column}:{row}}}"
 
 
 def locate(x: int, y: int) -> tuple[str, int]:
-    """The key of the tile that holds a pixel, and where in it the pixel's R byte is."""
+    """The key of the tile that contains a pixel, and the offset of the pixel's R byte in it."""
     return tile_key(x // TILE, y // TILE), (y % TILE * TILE + x % TILE) * 3
 
 
 class Region(NamedTuple):
-    """A rectangle of ``w`` x ``h`` pixels whose upper left one is at ``x``, ``y``."""
+    """A rectangle of ``w`` x ``h`` pixels with the upper left one at ``x``, ``y``."""
 
     x: int
     y: int
@@ -40,11 +40,11 @@ class Region(NamedTuple):
     h: int
 
     def tile_keys(self) -> list[str]:
-        """The keys of the tiles that it touches, row by row."""
+        """The keys of the tiles that the region overlaps, row by row."""
         return [tile_key(column, row) for column, row in self._tiles()]
 
     def assemble(self, tiles: Sequence[bytes | None]) -> bytes:
-        """Its pixels, row by row, from the tiles that it touches; black where there are none."""
+        """The region's pixels, row by row, from its tiles; black where a tile doesn't exist."""
         raw = bytearray(self.w * self.h * 3)
         for (column, row), tile in zip(self._tiles(), tiles, strict=True):
             if tile is None:
@@ -73,12 +73,12 @@ class Canvas:
     height: int
 
     def contains(self, x: int, y: int) -> bool:
-        """Whether there is such a pixel."""
+        """Whether a pixel is on the canvas."""
         return 0 <= x < self.width and 0 <= y < self.height
 
 
 def encode_png(raw: bytes, width: int, height: int, scale: int) -> bytes:
-    """A PNG of raw pixels, each of them drawn as a square of ``scale`` x ``scale``."""
+    """A PNG of raw pixels, each drawn as a square of ``scale`` x ``scale``."""
     image = Image.frombytes("RGB", (width, height), raw)
     if scale > 1:
         image = image.resize((width * scale, height * scale), Image.Resampling.NEAREST)

@@ -1,9 +1,9 @@
-"""Crashes of the service: they are counted, and when they don't end it backs off.
+"""Crashes of the service are counted, and frequent ones delay its restart.
 
-The unit runs ``python -m pixel.crashes`` after every end of the service. An end that nobody asked
-for is noted in the runtime directory, which systemd keeps over restarts of its own and removes
-otherwise; and the more there were within a minute, the longer systemd is kept from the next try.
-Times are in seconds since boot, which the clock's jumps don't touch.
+The unit runs ``python -m pixel.crashes`` each time the service has ended. A crash is recorded in
+the runtime directory, which systemd keeps when it restarts the service and removes when it is
+stopped. The more crashes there were within a minute, the longer the next start is delayed.
+Times are seconds since boot: they don't change when the clock is set.
 """
 
 import os
@@ -15,7 +15,7 @@ LATELY = 600.0
 
 MINUTE = 60.0
 PATIENCE = 5
-"""Crashes within a minute that are answered at once."""
+"""Crashes within a minute that don't delay the next start."""
 
 LONGEST_DELAY = 10.0
 
@@ -33,13 +33,13 @@ def _times() -> list[float]:
 
 
 def lately() -> int:
-    """How often the service has crashed in the last ten minutes."""
+    """The number of crashes in the last ten minutes."""
     now = time.monotonic()
     return sum(now - then <= LATELY for then in _times())
 
 
 def note() -> float:
-    """Note a crash; the seconds to wait before the next try."""
+    """Record a crash; returns the seconds to wait before the next start."""
     now = time.monotonic()
     times = [then for then in _times() if now - then <= LATELY] + [now]
     file = _file()

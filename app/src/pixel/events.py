@@ -1,9 +1,13 @@
-"""The way of a change to its viewers, with one reader of Redis for all that a worker has.
+"""Changes on their way to viewers; one reader of Redis serves all viewers of a worker.
 
-A viewer is told of every event after the one that it knows: first of those that Redis still has,
-then of those that the worker's reader finds. They are coalesced: a viewer hears what a cell is in
-the end, not how it came to be. To hear of events again that one knew already does no harm then,
-as long as everything up to the last of them is in the same message.
+A viewer is sent all events after the one that it knows: first from Redis, by catching up, then
+what the worker's reader finds. They are coalesced: of a channel that changed several times only
+the last value is sent. A viewer may therefore be sent events that it already knows, provided that
+one message contains everything up to the last of them.
+
+What viewers may cost a worker is bounded (see docs/security.md): changes in a message, changes
+that are replayed to one viewer, replays at a time, and the share of time for encoding. A viewer
+that would exceed a bound is sent ``resync`` and fetches the canvas, which is cheaper for all.
 """
 
 import asyncio
@@ -18,45 +22,88 @@ from pixel import metrics
 from pixel.canvas import CHANNELS
 from pixel.pixel import RECORD_BYTES, unpack
 from pixel.problems import Problem
-from pixel.store import Events, Store
+from pixel.store import EVENTS_AT_ONCE, Events, Store
 from pixel.stream import EventId
 
 PAUSE = 0.05
-"""Seconds from one message to a viewer to the next, at least."""
+"""Least seconds between two reads of the stream."""
 
 HEARTBEAT = 15.0
-"""Seconds after which a viewer hears something, even if nothing happens."""
+"""Seconds after which a quiet stream sends a comment."""
 
 STATUS = 2.0
-"""Seconds from one word on viewers and writes to the next."""
+"""Seconds between two ``status`` events."""
 
 QUEUE_MESSAGES = 20
 QUEUE_BYTES = 1024 * 1024
-"""What may wait for a slow viewer. Beyond that it is dropped, and the viewer asks Redis."""
+"""Most that waits for a slow viewer. Beyond that it is dropped, and the viewer catches up."""
 
-_LOOK = 1.0  # seconds after which the reader looks whether it still has viewers
-_RETRY = 0.5  # seconds until it asks a Redis again that didn't answer
+FRAME_CHANGES = 4096
+"""Most changes in one message: 90 kB, and 4 ms to encode."""
+
+REPLAY_CHANGES = 4 * FRAME_CHANGES
+"""Most changes that are replayed; beyond that the canvas itself is cheaper."""
+
+REPLAYS = 1
+"""Replays at the same time."""
+
+REPLAYS_WAITING = 64
+"""Most positions in the stream from which a replay is wanted at the same time."""
+
+RESYNC_PAUSE = 2.0
+"""Least seconds between two ``resync`` events that the reader sends to all viewers."""
+
+_ENCODING_SHARE = 0.25  # of a worker's time, at most, for encoding changes
+_CHECK = 1.0  # seconds after which the reader checks whether it still has viewers
+_RETRY, _LONGEST_RETRY = 0.5, 4.0  # seconds until Redis is asked again after a failure
 
 
 class _Message(NamedTuple):
-    """A server-sent event, and the event of the canvas up to which it tells."""
+    """A server-sent event, and the last event of the stream that it contains."""
 
     last: EventId
     complete: bool
     frame: bytes
 
 
-def _message(events: Events) -> _Message:
-    """What a viewer is told of events: the changes, or to fetch the canvas anew."""
-    cells = {change[:3]: change.value for record in events.records for change in unpack(record)}
+def _resync(last: EventId) -> _Message:
+    """Tells viewers to fetch the canvas; what follows comes after ``last``."""
+    return _Message(last, False, b"event: resync\nid: %b\ndata: []\n\n" % last.text())
+
+
+def _message(last: EventId, records: list[bytes]) -> _Message:
+    cells = {change[:3]: change.value for record in records for change in unpack(record)}
     changes = [(x, y, CHANNELS[channel], value) for (x, y, channel), value in cells.items()]
-    name = b"" if events.complete else b"event: resync\n"
-    frame = b"%bid: %b\ndata: %b\n\n" % (name, events.last.text(), msgspec.json.encode(changes))
-    return _Message(events.last, events.complete, frame)
+    frame = b"id: %b\ndata: %b\n\n" % (last.text(), msgspec.json.encode(changes))
+    return _Message(last, True, frame)
+
+
+async def _messages(events: Events) -> list[_Message]:
+    """Events as messages of bounded size; gives others a turn after each."""
+    if not events.complete:
+        return [_resync(events.last)]
+    messages = []
+    records: list[bytes] = []
+    size = 0
+    for event, record in events.records:
+        records.append(record)
+        size += len(record)
+        if size >= (FRAME_CHANGES - 1024) * RECORD_BYTES or event == events.last:
+            messages.append(_message(event, records))
+            records, size = [], 0
+            await asyncio.sleep(0)
+    return messages
+
+
+class _Replay(NamedTuple):
+    """Messages for viewers that catch up, and the number of changes that they were made from."""
+
+    messages: list[_Message]
+    changes: int = 0
 
 
 class _Viewer:
-    """Somebody who is told, and what waits for them."""
+    """An open stream, and the messages that wait for it."""
 
     def __init__(self, position: EventId, *, behind: bool) -> None:
         self.position = position
@@ -66,13 +113,13 @@ class _Viewer:
         self.status = b""
         self._size = 0
 
-    def tell_status(self, frame: bytes) -> None:
-        """Let the newest status wait for the viewer."""
+    def send_status(self, frame: bytes) -> None:
+        """Queue the newest status, in place of an older one."""
         self.status = frame
         self.arrival.set()
 
-    def tell(self, message: _Message) -> None:
-        """Let a message wait for the viewer."""
+    def send(self, message: _Message) -> None:
+        """Queue a message."""
         self.waiting.append(message)
         self._size += len(message.frame)
         if len(self.waiting) > QUEUE_MESSAGES or self._size > QUEUE_BYTES:
@@ -89,25 +136,27 @@ class _Viewer:
 
 
 class Hub:
-    """Reads the stream of events while there are viewers, and tells them."""
+    """Reads the event stream while there are viewers, and sends it to them."""
 
     def __init__(self, store: Store, instance: str, release: str) -> None:
         self._store = store
         self._name = {"instance": instance, "release": release}
         self._viewers: set[_Viewer] = set()
         self._reading: asyncio.Task[None] | None = None
+        self._replays: dict[EventId, asyncio.Task[_Replay | None]] = {}
+        self._replaying = asyncio.Semaphore(REPLAYS)
         self._last: EventId
         self._closed = False
 
     async def prepare(self) -> None:
-        """Find out where the stream ends, if nobody reads it. Raises a 503 ``Problem``."""
+        """Find the end of the stream, if nobody reads it yet. Raises a 503 ``Problem``."""
         if self._reading is None:
             self._last = await self._store.last_event()
 
     async def stream(self, after: EventId | None) -> AsyncIterator[bytes]:
-        """What a viewer is told who knows the canvas as it stood after an event, or from now on.
+        """The frames for a viewer that knows the canvas as of an event, or from now on.
 
-        It goes on until the viewer goes, or the worker.
+        It ends when the viewer disconnects or the worker stops.
         """
         viewer = _Viewer(after or self._last, behind=after is not None)
         self._viewers.add(viewer)
@@ -117,7 +166,7 @@ class Hub:
             yield b"retry: 1000\nid: %b\ndata: []\n\n" % viewer.position.text()
             while not self._closed:
                 if viewer.behind:
-                    # What is read from now on reaches the queue, what came before is in Redis.
+                    # What the reader finds from now on is queued; what came before is in Redis.
                     viewer.behind = False
                     async for frame in self._catch_up(viewer, self._last):
                         yield frame
@@ -136,31 +185,74 @@ class Hub:
             self._viewers.discard(viewer)
 
     def close(self) -> None:
-        """End all streams, so that their viewers find another worker."""
+        """End all streams, so that their viewers connect to another worker."""
         self._closed = True
         if self._reading:
             self._reading.cancel()
+        for task in self._replays.values():
+            task.cancel()
         for viewer in self._viewers:
             viewer.arrival.set()
 
     async def _catch_up(self, viewer: _Viewer, last: EventId) -> AsyncIterator[bytes]:
-        """What a viewer has to hear until it knows of an event that is the last, or later."""
+        """The frames that a viewer needs until it knows ``last`` or a later event."""
+        retry = _RETRY
+        replayed = 0
         while not self._closed:
             try:
-                events = await self._store.events(viewer.position)
-            except Problem:
-                await asyncio.sleep(_RETRY)
+                replay = await self._replay(viewer.position)
+            except asyncio.CancelledError:
+                if self._closed:
+                    return
+                raise
+            if replay is None:
+                yield b":\n\n"
+                await asyncio.sleep(retry)
+                retry = min(2 * retry, _LONGEST_RETRY)
                 continue
-            if events.complete and not events.records:
+            messages = replay.messages
+            replayed += replay.changes
+            if replayed > REPLAY_CHANGES:
+                messages = [_resync(max(last, viewer.position))]
+            for message in messages:
+                viewer.position = message.last
+                yield message.frame
+            if not messages or viewer.position >= last:
                 return
-            viewer.position = events.last
-            yield _message(events).frame
             await asyncio.sleep(PAUSE)
-            if viewer.position >= last:
-                return
+
+    async def _replay(self, after: EventId) -> _Replay | None:
+        """What comes next after an event, from Redis; None if Redis can't be read.
+
+        Viewers at the same position share one replay.
+        """
+        task = self._replays.get(after)
+        if task is None:
+            if len(self._replays) >= REPLAYS_WAITING:
+                return _Replay([_resync(max(self._last, after))])
+            task = self._replays[after] = asyncio.create_task(self._read_replay(after))
+            task.add_done_callback(lambda _: self._replays.pop(after))
+        return await asyncio.shield(task)
+
+    async def _read_replay(self, after: EventId) -> _Replay | None:
+        await self._replaying.acquire()
+        loop = asyncio.get_running_loop()
+        pause = 0.0
+        try:
+            events = await self._store.events(after, replay=True)
+            if events.changes > REPLAY_CHANGES:
+                return _Replay([_resync(max(self._last, events.last))])
+            started = loop.time()
+            messages = await _messages(events)
+            pause = _pause(loop.time() - started)
+        except Problem:
+            return None
+        finally:
+            loop.call_later(pause, self._replaying.release)
+        return _Replay(messages, events.changes)
 
     async def _wait(self, viewer: _Viewer) -> bool:
-        """Whether something has come for the viewer before a heartbeat is due."""
+        """Whether something arrives for the viewer before a heartbeat is due."""
         viewer.arrival.clear()
         try:
             async with asyncio.timeout(HEARTBEAT):
@@ -177,31 +269,44 @@ class Hub:
                     status = await self._status(writes / seconds)
                     writes, since = 0, loop.time()
                     for viewer in self._viewers:
-                        viewer.tell_status(status)
+                        viewer.send_status(status)
                     await asyncio.sleep(PAUSE)
                     continue
                 try:
-                    await self._store.wait_for_event(self._last, _LOOK)
+                    await self._store.wait_for_event(self._last, _CHECK)
                     events = await self._store.events(self._last)
+                    writes += events.changes
+                    if events.changes > REPLAY_CHANGES:
+                        events = Events(await self._store.last_event(), [], complete=False)
                 except Problem:
                     await asyncio.sleep(_RETRY)
                     continue
                 if events.records or not events.complete:
-                    self._last = events.last
-                    writes += sum(map(len, events.records)) // RECORD_BYTES
-                    message = _message(events)
-                    for viewer in self._viewers:
-                        viewer.tell(message)
-                    await asyncio.sleep(PAUSE)
+                    await asyncio.sleep(await self._send(events))
         finally:
             self._reading = None
             with contextlib.suppress(Problem):
                 await self._store.count_viewers(0)
 
-    async def _status(self, rate: float) -> bytes:
-        """Viewers and writes a second, of the whole fleet, and who says so.
+    async def _send(self, events: Events) -> float:
+        """Queue events for all viewers; returns for how many seconds to pause."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        messages = await _messages(events)
+        self._last = events.last
+        for message in messages:
+            for viewer in self._viewers:
+                viewer.send(message)
+        if not events.complete:
+            return RESYNC_PAUSE
+        pause = _pause(loop.time() - started)
+        # After a full reply there is more to read.
+        return pause if len(events.records) == EVENTS_AT_ONCE else max(pause, PAUSE)
 
-        The figures are unknown while Redis can't be asked.
+    async def _status(self, rate: float) -> bytes:
+        """A ``status`` event: viewers and writes per second of the fleet, and who reports them.
+
+        The figures are null while Redis can't be asked.
         """
         status: dict[str, float | None]
         try:
@@ -210,3 +315,8 @@ class Hub:
         except Problem:
             status = {"viewers": None, "writes": None}
         return b"event: status\ndata: %b\n\n" % msgspec.json.encode(status | self._name)
+
+
+def _pause(spent: float) -> float:
+    """The pause after encoding for some seconds that keeps it to its share of the time."""
+    return min(spent * (1 / _ENCODING_SHARE - 1), 1.0)

@@ -1,14 +1,16 @@
 """Gunicorn's configuration: ``gunicorn --config python:pixel.gunicorn_conf pixel.app:app``.
 
-Sockets that systemd passes take the place of ``bind``.
+Sockets that systemd passes replace ``bind``.
 """
 
 import asyncio
+import ctypes
 import gc
 import os
 import shutil
 import socket
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,30 +22,33 @@ from pixel.settings import load, refuse
 
 settings = load()
 
-# Uvicorn itself would fall back to slower ones without a word.
+# Without them, Uvicorn would silently use slower ones.
 for package in ("uvloop", "httptools"):
     if find_spec(package) is None:
         refuse(f"the package {package} is missing: install what requirements.txt lists")
 
-# Where the workers' metrics meet has to be known before anything imports prometheus_client. A
-# service is given its own directory.
+# The directory for the workers' metrics must be known before prometheus_client is imported. The
+# unit sets it.
 own_metrics = ""
 if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
     own_metrics = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="pixel-metrics-")
+
+# Workers compute the service's uptime from it; the clock that it is from is never set.
+os.environ.setdefault("SERVICE_STARTED", str(time.monotonic()))
 
 from prometheus_client import multiprocess  # noqa: E402
 from uvicorn.server import Server  # noqa: E402
 from uvicorn_worker import UvicornWorker  # noqa: E402
 
 LAST_REQUESTS = 0.2
-"""Seconds for which a worker on its way out still listens to the connections it has."""
+"""Seconds for which a worker that stops still accepts requests on open connections."""
 
 
 class GracefulServer(Server):
-    """Uvicorn, which on its way out cuts nobody short.
+    """Uvicorn with a shutdown that breaks off no request.
 
-    It ends the streams, which would never end by themselves, and gives those who have just
-    connected the time to ask; Uvicorn itself hangs up on whoever has not asked yet.
+    It ends the event streams, which would not end by themselves, and waits for the first request
+    of clients that have just connected; Uvicorn would close such connections at once.
     """
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -55,7 +60,7 @@ class GracefulServer(Server):
 
 
 class Worker(UvicornWorker):  # type: ignore[misc]
-    """Uvicorn on uvloop and httptools, with nothing on the way of a request that isn't used."""
+    """Uvicorn on uvloop and httptools, without the layers that this service doesn't use."""
 
     CONFIG_KWARGS = {  # noqa: RUF012 - declared so by the base class
         "loop": "uvloop",
@@ -65,9 +70,9 @@ class Worker(UvicornWorker):  # type: ignore[misc]
         "access_log": False,
         "proxy_headers": False,
         "server_header": False,
-        # On every answer, also on those that Uvicorn gives by itself.
+        # On every answer, including those that Uvicorn itself gives.
         "headers": [("X-Pixel-Instance", settings.instance)],
-        # A second before the master loses patience and kills.
+        # A second before the master kills the worker.
         "timeout_graceful_shutdown": settings.graceful_timeout - 1,
     }
 
@@ -85,23 +90,43 @@ graceful_timeout = settings.graceful_timeout
 logconfig_dict = logs.config(settings)
 proc_name = "pixel"
 control_socket_disable = True
-# The workers' signs of life are writes to a file, which must not wait for a busy disk.
-# S108 warns of names that others could guess: Gunicorn makes up an own one, and unlinks it at once.
+# Workers report that they are alive by touching a file, which must not wait for a busy disk.
+# S108 warns of guessable names: Gunicorn generates one, and unlinks it at once.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 
 
+_M_MMAP_THRESHOLD = -3
+_LARGE = 256 * 1024
+
+
+def pre_fork(server: Arbiter, worker: GunicornWorker) -> None:
+    """Give a new worker the lowest free slot for its metrics."""
+    used = {other.metrics_slot for other in server.WORKERS.values()}
+    worker.metrics_slot = min(set(range(len(used) + 1)) - used)
+
+
+def post_fork(server: Arbiter, worker: GunicornWorker) -> None:
+    """Pass the slot on to ``metrics``, which is imported later."""
+    os.environ["METRICS_SLOT"] = str(worker.metrics_slot)
+
+
 def post_worker_init(worker: GunicornWorker) -> None:
-    """Spare the collector what stays until the end: the modules and the application."""
+    """Set up the worker's memory."""
+    # What stays until the end, modules and the application, isn't collected.
     gc.collect()
     gc.freeze()
+    # Large buffers (pictures, batches) are mapped, so that the kernel gets them back when they are
+    # freed. By default glibc raises this threshold up to 32 MB as a process uses such buffers.
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def child_exit(server: Arbiter, worker: GunicornWorker) -> None:
-    """Take a dead worker's gauges out of the sums."""
-    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+    """Remove a dead worker's gauges from the sums."""
+    multiprocess.mark_process_dead(worker.metrics_slot)  # type: ignore[no-untyped-call]
 
 
 def on_exit(server: Arbiter) -> None:
-    """Remove what isn't the service manager's to remove."""
+    """Remove the metrics if the service manager doesn't."""
     if own_metrics:
-        shutil.rmtree(own_metrics, ignore_errors=True)  # the end is no time to fail
+        shutil.rmtree(own_metrics, ignore_errors=True)  # an error must not fail the shutdown

@@ -1,4 +1,4 @@
-"""Questions to Redis: a connection that is opened when it is needed, and again after a loss."""
+"""Links to Redis for questions: each is one connection, opened when needed and after a loss."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Health:
-    """Logs when something begins to fail and when it works again, and nothing in between."""
+    """Logs when an operation begins to fail and when it works again, and nothing in between."""
 
     def __init__(self, operation: str) -> None:
         self._what = {"read": "reading from Redis", "write": "writing to Redis"}[operation]
@@ -21,45 +21,60 @@ class Health:
         self._errors = metrics.REDIS_ERRORS.labels(operation)
 
     def fails(self, reason: object) -> None:
-        """It has failed."""
+        """Record a failure."""
         self._errors.inc()
         if not self._failing:
             log.warning("%s fails: %s", self._what, str(reason) or "no answer")
         self._failing = True
 
     def works(self) -> None:
-        """It has worked."""
+        """Record a success."""
         if self._failing:
             log.info("%s works again", self._what)
         self._failing = False
 
 
+class _Connection(Connection):
+    """A connection that knows when it has last received something."""
+
+    received = 0.0
+
+    def data_received(self, data: bytes) -> None:
+        self.received = perf_counter()
+        super().data_received(data)
+
+
 class Link:
-    """A connection for questions, opened when there is one, and anew after it was lost."""
+    """A connection for questions: opened at the first one, and again after it was lost."""
 
     def __init__(self, server: Server, timeout: float) -> None:
         self._server = server
         self._timeout = timeout
         self._health = Health("read")
-        self._connection: Connection | None = None
+        self._connection: _Connection | None = None
         self._opening = asyncio.Lock()
         self._closed = False
 
-    async def ask(self, *commands: Command, patience: float = 0) -> list[Any]:
-        """The replies; ``patience`` is for commands that wait by themselves, in seconds.
+    async def ask(self, *commands: Command, blocking: float = 0) -> list[Any]:
+        """The replies to some commands.
 
-        Raises a 503 ``Problem`` if Redis doesn't answer all of it in time.
+        Args:
+            commands: they are sent together, and answered in their order.
+            blocking: for how many seconds the commands may block by themselves.
+
+        Raises a 503 ``Problem`` if Redis doesn't answer all of them in time.
         """
+        started = perf_counter()
         try:
-            async with asyncio.timeout(self._timeout + patience):
+            async with asyncio.timeout(self._timeout + blocking):
                 connection = await self._connected()
                 started = perf_counter()
                 replies: list[Any] = await connection.execute(commands)
         except (OSError, ReplyError) as error:
-            self._drop()
+            self._drop(started, error)
             self._health.fails(error)
             raise Problem.unavailable("Redis can't be read.") from error
-        if not patience:
+        if not blocking:
             metrics.READ_SECONDS.observe(perf_counter() - started)
         for reply in replies:
             if isinstance(reply, ReplyError):
@@ -74,20 +89,27 @@ class Link:
         return list(results)
 
     def close(self) -> None:
-        """Let go of the connection, for good."""
+        """Close the connection for good."""
         self._closed = True
-        self._drop()
-
-    def _drop(self) -> None:
         if self._connection:
             self._connection.close()
+
+    def _drop(self, started: float, error: Exception) -> None:
+        """Close a connection that failed.
+
+        A question that timed out behind the large replies to others leaves the connection to
+        them: as long as something arrives, it works. The late reply is discarded.
+        """
+        connection = self._connection
+        if connection and not (isinstance(error, TimeoutError) and connection.received > started):
+            connection.close()
 
     async def _connected(self) -> Connection:
         if self._closed:
             raise ConnectionError("closed")
         async with self._opening:
             if self._connection is None or self._connection.closed:
-                anew = self._connection is not None
-                self._connection = await Connection.open(self._server)
-                metrics.RECONNECTS.inc(anew)
+                reconnecting = self._connection is not None
+                self._connection = await _Connection.open(self._server)
+                metrics.RECONNECTS.inc(reconnecting)
             return self._connection

@@ -1,11 +1,15 @@
 """Prometheus metrics, summed over the workers of an instance.
 
-The workers meet in the files under ``PROMETHEUS_MULTIPROC_DIR``, which has to be set before this
-is imported, and empty when the service starts; without it a process counts for itself alone.
+Workers share files under ``PROMETHEUS_MULTIPROC_DIR``, which must be set before this module is
+imported, and empty when the service starts; without it a process counts for itself alone. A file
+belongs to a worker's slot (``METRICS_SLOT``, see ``gunicorn_conf``), not to its process: the next
+worker in the slot continues its counters. So there are only as many files as there were workers at
+the same time, however often the service is reloaded, and no counter falls.
 """
 
 import asyncio
 import os
+import time
 from bisect import bisect_left
 from collections import Counter as Counts
 from collections.abc import Iterator
@@ -26,29 +30,30 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-    # A worker imports this after the fork: it need not ask for its process id at every count,
-    # which would be three system calls a request.
-    values.ValueClass = values.MultiProcessValue(partial(int, os.getpid()))  # type: ignore[no-untyped-call]
+    # prometheus_client would use the process ID, and ask for it at every count.
+    slot = int(os.environ.get("METRICS_SLOT", os.getpid()))
+    values.ValueClass = values.MultiProcessValue(partial(int, slot))  # type: ignore[no-untyped-call]
+
+_STARTED = float(os.environ.get("SERVICE_STARTED", time.monotonic()))
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _METHODS = {"GET", "HEAD", "OPTIONS", "POST", "PUT"}
 
 WORKERS = Gauge("pixel_workers", "Workers alive.", multiprocess_mode="livesum")
-STARTED = Gauge(
-    "pixel_start_time_seconds", "When the first worker started.", multiprocess_mode="min"
-)
-STARTED.set_to_current_time()
+STARTED = Gauge("pixel_start_time_seconds", "When the service started.", multiprocess_mode="min")
+STARTED.set(time.time() - (time.monotonic() - _STARTED))
 REQUEST_SECONDS = Histogram(
     "pixel_request_seconds",
-    "Time to the end of the answer; its count is the number of answers.",
+    "Time to the end of the answer; the count is the number of answers.",
     ["method", "route", "status"],
     buckets=_SECONDS,
 )
-VIEWERS = Gauge("pixel_viewers", "Open streams of events.", multiprocess_mode="livesum")
+VIEWERS = Gauge("pixel_viewers", "Open event streams.", multiprocess_mode="livesum")
+VIEWERS.set(0)
 WRITES = Counter("pixel_writes", "Channel writes that Redis has acknowledged.")
 BATCH_WRITES = Histogram(
     "pixel_batch_writes",
-    "Channel writes that went to Redis together; none is a readiness probe.",
+    "Channel writes that went to Redis together; 0 is a readiness probe.",
     buckets=(0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000),
 )
 QUEUED_WRITES = Gauge(
@@ -56,40 +61,34 @@ QUEUED_WRITES = Gauge(
     "Channel writes that Redis has not acknowledged yet, up to a second ago.",
     multiprocess_mode="livesum",
 )
-LATE_WRITES = Counter(
-    "pixel_late_writes", "Writes that were refused because they came too late to begin."
-)
+LATE_WRITES = Counter("pixel_late_writes", "Writes that were refused because they came too late to begin.")
 LAPSED_LEASES = Counter(
     "pixel_lapsed_leases", "Transactions that Redis did not execute because they came too late."
 )
-COMMIT_SECONDS = Histogram(
-    "pixel_commit_seconds", "Time until Redis acknowledged a batch.", buckets=_SECONDS
-)
-READ_SECONDS = Histogram(
-    "pixel_read_seconds", "Time until Redis answered a question.", buckets=_SECONDS
-)
-REDIS_ERRORS = Counter(
-    "pixel_redis_errors", "Times that Redis didn't do what it was asked for.", ["operation"]
-)
+COMMIT_SECONDS = Histogram("pixel_commit_seconds", "Time until Redis acknowledged a batch.", buckets=_SECONDS)
+READ_SECONDS = Histogram("pixel_read_seconds", "Time until Redis answered a read.", buckets=_SECONDS)
+REDIS_ERRORS = Counter("pixel_redis_errors", "Operations that Redis refused or didn't answer.", ["operation"])
 RECONNECTS = Counter("pixel_redis_reconnects", "Connections to Redis opened after one was lost.")
 
 _CPU_MODES = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
 
 
 class HostCpu(Collector):
-    """What the host's processors did, steal included, which is what a balancer has to know.
+    """CPU time of the host by mode, steal included: balancers adapt their weights to it.
 
-    ``HOST_PROC`` is where the host's ``/proc`` is, for a sandbox may show another one.
+    ``HOST_PROC`` is the host's ``/proc``; in a sandbox, ``/proc`` may be another one.
     """
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         path = Path(os.environ.get("HOST_PROC", "/proc"), "stat")
         family = CounterMetricFamily(
-            "pixel_host_cpu_seconds", "Time of all processors of the host.", labels=["mode"]
+            "pixel_host_cpu_seconds",
+            "CPU time of the host, all processors together.",
+            labels=["mode"],
         )
         try:
             ticks = path.read_text().split("\n", 1)[0].split()[1:]
-        except OSError:  # Not everybody may read it, and it isn't worth more than its absence.
+        except OSError:  # It may be unreadable in a sandbox; the other metrics still count.
             ticks = []
         for mode, count in zip(_CPU_MODES, ticks, strict=False):
             family.add_metric([mode], int(count) / os.sysconf("SC_CLK_TCK"))
@@ -101,10 +100,10 @@ PROCESS.register(HOST_CPU)
 
 
 class _Answers:
-    """Answers of one kind, counted together at the loop's next turn.
+    """Answers with the same labels, counted together at the loop's next turn.
 
-    Counted one by one they would be a twentieth of all that a write costs, as each is written to
-    two places of a mapped file; but a histogram has no public method for many.
+    To count each on its own, in two places of a mapped file, would be a twentieth of a write's
+    cost. A histogram has no public method for many observations.
     """
 
     def __init__(self, method: str, route: str, status: int) -> None:
@@ -112,7 +111,7 @@ class _Answers:
         self._seconds: list[float] = []
 
     def add(self, seconds: float) -> None:
-        """Count one, given inside the event loop."""
+        """Count one; must be called inside the event loop."""
         if not self._seconds:
             asyncio.get_running_loop().call_soon(self._count)
         self._seconds.append(seconds)
@@ -129,20 +128,25 @@ _answers = cache(_Answers)
 
 
 def observe(method: str, route: str, status: int, seconds: float) -> None:
-    """Count an answer. ``route`` is a template, or empty if there is none."""
+    """Count an answer. ``route`` is a path template, or empty if no route matched."""
     _answers(method if method in _METHODS else "other", route, status).add(seconds)
 
 
 def exposition() -> bytes:
-    """The metrics of all workers of this instance, in Prometheus' text format."""
+    """The metrics of all workers of this instance, in the text format of Prometheus."""
     return generate_latest(_registry())
 
 
 def totals() -> dict[str, float]:
-    """What an instance tells the others, by name of the metric."""
+    """The metrics that an instance reports to the others, by name."""
     registry = _registry()
-    names = ("pixel_start_time_seconds", "pixel_workers", "pixel_viewers", "pixel_writes_total")
+    names = ("pixel_workers", "pixel_viewers", "pixel_writes_total")
     return {name: registry.get_sample_value(name) or 0.0 for name in names}
+
+
+def uptime() -> float:
+    """Seconds since the service started, by a clock that is never set."""
+    return time.monotonic() - _STARTED
 
 
 def _registry() -> CollectorRegistry:

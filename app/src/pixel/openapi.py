@@ -1,4 +1,4 @@
-"""The description of the API, from the very types that bodies are read and answered with."""
+"""The OpenAPI description, from the types that bodies are read and written with."""
 
 from http import HTTPStatus
 from typing import Any
@@ -38,29 +38,32 @@ _DETAILS = {
     413: "The body is larger than 1024 bytes.",
     415: "The body must be sent as application/json.",
     422: "value must be an integer from 0 to 255.",
-    502: "1 of 2 instances have not answered as they should.",
+    502: "1 of 2 instances have failed or are late.",
     503: "Redis can't be reached; nothing was written.",
-    504: "1 of 2 instances have not answered as they should.",
+    504: "1 of 2 instances have failed or are late.",
 }
 
-# The types that routes have named so far.
+# The types that routes have named.
 _described: list[Any] = []
 
 _EVENT_HEADER = {
-    "description": "Whoever has heard up to this event has heard of these changes.",
+    "description": "Stream event that contains these changes.",
     "schema": {"type": "string"},
 }
 
 _INSTANCE_HEADER = {
-    "description": "The instance that has answered.",
+    "description": "The instance that answered.",
     "schema": {"type": "string"},
 }
 
 
 def answer(kind: Any, example: Any, *, event: bool = False) -> dict[int | str, dict[str, Any]]:
-    """The 200 of a route that answers with JSON of a kind: a msgspec type.
+    """The 200 of a route that answers with JSON.
 
-    ``event`` says that the answer names the event that tells of what it wrote.
+    Args:
+        kind: the msgspec type of the answer.
+        example: one such answer.
+        event: whether the answer has the header ``X-Pixel-Event``.
     """
     content = {"application/json": {"schema": _schema(kind), "example": example}}
     headers = {"X-Pixel-Event": _EVENT_HEADER} if event else {}
@@ -68,13 +71,13 @@ def answer(kind: Any, example: Any, *, event: bool = False) -> dict[int | str, d
 
 
 def body(kind: Any, example: Any) -> dict[str, Any]:
-    """The body that a route reads, as its ``openapi_extra``."""
+    """The body of a route, for its ``openapi_extra``."""
     content = {"application/json": {"schema": _schema(kind), "example": example}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The problems that a route may answer with."""
+    """The problems that a route can answer with."""
     return {status: _problem(HTTPStatus(status)) for status in statuses}
 
 
@@ -109,7 +112,7 @@ def _schema(kind: Any) -> Any:
 
 
 class DescribedAPI(FastAPI):
-    """FastAPI, with a description that also knows our types and the canvas' size."""
+    """FastAPI with our types, and the size of the canvas, in its description."""
 
     def __init__(self, canvas: Canvas, **options: Any) -> None:
         super().__init__(**options)
@@ -121,11 +124,11 @@ class DescribedAPI(FastAPI):
         }
 
     def openapi(self) -> dict[str, Any]:
-        """The description; made when it is first asked for."""
+        """The description; made at its first use."""
         if self.openapi_schema is None:
             schema = super().openapi()
             _, components = msgspec.json.schema_components(_described, ref_template=_REF)
-            # They take the place of FastAPI's own, which no answer has.
+            # In place of FastAPI's own schemas, which no answer has.
             schema["components"] = {"schemas": components | {"Problem": _PROBLEM}}
             for path in schema["paths"].values():
                 for operation in path.values():
@@ -141,6 +144,6 @@ class DescribedAPI(FastAPI):
                 parameter["schema"]["maximum"] = self._most[parameter["name"]]
         responses = operation["responses"]
         if "application/json" in responses.get("422", {}).get("content", {}):
-            del responses["422"]  # FastAPI's own, which is never given
+            del responses["422"]  # FastAPI's own, which no route answers with
         for response in responses.values():
             response.setdefault("headers", {})["X-Pixel-Instance"] = _INSTANCE_HEADER

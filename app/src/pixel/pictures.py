@@ -1,22 +1,49 @@
-"""Pictures of the canvas, each read and encoded once, however many ask for it."""
+"""Pictures of the canvas: each is read and encoded once, however many clients ask for it.
+
+What pictures may cost a worker is bounded (see docs/security.md): one thread encodes them, few are
+made at a time, and their bytes are counted until they are sent. What is beyond a bound is refused
+with 503 at once. The whole canvas, which every page loads, is always kept, and never waits for a
+slot.
+"""
 
 import asyncio
+import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import blake2b
+from http import HTTPStatus
+from typing import Self
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from pixel.canvas import Region, encode_png
+from pixel.problems import Problem
 from pixel.store import Store
 from pixel.stream import EventId
 
 KEPT_PICTURES = 4
 KEPT_BYTES = 32 * 1024 * 1024
-"""What a worker keeps of the pictures that it was asked for last."""
+"""Most pictures, and bytes of them, that a worker keeps for the next request."""
+
+MAKING = 4
+"""Most pictures of parts of the canvas that are read or encoded at the same time."""
+
+HELD_BYTES = 64 * 1024 * 1024
+"""Most bytes of pictures that are kept or being sent; three times the canvas if that is more."""
+
+CHUNK_BYTES = 256 * 1024
+STALL_SECONDS = 20.0
+"""A client that doesn't take the next chunk of a picture within this time is disconnected."""
 
 
 class Picture:
-    """A region of the canvas as it stood after an event; ``raw`` is three bytes (R, G, B) a pixel.
+    """A region of the canvas as of an event; ``raw`` has three bytes (R, G, B) per pixel.
 
-    ``digest`` stands for the pixels: it changes if and only if they do.
+    ``digest`` identifies the pixels: it changes if and only if they do.
     """
 
     def __init__(self, region: Region, event: EventId, raw: bytes, digest: str) -> None:
@@ -24,19 +51,42 @@ class Picture:
         self.event = event
         self.raw = raw
         self.digest = digest
-        self._pngs: dict[int, asyncio.Task[bytes]] = {}
+        self.pngs: dict[int, asyncio.Future[bytes]] = {}
 
-    async def png(self, scale: int) -> bytes:
-        """As a PNG, each pixel a square of ``scale`` x ``scale``."""
-        if scale not in self._pngs:
-            work = asyncio.to_thread(encode_png, self.raw, self.region.w, self.region.h, scale)
-            self._pngs[scale] = asyncio.create_task(work)
-        # Whoever goes away takes nobody else's picture along.
-        return await asyncio.shield(self._pngs[scale])
+    @property
+    def size(self) -> int:
+        """Bytes that it holds in memory."""
+        pngs = [png.result() for png in self.pngs.values() if png.done() and not png.exception()]
+        return len(self.raw) + sum(map(len, pngs))
+
+
+class PictureResponse(Response):
+    """A 200 that sends a picture in chunks, and counts as held until the client has them all.
+
+    Args:
+        picture: what is sent, as raw bytes or, if ``content`` is a PNG of it, as that.
+    """
+
+    def __init__(self, picture: Picture, content: bytes, headers: dict[str, str], kind: str) -> None:
+        super().__init__(content, headers=headers, media_type=kind)
+        self._picture = picture
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head = {"type": "http.response.start", "status": HTTPStatus.OK, "headers": self.raw_headers}
+        await send(head)
+        body = memoryview(self.body)
+        for start in range(0, len(body), CHUNK_BYTES):
+            end = start + CHUNK_BYTES
+            chunk = {"body": bytes(body[start:end]), "more_body": end < len(body)}
+            try:
+                async with asyncio.timeout(STALL_SECONDS):
+                    await send({"type": "http.response.body", **chunk})
+            except TimeoutError:
+                raise ClientDisconnect from None
 
 
 class _Frame:
-    """Where the newest picture of a region hangs."""
+    """The newest picture of a region."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
@@ -44,42 +94,104 @@ class _Frame:
         self.picture: Picture | None = None
 
 
-class Gallery:
+class PictureCache:
     """The pictures that this worker was asked for last."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._whole = Region(0, 0, store.canvas.width, store.canvas.height)
+        self._limit = max(HELD_BYTES, 3 * 3 * self._whole.w * self._whole.h)
         self._frames: OrderedDict[Region, _Frame] = OrderedDict()
+        self._held: weakref.WeakSet[Picture] = weakref.WeakSet()
+        self._making = 0
+        # A pool of its own: what is small must not wait for a picture.
+        self._pool = ThreadPoolExecutor(1, "pictures")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     async def picture(self, region: Region) -> Picture:
-        """The region as it stands now. Raises a 503 ``Problem``."""
+        """The region as it is now. Raises a 503 ``Problem``."""
         asked = asyncio.get_running_loop().time()
         frame = self._frames.setdefault(region, _Frame())
         self._frames.move_to_end(region)
-        async with frame.lock:
-            # What somebody else began to look at after we had asked is new enough.
-            if frame.picture is None or frame.checked < asked:
-                checked = asyncio.get_running_loop().time()
-                frame.picture = await self._look(region, frame.picture)
-                frame.checked = checked
-                self._forget()
-            return frame.picture
+        try:
+            async with frame.lock:
+                # A check that began after this request is recent enough for it.
+                if frame.picture is None or frame.checked < asked:
+                    checked = asyncio.get_running_loop().time()
+                    with self._slot(region):
+                        frame.picture = await self._refresh(region, frame.picture)
+                    frame.checked = checked
+                return frame.picture
+        finally:
+            # Refused or failed: it must not displace a picture.
+            unmade = frame.picture is None and not frame.lock.locked()
+            if unmade and self._frames.get(region) is frame:
+                del self._frames[region]
+            self._evict()
 
-    async def _look(self, region: Region, known: Picture | None) -> Picture:
+    async def png(self, picture: Picture, scale: int) -> bytes:
+        """A picture as a PNG, each pixel a square of ``scale`` x ``scale``.
+
+        Raises a 503 ``Problem``.
+        """
+        if scale not in picture.pngs:
+            picture.pngs[scale] = asyncio.ensure_future(self._encode(picture, scale))
+            picture.pngs[scale].add_done_callback(lambda _: self._forget_failure(picture, scale))
+        # A client that disconnects must not cancel the picture of the others.
+        return await asyncio.shield(picture.pngs[scale])
+
+    async def _encode(self, picture: Picture, scale: int) -> bytes:
+        region = picture.region
+        with self._slot(region):
+            return await asyncio.get_running_loop().run_in_executor(
+                self._pool, encode_png, picture.raw, region.w, region.h, scale
+            )
+
+    def _forget_failure(self, picture: Picture, scale: int) -> None:
+        if picture.pngs[scale].cancelled() or picture.pngs[scale].exception():
+            del picture.pngs[scale]
+
+    @contextmanager
+    def _slot(self, region: Region) -> Iterator[None]:
+        if sum(picture.size for picture in self._held) > self._limit:
+            raise Problem.unavailable("Too many pictures are being sent.")
+        if region == self._whole:
+            yield
+            return
+        if self._making >= MAKING:
+            raise Problem.unavailable("Too many pictures are being made.")
+        self._making += 1
+        try:
+            yield
+        finally:
+            self._making -= 1
+
+    async def _refresh(self, region: Region, known: Picture | None) -> Picture:
         if known and known.event == await self._store.last_event():
             return known
         event, tiles = await self._store.snapshot(region.tile_keys())
-        raw, digest = await asyncio.to_thread(_assemble, region, tiles)
+        raw, digest = await asyncio.get_running_loop().run_in_executor(self._pool, _assemble, region, tiles)
         if known and known.digest == digest:
             known.event = event
             return known
-        return Picture(region, event, raw, digest)
+        picture = Picture(region, event, raw, digest)
+        self._held.add(picture)
+        return picture
 
-    def _forget(self) -> None:
-        kept = sum(len(frame.picture.raw) for frame in self._frames.values() if frame.picture)
-        while len(self._frames) > KEPT_PICTURES or (len(self._frames) > 1 and kept > KEPT_BYTES):
-            _, frame = self._frames.popitem(last=False)
-            kept -= len(frame.picture.raw) if frame.picture else 0
+    def _evict(self) -> None:
+        """Drop the pictures that were asked for longest ago, but for the whole canvas."""
+        kept = sum(frame.picture.size for frame in self._frames.values() if frame.picture)
+        for region, frame in list(self._frames.items())[:-1]:
+            if len(self._frames) <= KEPT_PICTURES and kept <= KEPT_BYTES:
+                return
+            if region != self._whole and not frame.lock.locked():
+                kept -= frame.picture.size if frame.picture else 0
+                del self._frames[region]
 
 
 def _assemble(region: Region, tiles: list[bytes | None]) -> tuple[bytes, str]:

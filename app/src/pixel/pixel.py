@@ -1,6 +1,7 @@
-"""What a pixel is: its JSON and the validation of it, and the record of its change."""
+"""Pixels: their JSON, its validation, and the binary record of a change."""
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
@@ -29,8 +30,8 @@ class Change(NamedTuple):
 _INDEX: dict[Channel, int] = {"R": 0, "G": 1, "B": 2}
 
 
-class Pixel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One channel of a pixel, as ``POST /pixel`` takes it and says it back."""
+class Pixel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """One channel of a pixel: the body of ``POST /pixel``, repeated in its answer."""
 
     x: Coordinate
     y: Coordinate
@@ -38,7 +39,7 @@ class Pixel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     value: Value
 
     def change(self) -> Change:
-        """The change that it asks for."""
+        """The change that this request makes."""
         return Change(self.x, self.y, _INDEX[self.channel], self.value)
 
 
@@ -50,7 +51,7 @@ class Received(msgspec.Struct, frozen=True):
 
 
 class Colour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A pixel's three channels, as ``PUT /pixel/{x}/{y}`` takes them."""
+    """The three channels of a pixel: the body of ``PUT /pixel/{x}/{y}``."""
 
     R: Value
     G: Value
@@ -58,7 +59,7 @@ class Colour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PixelColour(msgspec.Struct, frozen=True):
-    """A pixel whole."""
+    """A pixel with its three channels."""
 
     x: Coordinate
     y: Coordinate
@@ -82,23 +83,23 @@ RECORD_BYTES = _RECORD.size
 
 
 def pack(changes: Iterable[Change]) -> bytes:
-    """Changes as they stand in the event stream: six bytes each (x, y: 16 bits, little-endian)."""
+    """Encode changes for the event stream: six bytes each (x, y: 16 bits, little-endian)."""
     return b"".join([_RECORD.pack(*change) for change in changes])
 
 
 def unpack(record: bytes) -> Iterator[Change]:
-    """What ``pack`` has packed."""
+    """Decode what ``pack`` has encoded."""
     return map(Change._make, _RECORD.iter_unpack(record))
 
 
 class Reader:
-    """Reads JSON bodies, strictly: nothing is coerced, dropped or taken twice.
+    """Reads JSON bodies strictly: no value is coerced, dropped or read twice.
 
-    msgspec decides. What it lets pass, equal keys and a negative zero, shows in a count of the
-    quotes (keys and channels have two each, and there are no others) and in a minus.
+    msgspec validates. It accepts duplicate keys and a negative zero; both are found by counting
+    quotes (keys and channels have two each, nothing else has any) and by looking for a minus.
 
-    Every method raises a ``Problem``: 400 if the body isn't JSON; 422, with the fields and the
-    reasons, if it is JSON but not what is asked for.
+    Every method raises a ``Problem``: 400 if the body isn't JSON; 422, with fields and reasons, if
+    it is JSON but invalid.
     """
 
     def __init__(self, canvas: Canvas) -> None:
@@ -126,22 +127,28 @@ class Reader:
             or b"-" in body
             or not self._canvas.contains(pixel.x, pixel.y)
         ):
-            raise _problem(_faults(_parse(body), self._pixel_rules))
+            raise _object_problem(body, self._pixel_rules)
         return pixel
 
     def pixels(self, body: bytes) -> list[Pixel]:
         """The body of ``POST /pixels``: 1 to 10,000 pixels."""
-        try:
-            pixels = self._decode_pixels(body)
-        except _REFUSALS:
-            pixels = []
+        pixels: list[Pixel] = []
+        fault = None
+        # msgspec reads all items before it counts them; what can't be a batch isn't read at all.
+        if body.count(b"{") <= MAX_BATCH and body.count(b'"') <= 20 * MAX_BATCH and body.isascii():
+            try:
+                pixels = self._decode_pixels(body)
+            except _REFUSALS as error:
+                fault = _ITEM.search(str(error)[-64:])
         if (
             not pixels
             or body.count(b'"') != 10 * len(pixels)
             or b"-" in body
-            or not all(self._canvas.contains(pixel.x, pixel.y) for pixel in pixels)
+            or not self._canvas.contains(
+                max([pixel.x for pixel in pixels]), max([pixel.y for pixel in pixels])
+            )
         ):
-            raise self._batch_problem(_parse(body))
+            raise self._batch_problem(body, pixels, int(fault[1]) if fault else None)
         return pixels
 
     def colour(self, body: bytes) -> Colour:
@@ -151,32 +158,72 @@ class Reader:
         except _REFUSALS:
             colour = None
         if colour is None or body.count(b'"') != 6 or b"-" in body:
-            raise _problem(_faults(_parse(body), self._colour_rules))
+            raise _object_problem(body, self._colour_rules)
         return colour
 
-    def _batch_problem(self, document: Any) -> Problem:
-        if not isinstance(document, list) or isinstance(document, _Object):
+    def _batch_problem(self, body: bytes, pixels: list[Pixel], index: int | None) -> Problem:
+        """Explain a refused batch by its first faulty item.
+
+        ``pixels`` is what msgspec has read of it, or ``index`` the item that msgspec has refused.
+        """
+        fields = ", ".join(self._pixel_rules)
+        size = _Fault("", f"must contain 1 to {MAX_BATCH} pixels, objects with {fields}")
+        if len(body) <= EXPLAINED_BYTES:
+            document = _parse(body)
+            if not isinstance(document, list) or isinstance(document, _Object):
+                return _problem([_Fault("", "must be an array of pixels")])
+            for number, item in enumerate(document):
+                if faults := _faults(item, self._pixel_rules, f"[{number}]"):
+                    return _problem(faults)
+            return _problem([] if document else [size])
+        _check_syntax(body)
+        if not body.lstrip().startswith(b"["):
             return _problem([_Fault("", "must be an array of pixels")])
-        if not 1 <= len(document) <= MAX_BATCH:
-            return _problem([_Fault("", f"must hold 1 to {MAX_BATCH} pixels")])
-        for index, item in enumerate(document):
-            if faults := _faults(item, self._pixel_rules, f"[{index}]"):
-                return _problem(faults)
-        return _problem([])
+        if index is None and not pixels:
+            return _problem([size])
+        if index is None:
+            index = self._first_fault(body, pixels)
+        # Each item before this one is a pixel, and has one closing brace.
+        rest = body.split(b"}", index)[-1] if index else body.lstrip()[1:]
+        return _problem(_prefix_faults(rest.lstrip(b" \t\r\n,"), self._pixel_rules, f"[{index}]"))
+
+    def _first_fault(self, body: bytes, pixels: list[Pixel]) -> int:
+        """The first item with a fault that msgspec accepts."""
+        texts = body.split(b"}")
+        width, height = self._canvas.width, self._canvas.height
+        texts = body.split(b"}")
+        minus = body.find(b"-")
+        none = len(pixels)
+        return min(
+            next((n for n, text in enumerate(texts) if text.count(b'"') != 10), none),
+            next((n for n, p in enumerate(pixels) if p.x >= width or p.y >= height), none),
+            body.count(b"}", 0, minus) if minus >= 0 else none,
+        )
 
 
-# What follows explains a refusal. It is a second, slow reader, which is told everything about a
-# body that msgspec has no words for.
+# What follows explains a refusal: a second, slower reader, for which msgspec has no messages. All
+# that it does is bounded, as it runs on the event loop: it parses EXPLAINED_BYTES at most and
+# stops after REPORTED_FAULTS; a larger body is checked for its syntax only (by msgspec, which then
+# builds nothing), and its first faulty item is explained.
+
+EXPLAINED_BYTES = 8192
+"""Most bytes of a body that are parsed again to explain a refusal."""
+
+REPORTED_FAULTS = 10
 
 _REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
+_ITEM = re.compile(r" - at `\$\[(\d+)\][^`]*`$")
+
+_skip = msgspec.json.Decoder(msgspec.Raw).decode
+
 
 class _Integer(str):
-    """An integer as it is written: ``-0`` and ten thousand digits are integers too."""
+    """An integer as written: ``-0`` and ten thousand digits are integers too."""
 
 
 class _Object(list[tuple[str, Any]]):
-    """A JSON object with all its members, also those of the same name."""
+    """A JSON object with all its members, duplicates included."""
 
 
 class _Rule(NamedTuple):
@@ -191,31 +238,27 @@ class _Fault(NamedTuple):
 
 def _integer(last: int) -> _Rule:
     def accepts(value: Any) -> bool:
-        return (
-            isinstance(value, _Integer)
-            and value.isdigit()
-            and len(value) < 9
-            and int(value) <= last
-        )
+        return isinstance(value, _Integer) and value.isdigit() and len(value) < 9 and int(value) <= last
 
     return _Rule(accepts, f"must be an integer from 0 to {last}")
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not a JSON value")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_Object, parse_int=_Integer, parse_constant=_no_constant)
 
 
 def _parse(body: bytes) -> Any:
+    """A body of at most EXPLAINED_BYTES. Raises a 400 ``Problem``."""
     try:
-        return json.loads(
-            body.decode(),
-            object_pairs_hook=_Object,
-            parse_int=_Integer,
-            parse_constant=_no_constant,
-        )
+        text = body.decode()
+        if text.startswith("\ufeff"):
+            raise ValueError("it starts with a byte order mark")
+        return _decoder.decode(text)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
-        detail = f"The body is not JSON: {error.msg} at {place}."
+        detail = f"The body is not JSON: {error.msg} at line {error.lineno} column {error.colno}."
     except UnicodeDecodeError as error:
         detail = f"The body is not JSON: byte {error.start} is not UTF-8."
     except ValueError as error:
@@ -225,6 +268,38 @@ def _parse(body: bytes) -> Any:
     raise Problem(HTTPStatus.BAD_REQUEST, detail)
 
 
+def _check_syntax(body: bytes) -> None:
+    """Raise a 400 ``Problem`` unless a body of any size is JSON; builds no values."""
+    try:
+        body.decode()
+        _skip(body)
+    except UnicodeDecodeError as error:
+        detail = f"The body is not JSON: byte {error.start} is not UTF-8."
+    except RecursionError:
+        detail = "The body is nested too deeply."
+    except msgspec.DecodeError as error:
+        detail = f"The body is not JSON: {str(error).removeprefix('JSON is malformed: ')}."
+    else:
+        return
+    raise Problem(HTTPStatus.BAD_REQUEST, detail)
+
+
+def _object_problem(body: bytes, rules: dict[str, _Rule]) -> Problem:
+    if len(body) <= EXPLAINED_BYTES:
+        return _problem(_faults(_parse(body), rules))
+    _check_syntax(body)
+    return _problem(_prefix_faults(body.lstrip(), rules, ""))
+
+
+def _prefix_faults(text: bytes, rules: dict[str, _Rule], place: str) -> list[_Fault]:
+    """The faults of the JSON value at the start of a text; a large value is not examined."""
+    try:
+        value, _ = _decoder.raw_decode(text[:EXPLAINED_BYTES].decode(errors="ignore"))
+    except (ValueError, RecursionError):
+        return [_Fault(place, f"must be an object with {', '.join(rules)} and nothing else")]
+    return _faults(value, rules, place)
+
+
 def _faults(document: Any, rules: dict[str, _Rule], place: str = "") -> list[_Fault]:
     if not isinstance(document, _Object):
         return [_Fault(place, f"must be an object with {', '.join(rules)}")]
@@ -232,21 +307,25 @@ def _faults(document: Any, rules: dict[str, _Rule], place: str = "") -> list[_Fa
     faults = []
     seen: set[str] = set()
     for name, value in document:
+        # A lone surrogate is JSON, but can't be sent back as UTF-8.
+        shown = prefix + name[:50].encode(errors="backslashreplace").decode()
         if name in seen:
-            faults.append(_Fault(prefix + name, "stands there twice"))
+            faults.append(_Fault(shown, "is duplicated"))
         elif name not in rules:
-            faults.append(_Fault(prefix + name[:50], f"is not known; known are {', '.join(rules)}"))
+            faults.append(_Fault(shown, f"is unknown; the fields are {', '.join(rules)}"))
         elif not rules[name].accepts(value):
-            faults.append(_Fault(prefix + name, rules[name].reason))
+            faults.append(_Fault(shown, rules[name].reason))
         seen.add(name)
+        if len(faults) == REPORTED_FAULTS:
+            return faults
     faults += [_Fault(prefix + name, "is missing") for name in rules if name not in seen]
-    return faults
+    return faults[:REPORTED_FAULTS]
 
 
 def _problem(faults: list[_Fault]) -> Problem:
-    told = faults or [_Fault("", "is not what is asked for")]
+    reported = faults or [_Fault("", "is invalid")]
     return Problem(
         HTTPStatus.UNPROCESSABLE_ENTITY,
-        "; ".join(f"{field or 'the body'} {reason}" for field, reason in told[:10]) + ".",
-        errors=[fault._asdict() for fault in told[:10]],
+        "; ".join(f"{field or 'the body'} {reason}" for field, reason in reported) + ".",
+        errors=[fault._asdict() for fault in reported],
     )

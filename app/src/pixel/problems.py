@@ -95,6 +95,6 @@ class Problem(Exception):
         return Response(
             msgspec.json.encode(body | self.members),
             self.status,
-            headers,
+            {"Cache-Control": "no-store"} | (headers or {}),
             "application/problem+json",
         )

@@ -1,4 +1,4 @@
-"""What requests have in common: the state that they are served with, their bodies, the answers."""
+"""Common parts of all routes: the application's state, request bodies, JSON answers."""
 
 import asyncio
 from http import HTTPStatus
@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope
 from pixel import metrics
 from pixel.events import Hub
 from pixel.lifetime import MustWaitError, UnknownClockError
-from pixel.pictures import Gallery
+from pixel.pictures import PictureCache
 from pixel.pixel import Reader
 from pixel.problems import STAMP, Headers, Problem
 from pixel.settings import Settings
@@ -20,36 +20,41 @@ from pixel.store import Store
 from pixel.stream import EventId
 
 BODY_SECONDS = 10.0
-"""How long the rest of a body may take that didn't come with its request."""
+"""How long the rest of a body may take that didn't arrive with the head of its request."""
 
-_READ = frozenset((b"content-type", STAMP))
+_READ = frozenset((b"content-type", b"content-encoding", STAMP))
 
 
 class State(TypedDict):
-    """The lifespan's state, which every request sees."""
+    """The state that the application's lifespan makes, and every request can use."""
 
     settings: Settings
     store: Store
     reader: Reader
-    gallery: Gallery
+    pictures: PictureCache
     hub: Hub
 
 
 def state_of(request: Request) -> State:
-    """The state that a request is served with."""
+    """The application's state."""
     state: State = request.scope["state"]
     return state
 
 
 def json_response(content: msgspec.Struct, event: EventId | None = None) -> Response:
-    """The answer to a request that could be met, and the event that tells of what it wrote."""
+    """A 200 with JSON; ``event`` is the stream event that contains what the request has written."""
     headers = {"X-Pixel-Event": event.text().decode()} if event else None
     return Response(msgspec.json.encode(content), headers=headers, media_type="application/json")
 
 
 def is_known(tag: str, known: str) -> bool:
-    """Whether a client has what an ETag stands for, by its ``If-None-Match``."""
-    return any(text.strip().removeprefix("W/") in ("*", tag) for text in known.split(","))
+    """Whether an ``If-None-Match`` header names an ETag."""
+    return matches_any(known) or any(text.strip().removeprefix("W/") == tag for text in known.split(","))
+
+
+def matches_any(known: str) -> bool:
+    """Whether an ``If-None-Match`` header is ``*``, which every ETag matches."""
+    return known.strip() == "*"
 
 
 async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
@@ -87,31 +92,36 @@ async def begin_by(request: Request) -> float:
 
 
 def check_headers(headers: Headers) -> bytes | None:
-    """Raise a ``Problem`` (415) unless the body is JSON; returns the balancer's stamp, if any."""
+    """Raise a ``Problem`` (415) unless the body is JSON, and not encoded.
+
+    Returns the balancer's stamp, if any.
+    """
     content_type = b""
     stamp = None
     for name, value in headers:
         if name in _READ:
             if name == STAMP:
                 stamp = value
-            else:
+            elif name == b"content-type":
                 content_type = value
+            elif value.strip().lower() != b"identity":
+                raise Problem(
+                    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                    "The body must be sent without a Content-Encoding.",
+                    headers={"Accept-Encoding": "identity"},
+                )
     if (
         content_type != b"application/json"
         and content_type.partition(b";")[0].strip().lower() != b"application/json"
     ):
-        raise Problem(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be sent as application/json."
-        )
+        raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be sent as application/json.")
     return stamp
 
 
 def check_size(body: bytes, limit: int) -> None:
-    """Raise a ``Problem`` (413) if a body has more bytes than it may."""
+    """Raise a ``Problem`` (413) if a body is larger than ``limit`` bytes."""
     if len(body) > limit:
-        raise Problem(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body is larger than {limit} bytes."
-        )
+        raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body is larger than {limit} bytes.")
 
 
 async def _read_rest(receive: Receive, body: bytes, limit: int) -> bytes:

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 from functools import cache
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn, Self
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -29,6 +30,9 @@ EX_CONFIG = 78
 
 MAX_SIDE = 65_536
 """Largest width or height: an event holds a coordinate in 16 bits."""
+
+MAX_PIXELS = 4096 * 4096
+"""Largest canvas: a worker and a browser hold all of it in memory, 50 and 67 MB."""
 
 MAX_BATCH = 10_000
 """Most pixels in one ``POST /pixels``."""
@@ -88,6 +92,15 @@ class Settings(BaseSettings):
     graceful_timeout: Annotated[int, Field(ge=2, le=3600)] = 30
     keepalive: Annotated[int, Field(ge=1, le=3600)] = 75
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+
+    @model_validator(mode="after")
+    def _check_canvas(self) -> Self:
+        if self.canvas_width * self.canvas_height > MAX_PIXELS:
+            raise ValueError(
+                f"{PREFIX}CANVAS_WIDTH times {PREFIX}CANVAS_HEIGHT is more than {MAX_PIXELS}"
+                " pixels, the largest canvas"
+            )
+        return self
 
     @field_validator("redis_url")
     @classmethod

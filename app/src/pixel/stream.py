@@ -1,30 +1,30 @@
-"""The stream of events in Redis: its key, what an entry holds, and the ids of its entries."""
+"""The event stream in Redis: its key, its entries and their IDs."""
 
 from typing import NamedTuple
 
 EVENTS = "pixel:events"
-"""The stream of changes. Field ``c`` of an entry holds changes, as ``pixel.pack`` makes them."""
+"""Key of the stream. Field ``c`` of an entry holds changes, encoded by ``pixel.pack``."""
 
 EVENT_CHANGES = 1024
 """Most changes in one entry, so that the stream's length bounds its memory."""
 
 
 class EventId(NamedTuple):
-    """The name of an event, and the moment at which the canvas stood as it left it."""
+    """ID of an event. It also names the state of the canvas after that event."""
 
     milliseconds: int
     sequence: int
 
     @classmethod
     def parse(cls, text: bytes) -> "EventId":
-        """From its text, as in 1795225898442-0. Raises ValueError."""
+        """Parse an ID as in 1795225898442-0. Raises ValueError."""
         milliseconds, dash, sequence = text.partition(b"-")
         if not dash or len(text) > 41 or not (milliseconds + sequence).isdigit():
             raise ValueError("an event id looks like 1795225898442-0")
         return cls(int(milliseconds), int(sequence))
 
     def text(self) -> bytes:
-        """As Redis, and a viewer, write it."""
+        """The ID as Redis and viewers write it."""
         return b"%d-%d" % self
 
 

@@ -83,6 +83,7 @@ WRONG = [
     ("pixel_app_workers", 0),
     ("pixel_app_keep_releases", 1),
     ("pixel_app_canvas_width", -5),
+    ("pixel_app_canvas_height", 65536),  # by 1024
     ("pixel_app_release", "../up"),
     ("pixel_app_redis_url", "http://10.0.0.1"),
     ("pixel_app_memory_max", "plenty"),

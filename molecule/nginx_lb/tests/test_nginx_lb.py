@@ -111,6 +111,11 @@ def test_the_log_tells_the_requests_way(host: Any, curl: Any) -> None:
     assert float(line["upstream_seconds"]) >= 0
 
 
+def test_a_proxy_in_front_learns_that_the_stream_must_not_be_buffered(curl: Any) -> None:
+    status, headers, _ = curl("/events")
+    assert (status, headers["x-accel-buffering"]) == (200, "no")
+
+
 def test_it_says_no_version(curl: Any) -> None:
     assert curl("/")[1]["server"] == "nginx"
 

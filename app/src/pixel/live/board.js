@@ -1,14 +1,14 @@
-// The pixels: what the server says of them, and what is painted over that for the time being.
+// The pixels: as the server has sent them, and what is painted over them for the time being.
 
-/** Pixels on a side of the squares in which the picture is brought up to date. */
+/** Width of the squares that are redrawn, in pixels. */
 const TILE = 64;
 
 export class Board {
   #context;
-  #shown; // ImageData: what is to be seen, of which the picture is a frame late at most
-  #known; // three bytes (R, G, B) a pixel: what the server has said
+  #shown; // ImageData: what is drawn with the next frame
+  #known; // three bytes (R, G, B) a pixel: as the server has sent them
   #painted = new Map(); // place of a pixel -> the [R, G, B] painted over it
-  #stale = new Set(); // numbers of tiles
+  #stale = new Set(); // numbers of tiles to redraw
   #frame = 0;
 
   /** @param {HTMLCanvasElement} canvas shows the pixels, one for one */
@@ -19,7 +19,7 @@ export class Board {
     this.height = 0;
   }
 
-  /** Take all pixels anew: three bytes (R, G, B) each, row by row. */
+  /** Replace all pixels: three bytes (R, G, B) each, row by row. */
   load(width, height, bytes) {
     if (width !== this.width || height !== this.height) {
       [this.width, this.height] = [this.canvas.width, this.canvas.height] = [width, height];
@@ -48,27 +48,27 @@ export class Board {
     return x >= 0 && y >= 0 && x < this.width && y < this.height;
   }
 
-  /** What the server says: channel 0, 1, 2 for R, G, B has become a value. */
+  /** A change from the server: channel 0, 1, 2 for R, G, B, and its new value. */
   change(x, y, channel, value) {
-    if (!this.contains(x, y)) return; // of a canvas that has become larger since
+    if (!this.contains(x, y)) return; // the canvas has become larger since it was loaded
     const place = this.place(x, y);
     this.#known[place * 3 + channel] = value;
     this.#show(place);
   }
 
-  /** Show a colour [R, G, B] over what the server says, until it is taken off. */
+  /** Show a colour [R, G, B] over the server's pixel, until unpaint. */
   paint(place, rgb) {
     this.#painted.set(place, rgb);
     this.#show(place);
   }
 
-  /** Take off what was painted. */
+  /** Show the server's pixel again. */
   unpaint(place) {
     this.#painted.delete(place);
     this.#show(place);
   }
 
-  /** The [R, G, B] that is to be seen at a place. */
+  /** The [R, G, B] that is shown at a place. */
   colour(place) {
     return this.#painted.get(place) ?? [...this.#known.subarray(place * 3, place * 3 + 3)];
   }

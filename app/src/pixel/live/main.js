@@ -1,4 +1,4 @@
-// The page: its parts, and what they say to one another.
+// The page: connects its parts.
 
 import { Board } from "./board.js";
 import { Painter } from "./painter.js";
@@ -12,7 +12,8 @@ const COLOURS = {
   blue: "#2563eb", violet: "#7c3aed", magenta: "#d946c4", pink: "#ffa3c4",
 };
 const CHANNELS = { R: 0, G: 1, B: 2 };
-const STATES = { loading: "Loading", live: "Live", lost: "Reconnecting" };
+const STATES = { loading: "Loading", live: "Live", lost: "Reconnecting", polling: "Polling" };
+const HINTS = { polling: "A proxy holds back the stream of changes; the canvas is fetched every 2 s." };
 const STATUS = ["viewers", "writes", "instance", "release"];
 const TOAST = 5_000; // milliseconds
 const STORED = "pixel-colour";
@@ -41,7 +42,7 @@ function choose(colour) {
   try {
     localStorage.setItem(STORED, colour);
   } catch {
-    // It may be forbidden, and is no more than a convenience.
+    // Storage may be forbidden; the colour is then not remembered.
   }
 }
 
@@ -60,7 +61,7 @@ for (const [name, colour] of Object.entries(COLOURS)) {
   swatch.ariaLabel = name;
   swatch.style.backgroundColor = colour;
   swatch.addEventListener("change", () => choose(colour));
-  // Keys go on working on the canvas after a click, and move among the colours after Tab.
+  // After a click, keys still work on the canvas; after Tab, they move among the colours.
   swatch.addEventListener("click", ({ detail }) => detail && stage.focus());
   picker.before(swatch);
 }
@@ -99,7 +100,7 @@ function describe(cell) {
 
 let said = 0;
 
-/** Tell those who don't see the page; not more often than can be listened to. */
+/** Announce a text to screen readers, not too often. */
 function say(text) {
   clearTimeout(said);
   said = setTimeout(() => ($("said").textContent = text), 200);
@@ -115,7 +116,7 @@ function rememberPlace(x, y, zoom) {
   }, 400);
 }
 
-/** Go where the address says. */
+/** Show the place in the address. */
 function goToPlace() {
   const numbers = /^#(\d{1,5}),(\d{1,5})(?:,(\d{1,3}(?:\.\d{1,3})?))?$/.exec(location.hash);
   if (!numbers || !board.contains(+numbers[1], +numbers[2])) return;
@@ -145,12 +146,13 @@ function toast(text) {
   toasting = setTimeout(() => ($("toast").hidden = true), TOAST);
 }
 
-// What the server says.
+// Messages from the server.
 
 let connected = "loading";
 
 function showState(state, text = "") {
   $("connection").dataset.state = state;
+  $("connection").title = HINTS[state] ?? "";
   $("connection").textContent = text || STATES[state];
 }
 
@@ -181,12 +183,12 @@ new Stream({
     else showState("live");
   },
   state(state, text) {
-    if (state === "live" && connected === "live") return;
+    if (state === connected && state !== "loading") return;
     connected = state;
     showState(state, text && `${STATES[state]}: ${text}`);
-    if (state === "lost") for (const id of STATUS) $(id).textContent = "–";
+    if (state === "lost" || state === "polling") for (const id of STATUS) $(id).textContent = "–";
   },
 });
 
-// Keys work at once; the focus shows when one is used.
+// Keys work at once; the focus is shown when one is used.
 stage.focus({ preventScroll: true, focusVisible: false });

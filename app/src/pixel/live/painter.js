@@ -1,14 +1,14 @@
-// Painting: shown at once, sent, and taken back if it is refused.
+// Painting: a pixel is shown at once, sent, and taken back if it is refused.
 
-import { isAfter } from "./stream.js";
+import { isAfter } from "./feed.js";
 
-const PATIENCE = 10_000; // milliseconds until an answer isn't waited for any longer
+const TIMEOUT = 10_000; // milliseconds for an answer
 
 export class Painter {
   #board;
   #refused;
-  #heard = "0-0"; // the event up to which everything has been heard
-  #strokes = new Map(); // place of a pixel -> what is painted there and isn't yet known to be
+  #received = "0-0"; // the last event that the board contains
+  #strokes = new Map(); // place of a pixel -> what is painted there and not yet received
 
   /**
    * @param {import("./board.js").Board} board
@@ -27,7 +27,7 @@ export class Painter {
     if (stroke) {
       stroke.rgb = rgb;
       stroke.event = "";
-      if (stroke.sending) return; // and it is sent after what is on its way, which keeps the order
+      if (stroke.sending) return; // it is sent after the former one, which keeps the order
       this.#send(x, y, stroke);
     } else {
       const fresh = { rgb, event: "", sending: false };
@@ -36,17 +36,17 @@ export class Painter {
     }
   }
 
-  /** Everything up to an event has been heard: what the server says counts again. */
+  /** The board contains everything up to an event: show what the server has sent again. */
   settle(event) {
-    this.#heard = event;
+    this.#received = event;
     for (const [place, stroke] of this.#strokes) {
       if (stroke.event && !isAfter(stroke.event, event)) this.#forget(place);
     }
   }
 
-  /** All of the canvas was fetched: what had been answered by then is in it, or lost. */
+  /** The whole canvas was loaded: all strokes that were answered by then are in it, or lost. */
   settleAll(event) {
-    this.#heard = event;
+    this.#received = event;
     for (const [place, stroke] of this.#strokes) if (stroke.event) this.#forget(place);
   }
 
@@ -63,8 +63,8 @@ export class Painter {
         sent = stroke.rgb;
         event = await put(x, y, sent);
       } while (sent !== stroke.rgb);
-      // The colour stays until its event is heard: another's may be on its way before it.
-      if (isAfter(event, this.#heard)) stroke.event = event;
+      // The colour stays until its event arrives: changes by others may arrive before it.
+      if (isAfter(event, this.#received)) stroke.event = event;
       else this.#forget(this.#board.place(x, y));
     } catch (error) {
       this.#forget(this.#board.place(x, y));
@@ -75,7 +75,7 @@ export class Painter {
   }
 }
 
-/** Returns the event that tells of it. Throws an Error that says why it isn't so. */
+/** Returns the event that contains the change. Throws an Error with the reason for a refusal. */
 async function put(x, y, [R, G, B]) {
   let answer;
   try {
@@ -83,7 +83,7 @@ async function put(x, y, [R, G, B]) {
       method: "PUT",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ R, G, B }),
-      signal: AbortSignal.timeout(PATIENCE),
+      signal: AbortSignal.timeout(TIMEOUT),
     });
   } catch {
     throw new Error("The server can’t be reached.");

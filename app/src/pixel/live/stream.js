@@ -1,124 +1,200 @@
-// The way from the server: the canvas, and the events after it.
+// From the server to this tab: the canvas, and the changes after it.
 
-const SILENCE = 10_000; // milliseconds; a server that is there says something every two seconds
-const UNSEEN = 60_000; // milliseconds for which nobody looks before the stream is let go
+import { Feed, isAfter } from "./feed.js";
+
+// A worker of an earlier release serves as long as one of its tabs is open. To be changed whenever
+// the messages of feed.js change.
+const WORKER = "pixel-1";
+const UNSEEN = 60_000; // milliseconds after which a hidden tab no longer follows
+const POLLING = 2_000; // milliseconds between two polls
+const SETTLED = 10_000; // milliseconds after a load in which a resync means overload
 const FIRST_PAUSE = 500;
 const LONGEST_PAUSE = 8_000;
 
-/** Whether an event's id, as in 1795225898442-0, is that of a later one. */
-export function isAfter(one, other) {
-  const [[a, b], [c, d]] = [one, other].map((id) => id.split("-").map(Number));
-  return a > c || (a === c && b > d);
-}
-
 /**
- * Follows the canvas, for ever. `on` is told of
+ * Follows the canvas until the tab is closed. `on` receives
  *
- * - load(width, height, bytes, event): the canvas as a whole, three bytes (R, G, B) a pixel, and the
- *   event at which it stands,
- * - change(changes, event): arrays [x, y, channel, value], and the event up to which they tell,
- * - status({viewers, writes, instance, release}): of the fleet, null while its storage can't be
- *   asked; and which instance of which release says so,
- * - state(state, text): "loading", "live" or "lost", with more about it.
+ * - load(width, height, bytes, event): the whole canvas, three bytes (R, G, B) a pixel, and the
+ *   event of this snapshot,
+ * - change(changes, event): arrays [x, y, channel, value], and the last event that they contain,
+ * - status({viewers, writes, instance, release}): of the fleet, null while Redis can't be asked;
+ *   and the instance and release that send it,
+ * - state(state, text): "loading", "live", "lost", or "polling" while a proxy holds the stream back;
+ *   and details.
  */
 export class Stream {
   #on;
-  #source = null;
-  #event = ""; // up to which everything has been heard
+  #port;
+  #subscription = 0;
+  #event = ""; // the last one that is shown
+  #tag = ""; // ETag of the canvas that is shown, if no change has come since it was loaded
   #loading = false;
+  #loaded = 0; // when
+  #polling = false;
   #pause = FIRST_PAUSE;
   #timer = 0;
   #unseen = 0;
 
   constructor(on) {
     this.#on = on;
+    this.#connect();
     addEventListener("online", () => this.#hurry());
+    addEventListener("pagehide", () => this.#leave());
+    addEventListener("pageshow", ({ persisted }) => persisted && this.#follow());
     document.addEventListener("visibilitychange", () => {
       clearTimeout(this.#unseen);
-      if (!document.hidden) this.#hurry();
-      else this.#unseen = setTimeout(() => this.#stop(), UNSEEN);
+      if (document.hidden) this.#unseen = setTimeout(() => this.#leave(), UNSEEN);
+      else this.#hurry();
     });
     this.#load();
   }
 
+  /** Use the feed of all tabs, or one of this tab's own where there are no shared workers. */
+  #connect() {
+    const own = () => {
+      const { port1, port2 } = new MessageChannel();
+      new Feed().attach(port1);
+      this.#use(port2);
+    };
+    if (!globalThis.SharedWorker) {
+      own();
+      return;
+    }
+    const url = new URL("shared.js", import.meta.url);
+    const worker = new SharedWorker(url, { type: "module", name: WORKER });
+    worker.onerror = () => {
+      own();
+      if (this.#subscription) this.#follow();
+    };
+    this.#use(worker.port);
+  }
+
+  #use(port) {
+    this.#port = port;
+    port.onmessage = ({ data }) => {
+      if (data.subscription === this.#subscription) this.#receive(data);
+    };
+  }
+
+  #receive({ changes, event, status, state, resync }) {
+    if (performance.now() - this.#loaded > SETTLED) this.#pause = FIRST_PAUSE;
+    if (changes && isAfter(event, this.#event)) {
+      this.#event = event;
+      if (changes.length) this.#tag = "";
+      this.#on.change(changes, event);
+    } else if (status) {
+      this.#on.status(status);
+    } else if (resync) {
+      this.#reload();
+    } else if (state === "held") {
+      this.#polling = true;
+      this.#poll();
+    } else if (state) {
+      if (this.#polling) clearTimeout(this.#timer);
+      this.#polling = false;
+      this.#on.state(state, "");
+    }
+  }
+
   async #load() {
-    this.#stop();
+    clearTimeout(this.#timer);
+    this.#subscription += 1; // what the feed has sent for the former canvas is ignored
+    this.#polling = false;
     this.#loading = true;
     this.#on.state("loading", "");
     try {
-      this.#event = await fetchCanvas(this.#on);
-      this.#pause = FIRST_PAUSE;
-      this.#listen();
+      await this.#fetch((percent) => this.#on.state("loading", `${percent} %`));
+      this.#follow();
     } catch (error) {
       this.#event = "";
-      this.#lose(error.message);
+      this.#on.state("lost", error.message);
+      this.#later(() => this.#load());
     } finally {
       this.#loading = false;
     }
   }
 
-  #listen() {
-    this.#stop();
-    const source = (this.#source = new EventSource(`events?after=${this.#event}`));
-    this.#expect();
-    source.onmessage = ({ data, lastEventId }) => {
-      this.#expect();
-      this.#pause = FIRST_PAUSE;
-      this.#event = lastEventId;
-      this.#on.state("live", "");
-      this.#on.change(JSON.parse(data), lastEventId);
-    };
-    source.addEventListener("status", ({ data }) => {
-      this.#expect();
-      this.#on.status(JSON.parse(data));
-    });
-    source.addEventListener("resync", () => this.#load());
-    source.onerror = () => {
-      // It comes back by itself where the connection was lost, and never where it was refused.
-      if (source.readyState === EventSource.CLOSED) this.#lose("");
-      else this.#on.state("lost", "");
-    };
+  /** Load at once; but later if the last load is recent: then too much changes to be sent. */
+  #reload() {
+    this.#subscription += 1;
+    this.#on.state("loading", "");
+    if (performance.now() - this.#loaded > SETTLED) this.#load();
+    else this.#later(() => this.#load());
   }
 
-  /** Something is to be heard soon, or the connection is as good as lost. */
-  #expect() {
+  #later(act) {
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => this.#lose(""), SILENCE);
-  }
-
-  #lose(reason) {
-    this.#stop();
-    this.#on.state("lost", reason);
-    this.#timer = setTimeout(() => this.#resume(), this.#pause * (0.5 + Math.random()));
+    this.#timer = setTimeout(act, this.#pause * (0.5 + Math.random()));
     this.#pause = Math.min(2 * this.#pause, LONGEST_PAUSE);
   }
 
-  #resume() {
-    if (this.#event) this.#listen();
-    else this.#load();
+  #follow() {
+    if (!this.#event) return;
+    this.#subscription += 1;
+    const url = new URL("events", document.baseURI).href;
+    this.#port.postMessage({ follow: this.#event, subscription: this.#subscription, url });
   }
 
-  /** There is reason to think that it works now. */
+  #leave() {
+    this.#subscription += 1;
+    this.#port.postMessage({ leave: true });
+    if (this.#polling) clearTimeout(this.#timer);
+    this.#polling = false;
+  }
+
+  /** Something suggests that the server can be reached now, or the tab is seen again. */
   #hurry() {
-    if (!this.#loading && this.#source?.readyState !== EventSource.OPEN) this.#resume();
+    if (this.#loading) return;
+    if (!this.#event) this.#load();
+    else {
+      this.#port.postMessage({ hurry: true });
+      this.#follow();
+    }
   }
 
-  #stop() {
+  /** Without the stream: fetch the canvas whenever it has changed. */
+  async #poll() {
     clearTimeout(this.#timer);
-    this.#source?.close();
-    this.#source = null;
+    const subscription = this.#subscription;
+    let [state, text] = ["polling", ""];
+    try {
+      await this.#fetch();
+    } catch (error) {
+      [state, text] = ["lost", error.message];
+    }
+    if (!this.#polling || subscription !== this.#subscription) return;
+    this.#on.state(state, text);
+    this.#timer = setTimeout(() => this.#poll(), POLLING);
+  }
+
+  /** Fetch the canvas if it has changed. Throws an Error with the reason if it can't be had. */
+  async #fetch(progress = () => {}) {
+    const answer = await fetch(
+      "canvas.rgb",
+      this.#tag ? { cache: "no-store", headers: { "If-None-Match": this.#tag } } : { cache: "no-cache" },
+    );
+    if (answer.status === 304) {
+      this.#event = answer.headers.get("X-Pixel-Event") ?? this.#event;
+      this.#on.change([], this.#event);
+    } else {
+      if (!answer.ok) {
+        const problem = await answer.json().catch(() => ({}));
+        throw new Error(problem.detail ?? "");
+      }
+      const [width, height] = ["Width", "Height"].map(
+        (name) => +answer.headers.get(`X-Pixel-${name}`),
+      );
+      const bytes = await readBytes(answer, width * height * 3, progress);
+      this.#tag = answer.headers.get("ETag");
+      this.#event = answer.headers.get("X-Pixel-Event");
+      this.#on.load(width, height, bytes, this.#event);
+    }
+    this.#loaded = performance.now();
   }
 }
 
-/** Returns the event at which the canvas stands. Throws an Error that says why there is none. */
-async function fetchCanvas(on) {
-  const answer = await fetch("canvas.rgb", { cache: "no-cache" });
-  if (!answer.ok) {
-    const problem = await answer.json().catch(() => ({}));
-    throw new Error(problem.detail ?? "");
-  }
-  const [width, height] = ["Width", "Height"].map((name) => +answer.headers.get(`X-Pixel-${name}`));
-  const bytes = new Uint8Array(width * height * 3);
+async function readBytes(answer, size, progress) {
+  const bytes = new Uint8Array(size);
   let length = 0;
   const reader = answer.body.getReader();
   for (;;) {
@@ -126,10 +202,8 @@ async function fetchCanvas(on) {
     if (done) break;
     bytes.set(value, length);
     length += value.length;
-    on.state("loading", `${Math.floor((100 * length) / bytes.length)} %`);
+    progress(Math.floor((100 * length) / size));
   }
-  if (length < bytes.length) throw new Error("The canvas came in part only.");
-  const event = answer.headers.get("X-Pixel-Event");
-  on.load(width, height, bytes, event);
-  return event;
+  if (length < size) throw new Error("The canvas arrived incomplete.");
+  return bytes;
 }

@@ -1,17 +1,17 @@
-// What part of the board is to be seen, how large, and the gestures and keys that change it.
+// The visible part of the board, its zoom, and the gestures and keys that change them.
 
 const STEPS = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64]; // pixels of the screen
-const GRID_FROM = 10; // from this zoom on, a grid helps
+const GRID_FROM = 10; // the zoom from which a grid is shown
 const CURSOR_SIZE = 9; // at least
-const SLACK = { mouse: 4, touch: 10, pen: 6 }; // how far a click may slip without being a drag
+const SLACK = { mouse: 4, touch: 10, pen: 6 }; // how far a pointer may move in a click
 
 const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
 
 /**
- * Lengths are CSS pixels, measured from the stage's upper left corner. `on` is told of
+ * Lengths are CSS pixels from the upper left corner of the stage. `on` receives
  *
- * - paint(x, y), pick(x, y): what a pixel is clicked for,
- * - cursor(cell, byKey): the pixel {x, y} under the cursor has become another one; null if none,
+ * - paint(x, y), pick(x, y): a click on a pixel,
+ * - cursor(cell, byKey): the pixel {x, y} that is now under the cursor; null if none,
  * - view({x, y, zoom}): the pixel in the middle of the stage, and the size of a pixel.
  */
 export class View {
@@ -22,15 +22,15 @@ export class View {
   #on;
   #width = 0; // of the canvas, in pixels
   #height = 0;
-  #zoom = 1; // as it is shown, at whole pixels of the screen
-  #wanted = 1; // as a gesture wants it
+  #zoom = 1; // as shown: whole pixels of the screen
+  #wanted = 1; // as a gesture has set it
   #left = 0;
   #top = 0;
   #size = { width: 0, height: 0 }; // of the stage
-  #fitted = true; // until somebody zooms or moves
+  #fitted = true; // until the first zoom or move
   #cursor = null;
   #pointers = new Map(); // pressed ones
-  #click = null; // where one began that may become a click
+  #click = null; // where a pointer went down that may become a click
   #frame = 0;
 
   constructor(stage, canvas, grid, mark, on) {
@@ -49,7 +49,7 @@ export class View {
     stage.addEventListener("keydown", (event) => this.#key(event));
   }
 
-  /** Whether all of the canvas is shown, wherever the window's edges are. */
+  /** Whether the zoom follows the size of the window, to show all of the canvas. */
   get fitted() {
     return this.#fitted;
   }
@@ -65,7 +65,7 @@ export class View {
     if (this.#fitted) this.fit();
   }
 
-  /** Show all of it. */
+  /** Show the whole canvas. */
   fit() {
     this.#fitted = true;
     this.#zoomTo(this.#fitting(), { x: 0, y: 0 });
@@ -82,7 +82,7 @@ export class View {
     this.#moveBy(0, 0);
   }
 
-  /** The next zoom, larger (1) or smaller (-1), around a point: the middle by default. */
+  /** Zoom in (1) or out (-1) by a step around a point; by default, the middle. */
   step(direction, at = this.#middle()) {
     this.#fitted = false;
     const now = this.#zoom * devicePixelRatio;
@@ -107,7 +107,7 @@ export class View {
   #zoomTo(wanted, at) {
     const least = Math.min(this.#fitting() / 2, 1 / devicePixelRatio);
     this.#wanted = clamp(wanted, least, STEPS.at(-1) / devicePixelRatio);
-    // All pixels are equally large where one covers several of the screen's.
+    // Above one pixel of the screen, sizes are whole, so that all pixels are equally large.
     const size = this.#wanted * devicePixelRatio;
     const zoom = (size < 1 ? size : Math.round(size)) / devicePixelRatio;
     const ratio = zoom / this.#zoom;
@@ -159,7 +159,7 @@ export class View {
     const { style } = this.#grid;
     this.#grid.hidden = this.#zoom < GRID_FROM;
     if (this.#grid.hidden) return;
-    // Only of the part that is to be seen, which begins at a pixel's edge.
+    // Only over the visible part, from the edge of a pixel.
     const [x, y] = [left, top].map((length) => (length < 0 ? length % this.#zoom : length));
     style.transform = `translate(${x}px, ${y}px)`;
     style.width = `${Math.min(this.#size.width, left + this.#width * this.#zoom) - x}px`;
@@ -227,7 +227,7 @@ export class View {
       this.#moveBy(point.x - before.x, point.y - before.y);
       return;
     }
-    // A pinch: what lies between two fingers stays there, and grows as they part.
+    // A pinch: the point between two fingers stays there.
     const [was, is] = [before, point].map((end) => ({
       x: (end.x + other.x) / 2,
       y: (end.y + other.y) / 2,
@@ -244,7 +244,7 @@ export class View {
     this.#click = null;
     if (!cell) return;
     this.#setCursor(cell);
-    // A finger can't hit what is smaller than itself by far: it first gets a closer look.
+    // A finger can't hit small pixels: the first tap zooms in.
     if (event.pointerType === "touch" && this.#zoom < 4) this.show(cell.x, cell.y, 16);
     else this.#on.paint(cell.x, cell.y);
   }
@@ -300,7 +300,7 @@ export class View {
     else this.#on[name](this.#cursor.x, this.#cursor.y);
   }
 
-  /** Move the cursor, which begins in the middle, and the view after it. */
+  /** Move the cursor, which starts in the middle; the view follows. */
   #walk(x, y) {
     const from = this.#cursor ?? this.#cell(this.#middle());
     if (!from) return;

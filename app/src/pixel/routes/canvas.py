@@ -8,25 +8,23 @@ from pydantic import WithJsonSchema
 
 from pixel import openapi
 from pixel.canvas import Region
-from pixel.pictures import Picture
+from pixel.pictures import Picture, PictureResponse
 from pixel.problems import Problem
-from pixel.requests import is_known, state_of
+from pixel.requests import is_known, matches_any, state_of
 
 router = APIRouter(tags=["canvas"])
 
 _HEADERS = {
     "ETag": "Changes if and only if these pixels do.",
-    "Cache-Control": "How long a cache may keep it.",
-    "X-Pixel-Event": "With the events after this one, it is the canvas as it is.",
-    "X-Pixel-Width": "Pixels in a row.",
-    "X-Pixel-Height": "Rows.",
+    "Cache-Control": "How long a cache may keep the answer.",
+    "X-Pixel-Event": "Event ID of this snapshot; apply later events to it.",
+    "X-Pixel-Width": "Width in pixels.",
+    "X-Pixel-Height": "Height in pixels.",
 }
 
 
 def _answers(media_type: str) -> dict[int | str, dict[str, Any]]:
-    headers = {
-        name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()
-    }
+    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()}
     content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
     return {
         200: {"description": "OK", "content": content, "headers": dict(headers)},
@@ -34,9 +32,10 @@ def _answers(media_type: str) -> dict[int | str, dict[str, Any]]:
     } | openapi.problems(422, 503)
 
 
-MOST_PIXELS = 4096 * 4096
-"""Of one answer."""
+CACHING = "max-age=1, stale-while-revalidate=10"
 
+MOST_SCALED_PIXELS = 2048 * 2048
+"""Of an enlarged picture. One that isn't is bounded by the canvas: settings.MAX_PIXELS."""
 
 Length = Annotated[int | None, Query(ge=1), WithJsonSchema({"type": "integer", "minimum": 1})]
 
@@ -45,10 +44,10 @@ def wanted_region(
     request: Request,
     x: Annotated[int, Query(ge=0)] = 0,
     y: Annotated[int, Query(ge=0)] = 0,
-    w: Annotated[Length, Query(description="The rest of the row by default.")] = None,
-    h: Annotated[Length, Query(description="The rest of the column by default.")] = None,
+    w: Annotated[Length, Query(description="By default, the rest of the row.")] = None,
+    h: Annotated[Length, Query(description="By default, the rest of the column.")] = None,
 ) -> Region:
-    """The part of the canvas that is asked for: all of it by default."""
+    """The requested part of the canvas; by default, all of it."""
     canvas = state_of(request)["store"].canvas
     for name, start, length, size in (("w", x, w, canvas.width), ("h", y, h, canvas.height)):
         if start + (length or 1) > size:
@@ -67,31 +66,36 @@ KnownTags = Annotated[str, Header(alias="If-None-Match")]
 )
 async def canvas_rgb(request: Request, region: WantedRegion, known: KnownTags = "") -> Response:
     """Three bytes (R, G, B) a pixel, row by row."""
-    _bound(region, 1)
-    picture = await state_of(request)["gallery"].picture(region)
+    if matches_any(known):
+        return _NOT_MODIFIED
+    picture = await state_of(request)["pictures"].picture(region)
     if is_known(_tag(picture), known):
         return _not_modified(picture)
-    return Response(picture.raw, headers=_headers(picture), media_type="application/octet-stream")
+    return PictureResponse(picture, picture.raw, _headers(picture), "application/octet-stream")
 
 
 @router.get("/canvas.png", response_class=Response, responses=_answers("image/png"))
 async def canvas_png(
     request: Request,
     region: WantedRegion,
-    scale: Annotated[int, Query(ge=1, le=16, description="A pixel's width and height.")] = 1,
+    scale: Annotated[int, Query(ge=1, le=16, description="Width and height of each pixel.")] = 1,
     known: KnownTags = "",
 ) -> Response:
-    """The picture as a PNG."""
-    _bound(region, scale)
-    picture = await state_of(request)["gallery"].picture(region)
+    """The canvas, or a part of it, as a PNG."""
+    if scale > 1 and region.w * region.h * scale * scale > MOST_SCALED_PIXELS:
+        raise Problem.invalid("w", f"times h times scale squared is over {MOST_SCALED_PIXELS}")
+    if matches_any(known):
+        return _NOT_MODIFIED
+    pictures = state_of(request)["pictures"]
+    picture = await pictures.picture(region)
     if is_known(_tag(picture), known):
         return _not_modified(picture)
-    return Response(await picture.png(scale), headers=_headers(picture), media_type="image/png")
+    png = await pictures.png(picture, scale)
+    return PictureResponse(picture, png, _headers(picture), "image/png")
 
 
-def _bound(region: Region, scale: int) -> None:
-    if region.w * region.h * scale * scale > MOST_PIXELS:
-        raise Problem.invalid("w", f"times h and scale is more than {MOST_PIXELS} pixels")
+# The answer to "If-None-Match: *", which every canvas matches: nothing is read for it.
+_NOT_MODIFIED = Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"Cache-Control": CACHING})
 
 
 def _tag(picture: Picture) -> str:
@@ -101,7 +105,7 @@ def _tag(picture: Picture) -> str:
 def _headers(picture: Picture) -> dict[str, str]:
     return {
         "ETag": _tag(picture),
-        "Cache-Control": "max-age=1, stale-while-revalidate=10",
+        "Cache-Control": CACHING,
         "X-Pixel-Event": picture.event.text().decode(),
         "X-Pixel-Width": str(picture.region.w),
         "X-Pixel-Height": str(picture.region.h),

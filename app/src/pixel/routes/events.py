@@ -1,4 +1,4 @@
-"""Changes as they happen, as server-sent events."""
+"""Changes of the canvas as server-sent events."""
 
 from typing import Annotated
 
@@ -34,20 +34,23 @@ async def events(
         str | None,
         Query(
             pattern=r"^[0-9]{1,15}-[0-9]{1,15}$",
-            description="The X-Pixel-Event of the canvas that the viewer has.",
+            description="X-Pixel-Event of the canvas that the viewer has.",
         ),
     ] = None,
     last_event_id: Annotated[
-        str | None, Header(description="What a browser sends to resume; it outweighs ``after``.")
+        str | None,
+        Header(description="Sent by browsers to resume; takes precedence over ``after``."),
     ] = None,
 ) -> StreamingResponse:
     """Changes after an event, or from now on: arrays of ``[x, y, channel, value]``.
 
-    Each message says with its ``id`` up to which event it tells; at most 20 a second. The event
-    ``resync`` says that some changes can't be told any more: fetch the canvas, then go on. The
-    event ``status`` comes every two seconds, without an id: ``{"viewers": 12, "writes": 480.5,
-    "instance": "c5", "release": "2026-11-21"}``, the fleet's viewers and channel writes a second,
-    null while Redis can't be asked, and the instance and release that the stream comes from.
+    The ``id`` of a message is the last event that it contains. Changes of 50 ms are sent together,
+    at most 4,096 in a message. The event ``resync`` means that changes were left out, because
+    ``after`` is too old or there were too many: fetch the canvas, and continue after its
+    ``X-Pixel-Event``. The event ``status`` is sent every two seconds, without an id:
+    ``{"viewers": 12, "writes": 480.5, "instance": "c5", "release": "2026-11-21"}``: viewers and
+    channel writes per second of the fleet, null while Redis can't be asked, and the instance and
+    release that send the stream.
     """
     text = last_event_id or after
     try:

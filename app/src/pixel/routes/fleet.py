@@ -1,8 +1,9 @@
-"""What the instances of the fleet say of themselves."""
+"""Status of the instances of the fleet."""
 
 import asyncio
 import os
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -18,7 +19,10 @@ from pixel.requests import State, json_response, state_of
 router = APIRouter(prefix="/fleet", tags=["fleet"])
 
 MOST_BYTES = 65_536
-"""Of what a peer may answer."""
+"""Most bytes of a peer's answer."""
+
+FAN_OUTS = 8
+"""Requests to all peers that a worker makes at the same time; further ones get a 503."""
 
 LATE = "is late"
 
@@ -39,8 +43,8 @@ Milliseconds = Annotated[
 ]
 
 
-class Statement(msgspec.Struct, frozen=True):
-    """What an instance says of itself; ``redis_ms`` is null if Redis doesn't take its writes."""
+class Status(msgspec.Struct, frozen=True):
+    """Status of an instance; ``redis_ms`` is null if Redis doesn't accept its writes."""
 
     instance: str
     port: int
@@ -54,82 +58,97 @@ class Statement(msgspec.Struct, frozen=True):
 
 
 class Fleet(msgspec.Struct, frozen=True):
-    """What all instances say of themselves."""
+    """Status of all instances."""
 
-    instances: list[Statement]
+    instances: list[Status]
 
 
 class PeerError(Exception):
-    """A peer hasn't answered as a peer does; says in what way."""
+    """A peer has not answered as expected; the message says how."""
 
 
-@router.get("/self", responses=openapi.answer(Statement, EXAMPLE))
+@router.get("/self", responses=openapi.answer(Status, EXAMPLE))
 async def fleet_self(request: Request) -> Response:
-    """What this instance says of itself; counts are of all its workers, since it was started."""
-    return json_response(await _statement(state_of(request)))
+    """Status of this instance; counts cover all its workers since the service started."""
+    return json_response(await _status(state_of(request)))
 
 
 @router.get(
     "/all",
-    responses=openapi.answer(Fleet, {"instances": [EXAMPLE]}) | openapi.problems(422, 502, 504),
+    responses=openapi.answer(Fleet, {"instances": [EXAMPLE]}) | openapi.problems(422, 502, 503, 504),
 )
 async def fleet_all(request: Request, milliseconds: Milliseconds = 10_000) -> Response:
-    """What every instance says of itself, asked at the same time.
+    """Status of every instance; all are asked at the same time.
 
-    If one fails or is late, the answer is a problem, with what the others have said.
+    If one fails or is late, the answer is a problem that contains the answers of the others.
     """
     state = state_of(request)
     peers = state["settings"].peers
     if not peers:
-        return json_response(Fleet([await _statement(state)]))
-    asked = [asyncio.create_task(_ask(peer)) for peer in peers]
-    try:
-        await asyncio.wait(asked, timeout=milliseconds / 1000)
-    finally:
-        await _cancel(asked)
+        return json_response(Fleet([await _status(state)]))
+    with _fan_out():
+        asked = [asyncio.create_task(_ask(peer)) for peer in peers]
+        try:
+            await asyncio.wait(asked, timeout=milliseconds / 1000)
+        finally:
+            await _cancel(asked)
     instances = [task.result() for task in asked if _failure(task) is None]
     if len(instances) == len(peers):
         return json_response(Fleet(instances))
     raise _problem(dict(zip(peers, asked, strict=True)), instances)
 
 
-@router.get(
-    "/first", responses=openapi.answer(Statement, EXAMPLE) | openapi.problems(422, 502, 504)
-)
+@router.get("/first", responses=openapi.answer(Status, EXAMPLE) | openapi.problems(422, 502, 503, 504))
 async def fleet_first(request: Request, milliseconds: Milliseconds = 10_000) -> Response:
-    """What the first instance to answer says of itself; all are asked at the same time."""
+    """Status of the first instance that answers; all are asked at the same time."""
     state = state_of(request)
     peers = state["settings"].peers
     if not peers:
-        return json_response(await _statement(state))
-    asked = [asyncio.create_task(_ask(peer)) for peer in peers]
-    waiting = set(asked)
-    try:
-        async with asyncio.timeout(milliseconds / 1000):
-            while waiting:
-                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    if _failure(task) is None:
-                        return json_response(task.result())
-    except TimeoutError:
-        pass
-    finally:
-        await _cancel(asked)
+        return json_response(await _status(state))
+    with _fan_out():
+        asked = [asyncio.create_task(_ask(peer)) for peer in peers]
+        waiting = set(asked)
+        try:
+            async with asyncio.timeout(milliseconds / 1000):
+                while waiting:
+                    done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        if _failure(task) is None:
+                            return json_response(task.result())
+        except TimeoutError:
+            pass
+        finally:
+            await _cancel(asked)
     raise _problem(dict(zip(peers, asked, strict=True)))
 
 
-async def _statement(state: State) -> Statement:
+_fan_outs = 0
+
+
+@contextmanager
+def _fan_out() -> Iterator[None]:
+    global _fan_outs
+    if _fan_outs >= FAN_OUTS:
+        raise Problem.unavailable("Too many requests to the fleet are in progress.")
+    _fan_outs += 1
+    try:
+        yield
+    finally:
+        _fan_outs -= 1
+
+
+async def _status(state: State) -> Status:
     settings = state["settings"]
     try:
         redis_ms = round(await state["store"].probe() * 1000, 3)
     except Problem:
         redis_ms = None
     totals = await asyncio.to_thread(metrics.totals)
-    return Statement(
+    return Status(
         instance=settings.instance,
         port=settings.port,
         release=settings.release,
-        uptime_s=round(time.time() - totals["pixel_start_time_seconds"], 1),
+        uptime_s=round(metrics.uptime(), 1),
         workers=int(totals["pixel_workers"]),
         load=list(os.getloadavg()),
         redis_ms=redis_ms,
@@ -138,17 +157,17 @@ async def _statement(state: State) -> Statement:
     )
 
 
-async def _ask(peer: str) -> Statement:
-    """What the instance at a base URL says of itself. Raises PeerError."""
+async def _ask(peer: str) -> Status:
+    """Status of the instance at a base URL. Raises PeerError."""
     try:
-        status, body = await _get(f"{peer}/fleet/self")
-        if status != HTTPStatus.OK:
-            raise PeerError(f"answered with status {status}")
-        return msgspec.json.decode(body, type=Statement)
+        code, body = await _get(f"{peer}/fleet/self")
+        if code != HTTPStatus.OK:
+            raise PeerError(f"answered with status {code}")
+        return msgspec.json.decode(body, type=Status)
     except OSError as error:
         raise PeerError(f"can't be reached: {error.strerror or error}") from error
     except (h11.RemoteProtocolError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise PeerError("answered something else than a statement") from error
+        raise PeerError("answered something else than its status") from error
 
 
 async def _get(url: str) -> tuple[int, bytes]:
@@ -178,32 +197,28 @@ async def _get(url: str) -> tuple[int, bytes]:
     return status, body
 
 
-async def _cancel(tasks: list[asyncio.Task[Statement]]) -> None:
+async def _cancel(tasks: list[asyncio.Task[Status]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
 
 
-def _failure(task: asyncio.Task[Statement]) -> str | None:
-    """Why a task has no result; it is done, or still waiting."""
+def _failure(task: asyncio.Task[Status]) -> str | None:
+    """Why a task has no result; None if it has one."""
     if not task.done() or task.cancelled():
         return LATE
     error = task.exception()
     return str(error) if error else None
 
 
-def _problem(
-    asked: dict[str, asyncio.Task[Statement]], instances: list[Statement] | None = None
-) -> Problem:
-    failures = [
-        {"peer": peer, "cause": cause} for peer, task in asked.items() if (cause := _failure(task))
-    ]
+def _problem(asked: dict[str, asyncio.Task[Status]], instances: list[Status] | None = None) -> Problem:
+    failures = [{"peer": peer, "cause": cause} for peer, task in asked.items() if (cause := _failure(task))]
     late = any(failure["cause"] == LATE for failure in failures)
     members: dict[str, Any] = {"failures": failures}
     if instances is not None:
         members["instances"] = instances
     return Problem(
         HTTPStatus.GATEWAY_TIMEOUT if late else HTTPStatus.BAD_GATEWAY,
-        f"{len(failures)} of {len(asked)} instances have not answered as they should.",
+        f"{len(failures)} of {len(asked)} instances have failed or are late.",
         members=members,
     )

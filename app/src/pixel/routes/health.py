@@ -1,4 +1,4 @@
-"""Who this instance is and how it is."""
+"""Identity, health and metrics of this instance."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ EXAMPLE = {"instance": "c5", "port": 8000, "release": "2026-11-21"}
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """What an instance is called, where it listens, what it runs."""
+    """Name, port and release of an instance."""
 
     instance: str
     port: int
@@ -24,15 +24,15 @@ class Identity(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """A process that can answer at all."""
+    """The process is alive."""
 
     status: Literal["ok"] = "ok"
 
 
 class Readiness(Identity, frozen=True):
-    """An instance that can write, and how long Redis took just now, in milliseconds.
+    """Whether an instance can write; ``redis_ms`` is how long a write took, in milliseconds.
 
-    ``crashes`` are those of the last ten minutes.
+    ``crashes`` counts those of the last ten minutes.
     """
 
     redis: Literal["ok", "unavailable"]
@@ -47,13 +47,13 @@ def _identity(state: State) -> Identity:
 
 @router.get("/ping", responses=openapi.answer(Identity, EXAMPLE))
 async def ping(request: Request) -> Response:
-    """Which instance answers."""
+    """The instance that answers."""
     return json_response(_identity(state_of(request)))
 
 
 @router.get("/healthz", responses=openapi.answer(Health, {"status": "ok"}))
 async def healthz() -> Response:
-    """The process is alive; says nothing about Redis."""
+    """The process is alive, whether or not Redis is."""
     return json_response(Health())
 
 
@@ -63,7 +63,7 @@ async def healthz() -> Response:
     | openapi.problems(503),
 )
 async def readyz(request: Request) -> Response:
-    """Redis has just acknowledged a write, one that changes nothing; 503 if it has not."""
+    """200 if Redis has just acknowledged a write, one that changes nothing; 503 if not."""
     state = state_of(request)
     known = msgspec.structs.asdict(_identity(state)) | {"crashes": crashes.lately()}
     try:
@@ -77,10 +77,8 @@ async def readyz(request: Request) -> Response:
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={
-        200: {"description": "OK", "content": {"text/plain": {"schema": {"type": "string"}}}}
-    },
+    responses={200: {"description": "OK", "content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-def get_metrics() -> Response:  # not async: reading the workers' files is left to a thread
+def get_metrics() -> Response:  # not async: a thread reads the workers' files
     """Metrics of all workers of this instance, for Prometheus."""
     return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -41,7 +41,7 @@ class _File(NamedTuple):
 
 def _read(path: Path) -> _File:
     content = path.read_bytes()
-    # By content, so that all hosts give the same tag, and another one to any other release's file.
+    # Of the content, so that all hosts send the same tag for the same file.
     return _File(content, _TYPES[path.suffix], f'"{blake2b(content, digest_size=16).hexdigest()}"')
 
 
@@ -57,14 +57,14 @@ async def index(known: KnownTags = "") -> Response:
 
 @router.get("/live/{name}")
 async def part(name: str, known: KnownTags = "") -> Response:
-    """What the page consists of."""
+    """A script, style or image of the page."""
     if name not in _FILES:
         raise Problem(HTTPStatus.NOT_FOUND, "There is nothing at this path.")
     return _answer(_FILES[name], known)
 
 
 def _answer(file: _File, known: str) -> Response:
-    # Asked for again each time, so that nobody is left with the page of a former release.
+    # Validated each time, so that no browser keeps the page of an earlier release.
     headers = SECURITY | {"Cache-Control": "no-cache", "ETag": file.tag}
     if is_known(file.tag, known):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)

@@ -1,4 +1,4 @@
-"""Writing and reading of pixels."""
+"""Writing and reading pixels."""
 
 from http import HTTPStatus
 from typing import Annotated
@@ -15,15 +15,13 @@ from pixel.requests import State, begin_by, json_response, read_json, state_of
 router = APIRouter(tags=["pixels"])
 
 BATCH_LIMIT = 1024 * 1024
-"""Bytes of a ``POST /pixels``: 10,000 pixels, with spaces, in a canvas of any size."""
+"""Most bytes in a ``POST /pixels``: 10,000 pixels with spaces, in a canvas of any size."""
 
 PIXEL = {"x": 10, "y": 20, "channel": "R", "value": 255}
 COLOUR = {"R": 255, "G": 128, "B": 0}
 BODY_PROBLEMS = openapi.problems(400, 408, 413, 415, 422, 503)
 
-Coordinate = Annotated[
-    str, Path(pattern="^[0-9]{1,5}$"), WithJsonSchema({"type": "integer", "minimum": 0})
-]
+Coordinate = Annotated[str, Path(pattern="^[0-9]{1,5}$"), WithJsonSchema({"type": "integer", "minimum": 0})]
 
 
 @router.post(
@@ -32,8 +30,8 @@ Coordinate = Annotated[
     responses=openapi.answer(Received, {"status": "ok", "received": PIXEL}) | BODY_PROBLEMS,
 )
 async def post_pixel(request: Request) -> Response:
-    """Set one channel of a pixel. The answer comes when Redis has acknowledged the write."""
-    # The short way in ``protocol`` does the same.
+    """Set one channel of a pixel; answered when Redis has acknowledged the write."""
+    # Most requests are answered in ``protocol``, which does the same.
     state = state_of(request)
     body = await read_json(request.scope, request.receive, state["settings"].body_limit)
     pixel = state["reader"].pixel(body)
@@ -46,7 +44,7 @@ async def post_pixel(request: Request) -> Response:
     responses=openapi.answer(PixelColour, {"x": 10, "y": 20} | COLOUR) | openapi.problems(404, 503),
 )
 async def get_pixel(request: Request, x: Coordinate, y: Coordinate) -> Response:
-    """A pixel's three channels; black, if nobody has written to it yet."""
+    """The three channels of a pixel; black if it was never written."""
     state = state_of(request)
     cell = _cell(state, x, y)
     return json_response(PixelColour(*cell, *await state["store"].colour(*cell)))
@@ -60,7 +58,7 @@ async def get_pixel(request: Request, x: Coordinate, y: Coordinate) -> Response:
     | BODY_PROBLEMS,
 )
 async def put_pixel(request: Request, x: Coordinate, y: Coordinate) -> Response:
-    """Set a pixel's three channels at once."""
+    """Set the three channels of a pixel at once."""
     state = state_of(request)
     cell = _cell(state, x, y)
     body = await read_json(request.scope, request.receive, state["settings"].body_limit)
@@ -76,13 +74,11 @@ async def put_pixel(request: Request, x: Coordinate, y: Coordinate) -> Response:
     responses=openapi.answer(Written, {"status": "ok", "written": 2}, event=True) | BODY_PROBLEMS,
 )
 async def post_pixels(request: Request) -> Response:
-    """Set up to 10,000 channels in their order: all of them, or none."""
+    """Set up to 10,000 channels, in their order: all of them or none."""
     state = state_of(request)
     body = await read_json(request.scope, request.receive, BATCH_LIMIT)
     pixels = state["reader"].pixels(body)
-    event = await state["store"].write(
-        [pixel.change() for pixel in pixels], await begin_by(request)
-    )
+    event = await state["store"].write([pixel.change() for pixel in pixels], await begin_by(request))
     return json_response(Written("ok", len(pixels)), event)
 
 

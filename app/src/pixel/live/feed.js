@@ -1,0 +1,160 @@
+// The event stream, of which all tabs of a browser share one: browsers open few connections to a host.
+
+const SILENCE = 10_000; // milliseconds; a stream that works receives something every two seconds
+const HELD_BACK = 6_000; // milliseconds; a stream that works receives something at once
+const HELD_BACK_RETRY = 20_000;
+const FIRST_PAUSE = 500;
+const LONGEST_PAUSE = 8_000;
+const HISTORY = 20_000; // changes that are kept for a tab that joins
+
+/** Whether an event ID, as in 1795225898442-0, is that of a later event. */
+export function isAfter(one, other) {
+  const [[a, b], [c, d]] = [one, other].map((id) => id.split("-").map(Number));
+  return a > c || (a === c && b > d);
+}
+
+/**
+ * Follows the event stream for the tabs at some message ports. A tab sends
+ *
+ * - {follow: event, subscription, url}: send me what comes after an event,
+ * - {hurry: true}: the network may be back,
+ * - {leave: true}: send me nothing.
+ *
+ * It receives messages with the number of its subscription and one of
+ *
+ * - {event, changes}: arrays [x, y, channel, value], and the last event that they contain,
+ * - {status}: as the server sends it,
+ * - {state}: "live", "lost", or "held" if a proxy holds the stream back,
+ * - {resync: true}: fetch the canvas, and follow again.
+ */
+export class Feed {
+  #subscriptions = new Map(); // port -> number
+  #url = "";
+  #source = null;
+  #state = ""; // empty while nobody follows
+  #event = ""; // the last one received
+  #history = []; // messages with changes
+  #complete = ""; // the event after which the history has everything
+  #kept = 0; // changes in it
+  #received = false; // whether this source has received anything
+  #pause = FIRST_PAUSE;
+  #timer = 0;
+
+  attach(port) {
+    port.onmessage = ({ data }) => {
+      if (data.follow) this.#follow(port, data);
+      else if (data.leave) this.#leave(port);
+      else if (data.hurry && this.#source?.readyState !== EventSource.OPEN) this.#listen();
+    };
+  }
+
+  #follow(port, { follow, subscription, url }) {
+    this.#subscriptions.set(port, subscription);
+    if (!this.#state) {
+      this.#url = url;
+      this.#restart(follow);
+      this.#state = "lost";
+      this.#listen();
+    } else if (isAfter(this.#complete, follow)) {
+      this.#send({ resync: true }, [port]);
+    } else {
+      for (const message of this.#history) {
+        if (isAfter(message.event, follow)) this.#send(message, [port]);
+      }
+      this.#send({ state: this.#state }, [port]);
+    }
+  }
+
+  #leave(port) {
+    this.#subscriptions.delete(port);
+    if (this.#subscriptions.size) return;
+    this.#stop();
+    this.#state = "";
+  }
+
+  #send(message, ports = this.#subscriptions.keys()) {
+    for (const port of ports) {
+      port.postMessage({ ...message, subscription: this.#subscriptions.get(port) });
+    }
+  }
+
+  /** Begin with an empty history after an event. */
+  #restart(event) {
+    this.#event = this.#complete = event;
+    this.#history = [];
+    this.#kept = 0;
+  }
+
+  #listen() {
+    this.#stop();
+    if (!this.#subscriptions.size) return;
+    const source = (this.#source = new EventSource(`${this.#url}?after=${this.#event}`));
+    this.#received = false;
+    this.#expect(HELD_BACK);
+    source.onmessage = ({ data, lastEventId }) => {
+      this.#expect();
+      this.#pause = FIRST_PAUSE;
+      this.#event = lastEventId;
+      this.#tell("live");
+      this.#keep({ event: lastEventId, changes: JSON.parse(data) });
+    };
+    source.addEventListener("status", ({ data }) => {
+      this.#expect();
+      this.#send({ status: JSON.parse(data) });
+    });
+    source.addEventListener("resync", ({ lastEventId }) => {
+      this.#expect();
+      this.#restart(lastEventId);
+      this.#send({ resync: true });
+    });
+    source.onerror = () => {
+      // A lost connection is opened again by the browser, a refused one is not.
+      if (source.readyState === EventSource.CLOSED) this.#lose();
+      else this.#tell("lost");
+      this.#received = true; // it was lost, not held back
+    };
+  }
+
+  #keep(message) {
+    this.#send(message);
+    this.#history.push(message);
+    this.#kept += message.changes.length;
+    while (this.#kept > HISTORY) {
+      const { event, changes } = this.#history.shift();
+      this.#complete = event;
+      this.#kept -= changes.length;
+    }
+  }
+
+  #tell(state) {
+    if (state === this.#state) return;
+    this.#state = state;
+    this.#send({ state });
+  }
+
+  /** Without anything received by then, the connection is taken as lost, or as held back. */
+  #expect(milliseconds = SILENCE) {
+    this.#received ||= milliseconds === SILENCE;
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => (this.#received ? this.#lose() : this.#hold()), milliseconds);
+  }
+
+  #hold() {
+    this.#stop();
+    this.#tell("held");
+    this.#timer = setTimeout(() => this.#listen(), HELD_BACK_RETRY);
+  }
+
+  #lose() {
+    this.#stop();
+    this.#tell("lost");
+    this.#timer = setTimeout(() => this.#listen(), this.#pause * (0.5 + Math.random()));
+    this.#pause = Math.min(2 * this.#pause, LONGEST_PAUSE);
+  }
+
+  #stop() {
+    clearTimeout(this.#timer);
+    this.#source?.close();
+    this.#source = null;
+  }
+}
