@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import pytest
 import yaml
 from ansible.parsing.dataloader import DataLoader  # type: ignore[import-untyped]
 from ansible.template import Templar, trust_as_template  # type: ignore[import-untyped]
-from jinja2 import Environment, StrictUndefined
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
@@ -62,30 +59,6 @@ def test_no_part_of_a_role_can_be_run_without_what_it_builds_on(role: str) -> No
     for path in (ROOT / "roles" / role).rglob("tasks/*.yml"):
         tags = re.findall(r"^\s*tags: (.*)", path.read_text(), re.M)
         assert tags == (["[always]"] if path.name == "main.yml" else []), path
-
-
-def test_a_wheelhouse_that_was_cut_off_is_packed_again(tmp_path: Path) -> None:
-    tasks = load("pixel_app", "tasks/wheelhouse.yml")
-    pack = next(task["ansible.builtin.shell"] for task in tasks if task["name"].startswith("Pack it"))
-    wheels, own, bundle = tmp_path / "all wheels", tmp_path / "own", tmp_path / "own" / "bundle.tar"
-    whole = [wheels / "one.whl", own / "requirements.txt", own / "pixel-1-py3-none-any.whl"]
-    for path in (*whole, wheels / ".complete"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(path.name)
-    environment = Environment(undefined=StrictUndefined, autoescape=False)
-    environment.filters["quote"] = lambda path: shlex.quote(str(path))
-    paths = {"_pixel_app_bundle": bundle, "_pixel_app_wheels": wheels, "_pixel_app_own_wheel": own}
-    command = environment.from_string(pack["cmd"]).render(paths, _pixel_app_version="1")
-    assert pack["creates"] == "{{ _pixel_app_bundle }}"
-
-    # A disk that is full: tar ends with an error, and half a file.
-    full = f"ulimit -f 2; trap '' XFSZ; {command}"
-    assert subprocess.run(["bash", "-c", full], capture_output=True, check=False).returncode != 0
-    assert not bundle.exists()
-    subprocess.run(["sh", "-c", command], check=True)
-    with tarfile.open(bundle) as packed:
-        names = {Path(name).name for name in packed.getnames() if name != "."}
-    assert names == {path.name for path in whole}
 
 
 @pytest.mark.parametrize(

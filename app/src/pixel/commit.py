@@ -316,7 +316,8 @@ class GroupCommit:
             reasons = [reply for reply in queued if isinstance(reply, ReplyError)]
             self._health.fails(reasons[0] if reasons else results)
             self._grown.clear()
-            batch.refuse("Redis refuses writes")
+            for request in batch.requests:
+                request.fail(Problem.unavailable("Redis refuses writes", "no"))
             return
         assert isinstance(results, list)
         # A tile can fail by itself: somebody has put something else under its key.

@@ -73,7 +73,7 @@ class Link:
         except (OSError, ReplyError) as error:
             self._drop(started, error)
             self._health.fails(error)
-            raise Problem.unavailable("Redis can't be read.") from error
+            raise Problem.unavailable("Redis can't be read.", elsewhere=True) from error
         if not blocking:
             metrics.READ_SECONDS.observe(perf_counter() - started)
         for reply in replies:

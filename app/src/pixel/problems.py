@@ -41,6 +41,7 @@ class Problem(Exception):
         self.headers = headers
         self.members = members or {}
         self.written = written
+        self.elsewhere = False
 
     def __str__(self) -> str:
         return self.detail if self.written is None else f"{self.detail}; {_OUTCOMES[self.written]}."
@@ -52,21 +53,31 @@ class Problem(Exception):
         return cls(HTTPStatus.UNPROCESSABLE_ENTITY, f"{field} {reason}.", errors=errors)
 
     @classmethod
-    def unavailable(cls, detail: str, written: Literal["no", "maybe"] | None = None) -> "Problem":
-        """503: nothing is wrong with the request, and it may be sent again soon."""
-        return cls(
+    def unavailable(
+        cls, detail: str, written: Literal["no", "maybe"] | None = None, *, elsewhere: bool = False
+    ) -> "Problem":
+        """503: nothing is wrong with the request, and it may be sent again soon.
+
+        Args:
+            detail: the reason.
+            written: what became of a write.
+            elsewhere: whether another host may do better.
+        """
+        problem = cls(
             HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "1"}, written=written
         )
+        problem.elsewhere = elsewhere
+        return problem
 
     @classmethod
     def not_written(cls, reason: str) -> "Problem":
         """503: the write was not made, and will not be. ``reason`` ends without a full stop."""
-        return cls.unavailable(reason, "no")
+        return cls.unavailable(reason, "no", elsewhere=True)
 
     @classmethod
     def in_doubt(cls, reason: str) -> "Problem":
         """503: the write may have been made, but will not be made any more."""
-        return cls.unavailable(reason, "maybe")
+        return cls.unavailable(reason, "maybe", elsewhere=True)
 
     def response(self, request_headers: Headers = ()) -> Response:
         """The answer to a request with these headers.
@@ -74,14 +85,12 @@ class Problem(Exception):
         A 503 goes back to a balancer that can ask another host: X-Accel-Redirect names the
         location from which it does, and is not sent on to the client.
         """
-        headers = self.headers
-        stamp = dict(request_headers).get(STAMP) if self.status == 503 else None
+        headers = {"Cache-Control": "no-store"} | (self.headers or {})
+        stamp = dict(request_headers).get(STAMP) if self.elsewhere else None
         if stamp is not None:
             if self.written == "no" and stamp.count(b" ") > 1:
                 self.written = "maybe"  # by an earlier attempt, which the balancer's mark tells of
-            headers = {**(headers or {}), "X-Accel-Redirect": "@again"}
-            if self.written is not None:
-                headers["X-Pixel-Written"] = self.written
+            headers |= {"X-Accel-Redirect": "@again", "X-Pixel-Written": self.written or "no"}
         body: dict[str, Any] = {
             "type": "about:blank",
             "title": self.status.phrase,
@@ -95,6 +104,6 @@ class Problem(Exception):
         return Response(
             msgspec.json.encode(body | self.members),
             self.status,
-            {"Cache-Control": "no-store"} | (headers or {}),
+            headers,
             "application/problem+json",
         )

@@ -1,9 +1,10 @@
-"""Releases under requests: a good one, a bad one, the way back, and two operators at once."""
+"""Releases under load: deploys, failed trials, rollbacks, interruptions, and two operators at once."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ testinfra_hosts = ["c5"]
 
 @pytest.fixture
 def releases(client: Any) -> Any:
-    """What both hosts say that they run."""
+    """The release that each host answers with."""
     return lambda: {host: client.read_from(host, "/ping")["release"] for host in ("c5", "t2")}
 
 
@@ -48,29 +49,68 @@ def requests(fleet: dict[str, Any], tmp_path: Path) -> Iterator[None]:
     assert load.returncode == 0, output
 
 
-def test_a_bad_release_is_not_tried_again(host: Any, play: Any, releases: Any, tmp_path: Path) -> None:
-    before = releases()
-    broken = tmp_path / "app"
-    shutil.copytree(ROOT / "app", broken, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    health = broken / "src/pixel/routes/health.py"
+def never_ready(folder: Path) -> Path:
+    """A copy of the app whose `/readyz` fails."""
+    source = folder / "app"
+    shutil.copytree(ROOT / "app", source, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    health = source / "src/pixel/routes/health.py"
     text = health.read_text()
     start = text.index("async def readyz")
     body = text.index(":\n", text.index(")", start)) + 2
     health.write_text(text[:body] + '    raise RuntimeError("broken for a test")\n' + text[body:])
-    arguments = ("-e", f"pixel_app_source={broken}", "-e", "pixel_app_ready_timeout=5")
+    return source
 
-    bad = play("playbooks/pixel_app.yml", *arguments, "-e", "pixel_app_release=broken")
-    again = play("playbooks/pixel_app.yml", *arguments, "-e", "pixel_app_release=broken")
 
-    assert bad.returncode != 0
-    assert "Release broken failed when it was tried on" in bad.stdout
-    assert again.returncode != 0
-    assert "Release broken failed on" in again.stdout
+def test_a_release_that_fails_its_trial_is_not_switched_to_and_holds_nothing_against_its_name(
+    fleet: dict[str, Any], host: Any, play: Any, releases: Any, watched: Any, tmp_path: Path
+) -> None:
+    before = releases()
+    release = ("-e", "pixel_app_release=tried")
+    source = never_ready(tmp_path)
+    with watched(), requests(fleet, tmp_path):
+        bad = play(
+            "playbooks/pixel_app.yml",
+            *release,
+            *("-e", f"pixel_app_source={source}", "-e", "pixel_app_ready_timeout=5"),
+        )
+        after = releases()
+        assert bad.returncode != 0
+        assert "Release tried failed its trial on" in bad.words
+        assert "The release was removed" in bad.words
+        assert after == before
+        assert not host.file("/opt/pixel/releases/tried").exists
+        good = play("playbooks/pixel_app.yml", *release)
+        assert good.returncode == 0, good.stdout
+        assert set(releases().values()) == {"tried"}
+        back = play("playbooks/rollback.yml")
+    assert back.returncode == 0, back.stdout
     assert releases() == before
 
 
+def test_a_release_that_was_rolled_back_is_announced_before_it_is_deployed_again(
+    play: Any, releases: Any
+) -> None:
+    own = releases()["c5"]
+    assert play("playbooks/pixel_app.yml", "-e", "pixel_app_release=stable").returncode == 0
+    assert play("playbooks/pixel_app.yml").returncode == 0
+    assert play("playbooks/rollback.yml").returncode == 0
+    assert set(releases().values()) == {"stable"}
+    status = play("playbooks/status.yml").stdout
+    for host in ("c5", "t2"):
+        assert re.search(rf"^ *{host} +stable +active .* {own}$", status, re.M), status
+
+    again = play("site.yml", "--tags", "pixel_app")
+    assert again.returncode == 0, again.stdout
+    before, _, _ = again.stdout.partition("PLAY [Switch the app, host by host]")
+    for host in ("c5", "t2"):
+        warning = f"This run deploys release {own} to {host} again, which was rolled back to stable at"
+        assert warning in " ".join(before.split())
+    assert set(releases().values()) == {own}
+    assert re.search(rf"^ *c5 +{own} +active .*(?<!{own})$", play("playbooks/status.yml").stdout, re.M)
+
+
 def interrupt(task: str, signum: int, name: str, *arguments: str) -> None:
-    """Begin a playbook, and end it and all that it started as soon as it comes to a task."""
+    """Start a playbook, and end it and all that it started as soon as it comes to a task."""
     with subprocess.Popen(
         ["ansible-playbook", f"playbooks/{name}.yml", *arguments],
         cwd=ROOT,
@@ -84,7 +124,7 @@ def interrupt(task: str, signum: int, name: str, *arguments: str) -> None:
                 break
         else:
             raise AssertionError(f"it never came to {task!r}")
-        # Python loses a Ctrl-C that comes at a bad moment: again then, as an operator would.
+        # Python may lose a Ctrl-C: it is sent again then, as an operator would.
         while playing.poll() is None:
             os.killpg(playing.pid, signum)
             with suppress(subprocess.TimeoutExpired):
@@ -92,19 +132,33 @@ def interrupt(task: str, signum: int, name: str, *arguments: str) -> None:
     assert playing.returncode != 0
 
 
+CUT_OFF = """
+before=$(readlink /opt/pixel/current)
+while [ "$(readlink /opt/pixel/current)" = "$before" ]; do :; done
+kill -KILL "$(cat /opt/pixel/lock)"
+"""
+"""Ends the module on a host between making another release the current one and restarting the service."""
+
+
 def test_an_interrupted_deploy_is_finished_by_the_next(
-    fleet: dict[str, Any], play: Any, releases: Any, watched: Any, tmp_path: Path
+    fleet: dict[str, Any], host: Any, play: Any, releases: Any, watched: Any, shell: Any, tmp_path: Path
 ) -> None:
     before = releases()
     release = ("-e", "pixel_app_release=cut-off")
     with watched(), requests(fleet, tmp_path):
-        interrupt("Install from the wheelhouse alone", signal.SIGINT, "pixel_app", *release)
-        # On the first host: settings and units are the new ones, what runs is not.
-        interrupt("Make it the current release", signal.SIGKILL, "pixel_app", *release)
+        interrupt("Build it from the wheelhouse alone", signal.SIGINT, "pixel_app", *release)
+        interrupt("Try the release with its settings", signal.SIGKILL, "pixel_app", *release)
+        # On the first host, settings, units and `current` are the new ones then, and what runs is not.
+        shell(
+            f"cat >/run/cut-off <<'END'\n{CUT_OFF}\nEND\nsystemd-run --unit=cut-off --collect sh /run/cut-off"
+        )
+        cut_off = play("playbooks/pixel_app.yml", *release)
+        assert cut_off.returncode != 0
+        assert host.check_output("readlink /opt/pixel/current") == "/opt/pixel/releases/cut-off"
         half_way = releases()
         finished = play("playbooks/pixel_app.yml", *release)
         after = releases()
-        # What ran before the switch was kept before the interruption, not after it.
+        # The deployment that ran before was saved before the interruption, not after it.
         back = play("playbooks/rollback.yml")
     assert half_way == before
     assert finished.returncode == 0, finished.stdout
@@ -116,7 +170,7 @@ def test_an_interrupted_deploy_is_finished_by_the_next(
 def test_one_host_alone_is_deployed_to_without_a_refusal(
     fleet: dict[str, Any], play: Any, client: Any, releases: Any, tmp_path: Path
 ) -> None:
-    """As in a fleet of one: what arrives during its restart waits in the sockets."""
+    """As in a fleet of one: requests that arrive during its restart wait in the sockets."""
     assert play("playbooks/drain.yml", "-e", "host=t2").returncode == 0
     try:
         with requests(fleet, tmp_path):
@@ -129,7 +183,7 @@ def test_one_host_alone_is_deployed_to_without_a_refusal(
     assert len(set(releases().values())) == 1
 
 
-def test_a_second_operator_is_told_of_the_first(host: Any, play: Any, shell: Any) -> None:
+def test_a_second_operator_is_refused_with_the_name_of_the_first(host: Any, play: Any, shell: Any) -> None:
     holder = {"node": "elsewhere", "user": "somebody", "process": "42", "since": "2026-01-01T00:00:00Z"}
     shell(f"cat >/run/pixel-deploy.lock <<'END'\n{json.dumps(holder)}\nEND\n")
     try:
