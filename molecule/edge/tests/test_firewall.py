@@ -70,7 +70,7 @@ def test_who_locks_himself_out_gets_in_again(host: Any, firewall: Any, seen: Any
     assert done.returncode != 0
     # It was locked out; where a try takes long, it gets in by the former rules, which are back by then.
     last = done.stdout.split("fatal:")[0].rsplit("TASK", 1)[-1]
-    assert "Come in anew" in last or "The former rules have come back." in done.stdout
+    assert "Reconnect under the new rules" in last or "The former rules have been restored." in done.stdout
     for _ in range(30):
         if 22 in seen("stranger"):
             break
