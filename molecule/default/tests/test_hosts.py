@@ -112,7 +112,7 @@ def test_every_unit_is_sandboxed(host: Any) -> None:
         "prometheus-redis-exporter",
         "redis-server",
     ):
-        if host.service(unit).exists:
+        if host.run(f"systemctl cat {unit}.service").rc == 0:
             said = host.run(f"systemd-analyze security --no-pager {unit}.service").stdout
             exposure[unit] = float(said.strip().splitlines()[-1].split(":")[1].split()[0])
     assert len(exposure) == {"c5": 11, "t2": 3}[host.backend.hostname]
