@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 import pytest
 import yaml
+from ansible_collections.pixel.endpoint.plugins.filter.pixel_fleet import FilterModule
 from jinja2 import nodes
-from pixel_fleet import FilterModule
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = sorted(ROOT.glob("roles/*/meta/argument_specs.yml"))
