@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pixel_watch
 
 
@@ -37,3 +39,22 @@ def test_a_backend_that_is_out_has_a_weight_and_is_not_up() -> None:
         'pixel_lb_backend_share{backend="t2-8001"} 1.0',
         'pixel_lb_backend_cpu_credits{backend="t2-8001"} 0.0',
     ]
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    """Whoever could plant one beside the output, or in its place, gets nothing else overwritten."""
+    secret = tmp_path / "secret"
+    secret.write_text("kept")
+    secret.chmod(0o600)
+    output = tmp_path / "pixel_balancer.prom"
+    for planted in (output, output.with_suffix(".new"), output.with_suffix(".half")):
+        planted.symlink_to(secret)
+    pixel_watch.write(output, "pixel_lb_loaded 1\n")
+    assert (secret.read_text(), secret.stat().st_mode & 0o777) == ("kept", 0o600)
+    assert not output.is_symlink()
+    assert (output.read_text(), output.stat().st_mode & 0o777) == ("pixel_lb_loaded 1\n", 0o644)
+
+
+def test_the_output_is_below_directories_of_root_alone() -> None:
+    """Debian's packages give /var/lib/prometheus to user prometheus."""
+    assert pixel_watch.OUTPUT.parent == Path("/var/lib/pixel-metrics")

@@ -17,6 +17,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+# Requests to the fleet never go through a proxy of the environment.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 TICKS = os.sysconf("SC_CLK_TCK")
 SERVICES = {"pixel.service": "app", "nginx.service": "nginx", "redis-server.service": "redis"}
 REDIS = {
@@ -100,7 +102,7 @@ def network() -> dict[str, int]:
 
 def fetch(url: str) -> str:
     try:
-        with urllib.request.urlopen(url, timeout=0.5) as answer:  # noqa: S310 - a URL of the playbook
+        with DIRECT.open(url, timeout=0.5) as answer:
             text: str = answer.read().decode()
             return text
     except OSError:

@@ -9,6 +9,8 @@ visitor.py limited HOST [HEADER]                of 100 the first refusal: [statu
                                                 the status after the wait. HEADER may hold {}, a number
 visitor.py together HOST PATH COUNT             {status: count} of so many requests at the same time
 visitor.py ports HOST PORT…                     [port that answers, …]
+visitor.py half HOST SOURCE COUNT               how many connections with half a header are accepted
+visitor.py agents HOST HEX…                     [status, …] of requests with these bytes as agent and in URI
 visitor.py slow HOST header|body                seconds until the server loses its patience
 """
 
@@ -49,6 +51,28 @@ def ask(host: str, path: str, method: str = "GET", *headers: str) -> Any:
 
 def paths(host: str, *paths: str) -> Any:
     return [ask(host, path)[0] for path in paths]
+
+
+def half(host: str, source: str, count: str) -> int:
+    """Connections that stay open together, each with the beginning of a request."""
+    taken = []
+    for _ in range(int(count)):
+        try:
+            connection = socket.create_connection((host, 80), timeout=5, source_address=(source, 0))
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
+            taken.append(connection)
+        except OSError:
+            pass
+    return len(taken)
+
+
+def agents(host: str, *encoded: str) -> list[int]:
+    statuses = []
+    for each in map(bytes.fromhex, encoded):
+        with TLS.wrap_socket(socket.create_connection((host, 443), 5)) as connection:
+            connection.sendall(b"GET /ping?q=%b HTTP/1.0\r\nUser-Agent: %b\r\n\r\n" % (each, each))
+            statuses.append(int(connection.recv(4096).split()[1]))
+    return statuses
 
 
 def rate(host: str, path: str, source: str, rate: str, seconds: str, method: str = "GET") -> Any:
@@ -124,5 +148,7 @@ def ports(host: str, *ports: str) -> Any:
         return [int(port) for port, yes in zip(ports, pool.map(answers, ports), strict=True) if yes]
 
 
-commands = {command.__name__: command for command in (ask, paths, rate, limited, together, ports, slow)}
+commands = {
+    command.__name__: command for command in (ask, paths, rate, limited, together, ports, half, agents, slow)
+}
 print(json.dumps(commands[sys.argv[1]](*sys.argv[2:])))

@@ -16,6 +16,9 @@ from pixel_lb.state import State
 from pixel_lb.upstreams import render
 from pixel_lb.weights import FULL, Share
 
+# Requests to the fleet never go through a proxy of the environment.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 
 def drain(paths: Paths, nginx: Nginx, host: str, *, force: bool = False) -> bool:
     """Stop sending new requests to a host.
@@ -121,7 +124,7 @@ def wait_until_seen(paths: Paths, host: str, seconds: float) -> None:
 def answering_instance(url: str) -> str | None:
     """Return the name of the instance that answers a request, or None if none does."""
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        with DIRECT.open(url, timeout=2) as answer:
             name: str | None = answer.headers["X-Pixel-Instance"]
             return name
     except (OSError, urllib.error.URLError):

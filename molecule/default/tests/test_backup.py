@@ -104,7 +104,7 @@ def test_a_backup_is_whole_and_its_owners(backup: Path, folder: Path) -> None:
     checksum = Path(f"{backup}.sha256")
     assert checksum.read_text() == f"{hashlib.sha256(backup.read_bytes()).hexdigest()}  {backup.name}\n"
     assert {oct(path.stat().st_mode & 0o777) for path in (backup, checksum)} == {"0o600"}
-    assert not list(folder.glob(".half*"))
+    assert not list(folder.glob(".partial*"))
 
 
 @pytest.mark.parametrize("user", ["app", "admin"])
@@ -131,6 +131,34 @@ def test_another_backup_is_made_though_nothing_changed_and_the_oldest_goes(
     assert len(list(tmp_path.glob("*.sha256"))) == 3
 
 
+def test_a_backup_never_removes_itself_nor_files_that_it_did_not_name(
+    backup: Path, tmp_path: Path, play: Any
+) -> None:
+    """A clock that was ahead has left names that sort behind the new one's."""
+    ahead = [f"pixel-20990101T00000{second}Z.rdb" for second in range(7)]
+    for name in (*ahead, "pixel-20200101T000000Z.rdb", "pixel-before-launch.rdb"):
+        with_checksum(tmp_path / name, backup.read_bytes())
+    done = play("playbooks/backup.yml", redis_backup_dir=f"{tmp_path}/")
+    assert done.returncode == 0, done.words
+    left = [path.name for path in backups(tmp_path)]
+    (made,) = set(left) - {*ahead, "pixel-before-launch.rdb"}
+    assert left == [made, *ahead[1:], "pixel-before-launch.rdb"]
+    assert f"{made}: " in done.words
+    assert f"Removed: pixel-20200101T000000Z.rdb, {ahead[0]}" in done.words
+    checksum = hashlib.sha256((tmp_path / made).read_bytes()).hexdigest()
+    assert Path(f"{tmp_path / made}.sha256").read_text().split()[0] == checksum
+    done = play("playbooks/restore.yml", "--check", redis_backup_dir=str(tmp_path))
+    assert done.returncode != 0
+    assert f"the newest backup is unknown: {ahead[1]}" in done.words
+
+
+def test_a_missing_backup_is_one_clear_line(play: Any, tmp_path: Path) -> None:
+    done = play("playbooks/restore.yml", backup="1999.rdb", redis_backup_dir=str(tmp_path / "none"))
+    assert done.returncode != 0
+    assert "No backup matches '1999.rdb'. Nothing was changed." in done.words
+    assert "WARNING" not in done.words
+
+
 @pytest.mark.parametrize("arguments", [(), ("--check",)])
 def test_a_canvas_with_something_on_it_is_not_overwritten(
     backup: Path, play: Any, contents: Any, arguments: tuple[str, ...]
@@ -146,8 +174,8 @@ def test_a_canvas_with_something_on_it_is_not_overwritten(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("missing", "No backup is, or has"),
-        ("several", "Several backups have"),
+        ("missing", "No backup matches"),
+        ("several", "Several backups match"),
         ("changed", "is not what was saved"),
         ("unsigned", "has no checksum beside it"),
         ("foreign", "was not restored to c5: redis-server says: Wrong signature"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,3 +77,43 @@ def test_redis_refuses_a_stranger_on_the_network(host: Any, fleet: dict[str, Any
     )
     address = fleet["hosts"]["c5"]["address"]
     assert "NOAUTH" in host.check_output(f'python3 -c "{program}" {address}')
+
+
+def test_root_writes_only_where_nobody_else_can_plant_a_link(host: Any) -> None:
+    """Directories that root's own programs write to: the agent, pixel-watch, backups, the firewall."""
+    places = [
+        "/etc/nginx/pixel",
+        "/var/lib/pixel-lb",
+        "/run/pixel-lb",
+        "/var/lib/pixel-metrics",
+        "/etc/pixel-firewall",
+    ]
+    there = [place for place in places if host.file(place).exists]
+    assert {"/var/lib/pixel-metrics", "/etc/pixel-firewall"} <= set(there)
+    for place in there:
+        for directory in (Path(place), *Path(place).parents):
+            facts = host.file(str(directory))
+            assert (facts.user, facts.group, facts.mode & 0o022) == ("root", "root", 0), directory
+
+
+def test_every_unit_is_sandboxed(host: Any) -> None:
+    """Exposure as systemd-analyze rates it, 0 to 10."""
+    exposure = {}
+    for unit in (
+        "nginx",
+        "pixel",
+        "pixel-firewall",
+        "pixel-lb",
+        "pixel-watch",
+        "prometheus",
+        "prometheus-alertmanager",
+        "prometheus-nginx-exporter",
+        "prometheus-node-exporter",
+        "prometheus-redis-exporter",
+        "redis-server",
+    ):
+        if host.run(f"systemctl cat {unit}.service").rc == 0:
+            said = host.run(f"systemd-analyze security --no-pager {unit}.service").stdout
+            exposure[unit] = float(said.strip().splitlines()[-1].split(":")[1].split()[0])
+    assert len(exposure) == {"c5": 11, "t2": 3}[host.backend.hostname]
+    assert {unit: value for unit, value in exposure.items() if value > 3} == {}

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+testinfra_hosts = ["c5"]
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -66,6 +73,144 @@ def test_hosts_that_do_not_answer_are_in_the_table_too(play: Any) -> None:
     for host in ("c5", "t2"):
         assert re.search(rf"^ *{host} +– +unreachable +– +– +", done.stdout, re.M), done.stdout
     assert "balancer c5 does not answer" in done.stdout
+
+
+@pytest.fixture
+def writes(client: Any) -> Callable[[], Any]:
+    """Writes one pixel after another meanwhile; gives how often each status was answered."""
+
+    @contextmanager
+    def write() -> Iterator[Counter[int]]:
+        statuses: Counter[int] = Counter()
+        done = threading.Event()
+
+        def run() -> None:
+            number = 0
+            while not done.wait(0.02):
+                number = (number + 1) % 256
+                body = json.dumps({"x": number, "y": 7, "channel": "G", "value": number})
+                statuses[client.ask("/pixel", body.encode())[0]] += 1
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield statuses
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+
+    return write
+
+
+def test_a_redis_password_is_rotated_without_a_failed_write(play: Any, writes: Any) -> None:
+    """To one with all characters that could trip something, and back."""
+    odd = r"""'"quo\ted"\\#%$&{-ü-€-'""" + "x" * 8
+    with writes() as statuses:
+        assert play("site.yml", "--tags", "redis,pixel_app", redis_app_password=odd).returncode == 0
+        assert play("site.yml", "--tags", "redis,pixel_app").returncode == 0
+    assert set(statuses) == {200}
+    assert statuses[200] > 500
+
+
+def test_a_host_that_leaves_a_group_is_cleaned_up_without_a_failed_write(
+    play: Any, writes: Any, shell: Any, tmp_path: Path
+) -> None:
+    inventory = tmp_path / "smaller"
+    shutil.copytree(ROOT / "inventory" / "local", inventory)
+    hosts = yaml.safe_load((inventory / "hosts.yml").read_text())
+    hosts["pixel_app"]["hosts"].pop("t2")
+    (inventory / "hosts.yml").write_text(json.dumps(hosts))
+    left = "t2 is not in pixel_app and still has its services"
+    try:
+        assert left in play("playbooks/status.yml", hosts=str(inventory)).words
+        with writes() as statuses:
+            done = play("site.yml", "--tags", "nginx_lb,cleanup", hosts=str(inventory), nginx_lb_clusters={})
+        assert done.returncode == 0, done.words
+        assert "t2 has left pixel_app: its services are stopped and disabled." in done.words
+        assert set(statuses) == {200}
+        assert "active" not in shell("systemctl is-active pixel.socket pixel.service", on="t2").split()
+        assert shell("ls -d /etc/systemd/system/pixel.* /etc/pixel", on="t2") == ""
+        assert left not in play("playbooks/status.yml", hosts=str(inventory)).words
+    finally:
+        assert play("site.yml", "--tags", "pixel_app,nginx_lb").returncode == 0
+
+
+def test_a_host_that_is_away_does_not_stop_work_on_the_others(play: Any, tmp_path: Path) -> None:
+    inventory = tmp_path / "away"
+    shutil.copytree(ROOT / "inventory" / "local", inventory)
+    hosts = yaml.safe_load((inventory / "hosts.yml").read_text())
+    hosts["fleet"]["hosts"]["t2"] |= {"ansible_port": 9, "ansible_ssh_retries": 0}
+    (inventory / "hosts.yml").write_text(json.dumps(hosts))
+    done = play("site.yml", "--limit", "c5", hosts=str(inventory))
+    assert done.changes() == {"c5": 0}
+
+
+def test_a_proxy_in_the_hosts_environment_is_not_asked(play: Any, shell: Any) -> None:
+    line = "http_proxy=http://127.0.0.1:9"
+    for host in ("c5", "t2"):
+        shell(f"echo {line} >>/etc/environment", on=host)
+    try:
+        done = play("site.yml", "--tags", "nginx_lb,monitoring")
+        assert done.changes() == {"c5": 0, "t2": 0}
+        assert play("playbooks/status.yml").words.count("no answer") == 0
+    finally:
+        for host in ("c5", "t2"):
+            shell(f"sed -i '\\|^{line}|d' /etc/environment", on=host)
+
+
+def test_an_unknown_host_is_named_as_typed(play: Any) -> None:
+    done = play("playbooks/drain.yml", "-e", "host=t3")
+    assert done.returncode != 0
+    assert "There is no app host 't3'. Name one of c5, t2: -e host=t2" in done.words
+
+
+def test_an_unknown_request_is_one_clear_line(play: Any) -> None:
+    done = play("playbooks/logs.yml", "-e", "id=0123456789abcdef")
+    assert done.returncode != 0
+    assert "No host has logged request 0123456789abcdef" in done.words
+    assert "[]" not in done.words
+
+
+# Playbooks whose arguments need AWS, minutes of load, or a backup; their own tests give them.
+ELSEWHERE = {"provision", "teardown", "loadtest", "calibrate", "restore"}
+PLACEHOLDERS = {"<X-Request-ID>": "0123456789abcdef"}
+
+
+def documented() -> list[tuple[str, str]]:
+    """Playbooks and their `-e` arguments, as the manuals and the playbooks' comments give them."""
+    found = set()
+    manuals = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")]
+    for path in [*manuals, *ROOT.glob("playbooks/*.yml")]:
+        own = path.stem if path.suffix == ".yml" else ""
+        lines = path.read_text().splitlines()
+        for line in [line for line in lines if line.startswith("#")] if own else lines:
+            for match in re.finditer(r"-e ([a-z][a-z0-9_]*=[^\s`\]|,]*)", line):
+                named = re.findall(r"playbooks/(\w+)[.]yml", line[: match.start()])
+                argument = match[1].rstrip(".:")
+                for placeholder, value in PLACEHOLDERS.items():
+                    argument = argument.replace(placeholder, value)
+                found.add(((named or [own])[-1], argument))
+    return sorted(
+        (playbook, argument)
+        for playbook, argument in found
+        if playbook not in {*ELSEWHERE, ""} and not re.search("[<…]", argument)
+    )
+
+
+def test_the_documents_have_arguments() -> None:
+    assert {("firewall", "firewall_enabled=false"), ("drain", "host=t2")} <= set(documented())
+
+
+@pytest.mark.parametrize(("playbook", "argument"), documented())
+def test_documented_arguments_work_as_typed(play: Any, client: Any, playbook: str, argument: str) -> None:
+    others: tuple[str, ...] = ()
+    if playbook == "logs":
+        others = ("-e", f"id={client.ask('/ping')[1]['X-Request-ID']}")
+        time.sleep(1.2)  # The log is flushed once a second.
+    done = play(f"playbooks/{playbook}.yml", "--check", "-e", argument, *others)
+    assert done.returncode == 0, done.words
 
 
 WRONG = [

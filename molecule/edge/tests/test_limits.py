@@ -169,3 +169,15 @@ def test_the_backends_own_headers_stay(visitor: Any) -> None:
     assert headers["content-security-policy"] == "default-src 'self'"
     assert headers["referrer-policy"] == "no-referrer"
     assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_every_line_of_the_log_is_json_in_utf_8(visitor: Any, host: Any) -> None:
+    """Whatever bytes agents and URIs have."""
+    texts = [b"bad\xff\xfe", b"\xed\xa0\x80", "grün".encode(), b'quote"\\']
+    assert visitor("agents", *(text.hex() for text in texts)) == [200] * 4
+    check = (
+        "import json; lines = open('/var/log/nginx/access.log', 'rb').read().splitlines();"
+        "print(json.dumps([json.loads(line.decode())['agent'] for line in lines]))"
+    )
+    agents = json.loads(host.check_output(f'sleep 1.2; python3 -c "{check}"'))
+    assert agents[-4:] == ["bad…", "…", "grün", 'quote"\\']

@@ -33,6 +33,17 @@ def test_plain_http_leads_to_tls(curl: Any, name: str, host: Any) -> None:
     assert json.loads(host.check_output("client one /ping"))[0] == 200
 
 
+@pytest.mark.parametrize(("scheme", "status"), [("https", "200"), ("http", "308")])
+def test_what_a_trusted_proxy_has_received_by_https_is_served(
+    curl: Any, name: str, fleet: dict[str, Any], scheme: str, status: str
+) -> None:
+    """The proxy itself asks by plain HTTP, and a redirect would come back to it for ever."""
+    proxy = fleet["hosts"]["stranger"]["address"].rsplit(".", 1)[0] + ".202"
+    said = f"-H 'X-Forwarded-Proto: {scheme}'"
+    assert curl(f"http://{name}/ping", "%{http_code}", f"--interface {proxy} {said}") == status
+    assert curl(f"http://{name}/ping", "%{http_code}", said) == "308"
+
+
 def test_plain_http_on_the_port_of_tls_is_told(curl: Any, name: str) -> None:
     said = curl(f"http://{name}:443/", "%{http_code} %{content_type}")
     assert said == "400 application/problem+json"

@@ -15,13 +15,15 @@ Only the standard library is used: the host's own Python runs it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import ssl
 import subprocess
 from pathlib import Path
 from typing import Any
 
-OUTPUT = Path("/var/lib/prometheus/node-exporter/pixel_balancer.prom")
+# A directory that only root can change.
+OUTPUT = Path("/var/lib/pixel-metrics/pixel_balancer.prom")
 NGINX = Path("/etc/nginx")
 
 
@@ -55,15 +57,23 @@ def expiry(path: str) -> int:
     return int(ssl.cert_time_to_seconds(output.strip().removeprefix("notAfter=")))
 
 
+def write(path: Path, text: str) -> None:
+    """Replace a file at once, with its final mode; a link in its place or beside it is not followed."""
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        os.fchmod(descriptor, 0o644)
+        file.write(text)
+    new.replace(path)
+
+
 def main() -> None:
     """Write the metrics."""
     lines = balancer(json.loads(run("/usr/local/sbin/pixel-lb", "status")))
     for path in certificate_paths(run("/usr/sbin/nginx", "-T")):
         lines.append(f'pixel_certificate_not_after_seconds{{path="{path}"}} {expiry(path)}')
-    temporary = OUTPUT.with_suffix(".new")
-    temporary.write_text("".join(f"{line}\n" for line in sorted(lines)))
-    temporary.chmod(0o644)
-    temporary.replace(OUTPUT)
+    write(OUTPUT, "".join(f"{line}\n" for line in sorted(lines)))
 
 
 if __name__ == "__main__":

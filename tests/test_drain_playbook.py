@@ -1,0 +1,79 @@
+"""drain.yml and undrain.yml with a balancer that is off, or that Ansible can't reach although it serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+Played = tuple[int, str]
+
+
+@pytest.fixture
+def drain(tmp_path: Path) -> Callable[..., Played]:
+    """Run drain.yml: balancer b0 has no SSH, b1 is this machine with a stand-in for pixel-lb."""
+    stub = tmp_path / "pixel-lb"
+    stub.write_text("#!/bin/sh\necho changed\n")
+    stub.chmod(0o755)
+    shutil.copytree(ROOT / "playbooks", tmp_path / "playbooks")
+    tasks = tmp_path / "playbooks" / "tasks" / "balancers.yml"
+    tasks.write_text(tasks.read_text().replace("/usr/local/sbin/pixel-lb", str(stub)))
+
+    def run(*arguments: str, port: int = 9) -> Played:
+        away = {"ansible_host": "127.0.0.1", "ansible_port": 9, "ansible_ssh_retries": 0}
+        here = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+        balancers = {
+            "b0": away | {"private_address": "127.0.0.1", "nginx_lb_listen_port": port},
+            "b1": here | {"private_address": "127.0.0.1"},
+        }
+        groups = {"nginx_lb": {"hosts": balancers}, "pixel_app": {"hosts": {"c5": {}, "t2": {}}}}
+        (tmp_path / "hosts.json").write_text(json.dumps(groups))
+        (tmp_path / "hosts.json").rename(tmp_path / "hosts.yml")
+        playbook = Path(sys.prefix, "bin", "ansible-playbook")
+        done = subprocess.run(
+            [playbook, "-i", tmp_path / "hosts.yml", tmp_path / "playbooks" / "drain.yml", *arguments],
+            env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+    return run
+
+
+def test_a_balancer_that_is_off_is_named_and_safe(drain: Callable[..., Played]) -> None:
+    status, words = drain("-e", "host=t2")
+    assert status == 0
+    assert "t2: drain is in force on b1. b0 is off and doesn" in words
+
+
+def test_a_balancer_that_serves_and_does_not_know_of_it_is_a_failure(drain: Callable[..., Played]) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        status, words = drain("-e", "host=t2", port=server.server_port)
+        server.shutdown()
+    assert status != 0
+    assert "t2: drain is in force on b1. b0 serves requests, can" in words
+
+
+def test_nothing_is_reported_as_drained_where_no_balancer_is_reached(drain: Callable[..., Played]) -> None:
+    status, words = drain("-e", "host=t2", "--limit", "b0")
+    assert status != 0
+    assert "No balancer could be reached; nothing was changed." in words
+
+
+def test_an_unknown_host_is_repeated(drain: Callable[..., Played]) -> None:
+    status, words = drain("-e", "host=t3")
+    assert status != 0
+    assert "There is no app host" in words
+    assert "t3" in words

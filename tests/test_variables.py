@@ -1,0 +1,152 @@
+"""Values given with `-e name=value` are text; every example in the documents works as typed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import yaml
+from ansible_collections.pixel.endpoint.plugins.filter.pixel_fleet import FilterModule
+from jinja2 import nodes
+
+ROOT = Path(__file__).resolve().parents[1]
+SPECS = sorted(ROOT.glob("roles/*/meta/argument_specs.yml"))
+PLAYBOOKS = sorted(ROOT.glob("playbooks/**/*.yml"))
+SOURCES = sorted(
+    path
+    for place in ("roles", "playbooks")
+    for path in (ROOT / place).rglob("*")
+    if path.suffix in (".yml", ".j2") and "meta" not in path.parts
+)
+# Documents, and playbooks and roles, whose comments and messages name arguments.
+DOCUMENTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md"), *SOURCES]
+# Keywords of tasks whose value is an expression without braces.
+CONDITIONS = {"when", "that", "until", "failed_when", "changed_when", "var"}
+# Filters whose result is the same for 5 and '5'.
+CONVERTING = {"bool", "int", "float", "string"}
+# Our own filters, which convert their arguments.
+OWN_FILTERS = {f"pixel.endpoint.{name}" for name in FilterModule().filters()}
+
+
+def role_variables() -> dict[str, str]:
+    """The type of every role variable, by name."""
+    return {
+        name: spec["type"]
+        for path in SPECS
+        for name, spec in yaml.safe_load(path.read_text())["argument_specs"]["main"]["options"].items()
+    }
+
+
+def arguments(text: str) -> list[tuple[str, str]]:
+    """Names and values of the `-e` examples in a text. Values are cut at what ends a word in prose."""
+    return re.findall(r"-e ([a-z][a-z0-9_]*)=([^\s`\]'\"{},;|]*)", text)
+
+
+TYPED = {name for name, kind in role_variables().items() if kind in ("bool", "int", "float")} | {
+    name
+    for path in DOCUMENTS
+    for name, value in arguments(path.read_text())
+    if re.fullmatch(r"true|false|[0-9]+[.]?", value)
+}
+
+
+def templates(value: Any, key: str = "") -> Iterator[str]:
+    """Every Jinja template of a YAML document. Conditions get braces."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from templates(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from templates(inner, key)
+    elif isinstance(value, str):
+        if "{{" in value or "{%" in value:
+            yield value
+        elif key in CONDITIONS:
+            yield "{{ " + value + " }}"
+
+
+def unconverted(source: str, start: str = "{{", end: str = "}}") -> set[str]:
+    """Typed variables that a template uses without a conversion, other than to print them."""
+    tree = jinja2.Environment(variable_start_string=start, variable_end_string=end).parse(source)
+    macros = {macro.name for macro in tree.find_all(nodes.Macro)}
+    found = set()
+
+    def is_converted(node: nodes.Node, parents: list[nodes.Node]) -> bool:
+        for parent in reversed(parents):
+            if isinstance(parent, nodes.Filter) and parent.node is node and parent.name in CONVERTING:
+                return True
+            if isinstance(parent, nodes.Filter) and parent.node is not node and parent.name in OWN_FILTERS:
+                return True
+            if isinstance(parent, nodes.Test):
+                return parent.name == "defined"
+            if isinstance(parent, nodes.Call):
+                # A macro converts its own arguments.
+                return isinstance(parent.node, nodes.Name) and parent.node.name in macros
+            is_default = isinstance(parent, nodes.Filter) and parent.node is node and parent.name == "default"
+            is_choice = isinstance(parent, nodes.CondExpr) and parent.test is not node
+            if not is_default and not is_choice and not isinstance(parent, nodes.Keyword):
+                return isinstance(parent, nodes.Output | nodes.Concat | nodes.Assign)
+            node = parent
+        return True
+
+    def walk(node: nodes.Node, parents: list[nodes.Node]) -> None:
+        name = node.name if isinstance(node, nodes.Name) else None
+        if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+            name = node.arg.value
+        if name in TYPED and not is_converted(node, parents):
+            found.add(str(name))
+        for child in node.iter_child_nodes():
+            walk(child, [*parents, node])
+
+    walk(tree, [])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("expression", "faults"),
+    [
+        ("wanted and other", {"wanted"}),
+        ("wanted | bool and other", set()),
+        ("range(wanted)", {"wanted"}),
+        ("wanted | default(3) | int + 1", set()),
+        ("wanted | default(3) + 1", {"wanted"}),
+        ("hostvars[host]['wanted'] == 3", {"wanted"}),
+        ("'text ' ~ wanted", set()),
+        ("wanted if other else 3", set()),
+        ("3 if wanted else 4", {"wanted"}),
+    ],
+)
+def test_the_check_finds_what_is_not_converted(
+    monkeypatch: pytest.MonkeyPatch, expression: str, faults: set[str]
+) -> None:
+    monkeypatch.setitem(globals(), "TYPED", {"wanted"})
+    assert unconverted("{{ " + expression + " }}") == faults
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_numbers_and_booleans_are_converted_where_they_are_used(path: Path) -> None:
+    text = path.read_text()
+    if path.suffix == ".yml":
+        # Ansible keeps the backslashes of YAML strings.
+        found = [unconverted(each.replace("\\", "\\\\")) for each in templates(yaml.safe_load(text))]
+    elif "{{ $" in text:
+        found = [unconverted(text, "[[", "]]")]
+    else:
+        found = [unconverted(text)]
+    assert set().union(*found) == set()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documented_arguments_are_variables(path: Path) -> None:
+    """Of a role, or of a playbook that reads it."""
+    playbooks = "".join(playbook.read_text() for playbook in PLAYBOOKS)
+    expressions = "\n".join(re.findall(r"^(?!\s*#)(.*)$", playbooks, re.M))
+    names = {name for name, _ in arguments(path.read_text())}
+    unknown = {
+        name for name in names - set(role_variables()) if not re.search(rf"\b{name} ([|]|is )", expressions)
+    }
+    assert unknown == set()
