@@ -17,7 +17,7 @@ def directives(template: str) -> set[str]:
     """Returns the directives of a part of the role's configuration, with its default values."""
     defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
     # By default, without clusters and stickiness, there is one upstream.
-    values = defaults | {"_nginx_lb_upstream": "pixel", "inventory_hostname": "bench"}
+    values = defaults | {"_nginx_lb_upstream": "pixel", "_nginx_lb_clock": "127.0.0.1:"}
     lines = [line.strip() for line in Template(template).render(values).splitlines()]
     return {line for line in lines if line and not line.startswith(("#", "include"))}
 
