@@ -16,8 +16,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Install what is missing.
 
-        task_vars are the host's variables. Returns apt's result, with the package facts if they were read. Raises
-        AnsibleActionFail without a list of names.
+        task_vars are the host's variables. Returns apt's result, with the package facts if they were read.
+        Raises AnsibleActionFail without a list of names.
         """
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)

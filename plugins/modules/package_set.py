@@ -8,9 +8,9 @@ module: package_set
 short_description: Install Debian packages that are missing
 description:
   - >-
-    Compares the packages with C(ansible_facts['packages']), and runs M(ansible.builtin.apt) only for those that
-    are missing: an unchanged host is asked nothing. The facts are read if there are none, and again after an
-    installation.
+    Compares the packages with C(ansible_facts['packages']), and runs M(ansible.builtin.apt) only for those
+    that are missing: an unchanged host is asked nothing. The facts are read if there are none, and again
+    after an installation.
   - In check mode the package lists are refreshed, as a dry run couldn't find the packages otherwise.
   - Further options are those of M(ansible.builtin.apt). Recommended packages are not installed by default.
 options:
