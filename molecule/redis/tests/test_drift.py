@@ -20,7 +20,8 @@ def test_files_and_services_are_repaired(host: Any, shell: Any, run: Callable[..
     before = host.file("/etc/redis/redis.conf").content_string
     shell(
         "echo 'maxclients 5' >>/etc/redis/redis.conf; chmod 0666 /etc/redis/users.acl;"
-        " rm /etc/sysctl.d/60-redis.conf; chown redis /usr/local/sbin/redis-trim-log; systemctl disable --now redis-server"
+        " rm /etc/sysctl.d/60-redis.conf; chown redis /usr/local/sbin/redis-trim-log;"
+        " systemctl disable --now redis-server"
     )
     shown = run("--check", "--diff")
     assert shown.changes() == {"debian12": 2}
