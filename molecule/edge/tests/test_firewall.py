@@ -89,7 +89,7 @@ def test_it_can_be_taken_away(firewall: Any, seen: Any) -> None:
     assert seen("stranger") == [*PUBLIC, *FLEET, UNKNOWN]
     done = firewall()
     assert done.returncode == 0
-    assert "WARNING" not in done.stdout + done.stderr
+    assert "reset_connection" not in done.stdout + done.stderr
     assert seen("stranger") == PUBLIC
 
 
