@@ -178,7 +178,7 @@ changed_paths:
 LONGEST_DIFF = 104448
 MOST_LINKS = 40
 WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
-SECRET_CHANGED = "The content is secret.\n"
+HIDDEN = "The content is secret.\n"
 
 
 class Fault(Exception):
@@ -352,7 +352,7 @@ def describe(item: Item) -> list[dict[str, str]]:
     header = {"before_header": str(item.path), "after_header": str(item.path)}
     if item.content_differs:
         if item.secret:
-            diffs.append(header | {"before": "", "after": SECRET_CHANGED})
+            diffs.append(header | {"before": "", "after": HIDDEN})
         else:
             diffs.append(header | {"before": as_text(item.found), "after": as_text(item.wanted)})
     if item.attributes_differ and item.found.kind == item.wanted.kind:
