@@ -42,8 +42,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             if refreshed.get("failed"):
                 return result | refreshed
         rest = {key: value for key, value in self._task.args.items() if key != "name"}
-        options |= {"name": missing, "install_recommends": False} | rest
-        result |= self._run("apt", options, task_vars, check_mode=self._task.check_mode)
+        wanted = options | {"name": missing, "install_recommends": False} | rest
+        result |= self._run("apt", wanted, task_vars, check_mode=self._task.check_mode)
         if not result.get("failed") and not self._task.check_mode:
             read = self._package_facts(task_vars)
             result |= read if read.get("failed") else {"ansible_facts": read["ansible_facts"]}
