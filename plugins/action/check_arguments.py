@@ -135,6 +135,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         result: dict[str, Any] = super().run(tmp, task_vars)
         roles: list[str] = self._task.args.get("roles", [])
         others: list[str] = self._task.args.get("others", [])
+        # A rule can't be evaluated if a value has the wrong type, which is a fault of its own.
+        self._errors: list[Exception] = []
         faults = [fault for role in roles for fault in self._faults(role, task_vars)]
         for role in others:
             given = {name: option for name, option in self._options(role).items() if name in task_vars}
@@ -142,6 +144,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         known = {path.name: set(self._options(path.name)) for path in ROLES.iterdir()}
         names = [name for name in task_vars if any(name.startswith(f"{role}_") for role in [*roles, *others])]
         faults += unknown(names, known)
+        if self._errors and not faults:
+            raise self._errors[0]
         result["changed"] = False
         result["faults"] = list(dict.fromkeys(faults))
         if faults:
@@ -200,8 +204,6 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         variables["role_path"] = str(ROLES / role)
         values, faults = self._values(role, self._options(role), variables)
         rules = self._load(role, "meta/checks.yml").get("rules", [])
-        # With values that aren't even of their type, rules could only repeat that in other words.
-        broken = bool(faults)
         for rule in rules:
             each = [None]
             if "each" in rule:
@@ -213,7 +215,6 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 try:
                     if not templar.evaluate_conditional(rule["that"]):
                         faults.append(str(templar.template(rule["message"])))
-                except AnsibleError:
-                    if not broken:
-                        raise
+                except AnsibleError as error:
+                    self._errors.append(error)
         return faults
