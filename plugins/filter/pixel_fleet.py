@@ -3,7 +3,7 @@
     hostvars[host] | pixel_instances            the app's instances on a host, first one first
     hostvars[host] | pixel_instance_template    the same for the systemd template of further instances
     hostvars[host] | fleet_ports                TCP ports that a host opens to the fleet
-    hostvars.values() | write_lifetime          longest time of an attempt at a write on these hosts in seconds
+    hostvars.values() | write_lifetime          seconds that an attempt at a write can last on these hosts
     'redis' | exporter_port                     TCP port of an exporter, of Prometheus or of Alertmanager
 
 A host runs one or more instances of the app. The first has the plain names; further ones are named by their
