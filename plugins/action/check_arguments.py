@@ -205,16 +205,22 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         values, faults = self._values(role, self._options(role), variables)
         rules = self._load(role, "meta/checks.yml").get("rules", [])
         for rule in rules:
-            each = [None]
-            if "each" in rule:
-                templar = self._templar.copy_with_new_env(available_variables=variables)
-                each = templar.evaluate_expression(rule["each"])
-            for item in each:
-                scope = variables | values | ({} if item is None else {"item": item})
-                templar = self._templar.copy_with_new_env(available_variables=scope)
-                try:
-                    if not templar.evaluate_conditional(rule["that"]):
-                        faults.append(str(templar.template(rule["message"])))
-                except AnsibleError as error:
-                    self._errors.append(error)
+            try:
+                faults += self._broken(rule, variables, values)
+            except AnsibleError as error:
+                self._errors.append(error)
         return faults
+
+    def _broken(
+        self, rule: dict[str, str], variables: dict[str, Any], values: dict[str, Any]
+    ) -> Iterator[str]:
+        """Yield the message of a rule for each item that breaks it."""
+        scope = variables | values
+        items: list[dict[str, Any]] = [{}]
+        if "each" in rule:
+            templar = self._templar.copy_with_new_env(available_variables=scope)
+            items = [{"item": item} for item in templar.evaluate_expression(rule["each"])]
+        for item in items:
+            templar = self._templar.copy_with_new_env(available_variables=scope | item)
+            if not templar.evaluate_conditional(rule["that"]):
+                yield str(templar.template(rule["message"]))
