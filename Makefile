@@ -3,53 +3,71 @@ PYTHON ?= python3
 URL ?= http://127.0.0.1:8080
 RATE ?= 1000
 BIN = .venv/bin
-ROLES = $(filter-out default,$(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml))))
+# The longest first: two run at a time.
+CHECKS = check-repository check-app check-bench
+SCENARIOS = default $(filter-out default,$(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml))))
+TWO = --no-print-directory --jobs 2 --output-sync=target
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Ansible ignores an ansible.cfg in a directory that others may write to, unless it is named.
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 up: control  ## make the local fleet, deploy to it, post a pixel and read it back
-	$(PYTHON) molecule/shared/fleet.py up
+	$(PYTHON) fleet/fleet.py up
 
 down:  ## remove the local fleet
-	$(PYTHON) molecule/shared/fleet.py down
+	$(PYTHON) fleet/fleet.py down
 
-test: lint check scenarios  ## all tests
+test: tools  ## all tests, two programs at a time
+	$(MAKE) $(TWO) $(CHECKS) lint images
+	$(MAKE) scenarios
 
-lint: tools  ## style, types, and what Ansible's users expect
-	ruff check . app bench
-	ruff format --check . app bench
+lint: tools  ## style, types, and Ansible's production profile
+	ruff check .
+	ruff format --check .
 	mypy
 	cd app && mypy
 	mypy --config-file bench/pyproject.toml bench
 	yamllint --strict .
 	ansible-lint --profile production --offline
+	.config/eslint/node_modules/.bin/eslint --config .config/eslint/eslint.config.js --max-warnings 0 app/src/pixel/live
 
 check: tools  ## the tests that need no host
+	$(MAKE) $(TWO) $(CHECKS)
+
+check-repository: tools
 	pytest -q tests balancer
+
+check-app: tools
 	cd app && env -u PIXEL_FLEET pytest -q
+
+check-bench: tools
 	cd bench && pytest -q
 
 scenarios: tools  ## the roles and the fleet, on hosts that boot
-	molecule test --scenario-name default
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(ROLES)
+	$(MAKE) default
+	$(MAKE) $(TWO) $(filter-out default,$(SCENARIOS))
 
-$(ROLES): tools
+$(SCENARIOS): tools
 	molecule test --scenario-name $@
 
+images: tools
+	$(PYTHON) fleet/fleet.py images bookworm trixie
+
 bench: tools  ## compare ways to serve a durable pixel, on this machine
-	PYTHONPATH=$(CURDIR)/app/src $(BIN)/python -m bench.compare
+	PYTHONPATH="$(CURDIR)/app/src" $(BIN)/python -m bench.compare
 
 load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the balancer
 	$(BIN)/python -m bench.load --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --writers 16 --strict
 
 locust:  ## users who look, paint and watch, by Locust: http://127.0.0.1:8089
-	$(PYTHON) molecule/shared/machine.py locust
+	$(PYTHON) fleet/bootstrap.py locust
 	$(BIN)/locust --locustfile bench/load/locustfile.py --host $(URL) --web-host 127.0.0.1
 
 report: control  ## drive the local fleet up to its knee, and draw what that took: 5 minutes
-	$(PYTHON) molecule/shared/machine.py report
+	$(PYTHON) fleet/bootstrap.py report
 	$(BIN)/ansible-playbook playbooks/loadtest.yml
 
 drill: tools  ## cause faults on the local fleet under load, and count what users notice
@@ -59,10 +77,13 @@ docs: tools  ## write the roles' READMEs from their argument specs, and the API'
 	for role in roles/*; do aar-doc --output-file README.md $$role markdown; done
 	cd app && PYTHONPATH=src python tests/test_docs.py
 
+release:  ## make release VERSION=1.1.0: date the changelog, set the version, commit, tag; nothing is pushed
+	$(PYTHON) .ci/release.py $(VERSION)
+
 control:
-	@$(PYTHON) molecule/shared/machine.py control
+	@$(PYTHON) fleet/bootstrap.py control
 
 tools:
-	@$(PYTHON) molecule/shared/machine.py test
+	@$(PYTHON) fleet/bootstrap.py test
 
-.PHONY: help up down test lint check scenarios $(ROLES) bench load locust report drill docs control tools
+.PHONY: help up down test lint check $(CHECKS) scenarios $(SCENARIOS) images bench load locust report drill docs release control tools

@@ -79,7 +79,7 @@ class Played:
 @pytest.fixture(scope="session")
 def inventory() -> str:
     """The inventory that the scenario's playbooks are run with."""
-    return "molecule/shared/inventory"
+    return ".config/molecule/inventory"
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,5 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DIRECTORIES = (
-    "molecule/shared",
-    "plugins/filter",
-    "plugins/modules",
-    "roles/monitoring/files",
-    "roles/redis/files",
-)
+DIRECTORIES = ("fleet", "roles/monitoring/files", "roles/redis/files")
 sys.path[:0] = [str(ROOT / directory) for directory in DIRECTORIES]

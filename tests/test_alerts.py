@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pixel_fleet
 import pytest
 import yaml
+from ansible_collections.pixel.endpoint.plugins.filter import pixel_fleet
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLE = ROOT / "roles" / "monitoring"
@@ -106,7 +106,8 @@ def test_every_alert_says_what_to_do_and_how_urgent_it_is(rules: Path) -> None:
 def test_all_that_a_host_has_is_known_as_its_own() -> None:
     """By that, Alertmanager holds back what only says again that a host is away."""
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= pixel_fleet.FilterModule().filters() | {
+    fleet_filters = pixel_fleet.FilterModule().filters().items()
+    environment.filters |= {f"pixel.endpoint.{name}": value for name, value in fleet_filters} | {
         "extract": lambda key, container, name: container[key][name],
         "regex_replace": lambda text, _, end: text + end,
         "to_json": json.dumps,

@@ -165,7 +165,7 @@ def check(tmp_path: Path, task: dict[str, Any], *arguments: str, **variables: An
         "cacheable": True,
     }
     playbook = tmp_path / "play.yml"
-    tasks = [{"ansible.builtin.set_fact": facts}, {"name": "Check", "check_arguments": task}]
+    tasks = [{"ansible.builtin.set_fact": facts}, {"name": "Check", "pixel.endpoint.check_arguments": task}]
     playbook.write_text(json.dumps([{"hosts": "c5", "gather_facts": False, "tasks": tasks}]))
     own: dict[str, Any] = {"private_address": "10.0.0.11", "fleet_state": str(tmp_path)}
     own |= {f"redis_{user}_password": "0123456789abcdefghij" for user in ("app", "admin", "monitor")}

@@ -12,10 +12,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import file_set
 import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args  # type: ignore[import-untyped]
+from ansible_collections.pixel.endpoint.plugins.modules import file_set
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -267,7 +267,7 @@ def play(tmp_path: Path) -> Any:
         files: list[dict[str, Any]], *arguments: str, templates: dict[str, str] | None = None, **task: Any
     ) -> subprocess.CompletedProcess[str]:
         role = tmp_path / "roles" / "sample"
-        set_task = {"name": "Install", "register": "done", "file_set": {"files": files} | task}
+        set_task = {"name": "Install", "register": "done", "pixel.endpoint.file_set": {"files": files} | task}
         handlers = [
             {"name": name, "ansible.builtin.debug": {"msg": f"handled {name}"}}
             for name in ("First", "Second")

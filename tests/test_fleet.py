@@ -1,4 +1,4 @@
-"""The local fleet's plan, and the messages of what can go wrong before a host runs."""
+"""The local fleet: what its plan derives, and the messages for what can go wrong before a host runs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fleet
-import machine
+import bootstrap
+import containers
+import engine
+import image
+import layout
 import pytest
+import state
+from bootstrap import Problem
+
+import fleet
 
 
-def plan(name: str = "pixel", **environ: str) -> fleet.Fleet:
-    return fleet.plan(name, ["c5", "t2:trixie"], environ)
+def plan(name: str = "pixel", **environ: str) -> layout.Fleet:
+    return layout.plan(name, ["c5", "t2:trixie"], environ)
 
 
-class Engine(fleet.Docker):
-    """Answers from a table, by a command's first words; everything else succeeds in silence."""
+class Engine(engine.Docker):
+    """Answers from a table, by the first two words of a command; other commands succeed with no output."""
 
     def __init__(self, **answers: str) -> None:
         super().__init__()
@@ -55,166 +62,196 @@ def test_fleets_share_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "Pixel", "a b", "../x", "1st", "x" * 32])
-def test_a_name_that_cannot_be_one_is_refused(name: str) -> None:
-    with pytest.raises(machine.Problem, match="PIXEL_FLEET"):
+def test_an_invalid_name_is_refused(name: str) -> None:
+    with pytest.raises(Problem, match="PIXEL_FLEET"):
         plan(name)
 
 
 @pytest.mark.parametrize("port", ["80", "eighty", "70000", "-1"])
-def test_a_port_that_cannot_be_one_is_refused(port: str) -> None:
-    with pytest.raises(machine.Problem, match="PIXEL_FLEET_PORT"):
+def test_an_invalid_port_is_refused(port: str) -> None:
+    with pytest.raises(Problem, match="PIXEL_FLEET_PORT"):
         plan(PIXEL_FLEET_PORT=port)
 
 
-def test_a_folder_of_data_has_to_be_a_whole_path() -> None:
+def test_the_data_directory_must_be_an_absolute_path() -> None:
     assert plan(PIXEL_FLEET_DATA="/dev/shm").data == "/dev/shm"
-    with pytest.raises(machine.Problem, match="PIXEL_FLEET_DATA='shm'"):
+    with pytest.raises(Problem, match="PIXEL_FLEET_DATA='shm'"):
         plan(PIXEL_FLEET_DATA="shm")
 
 
 @pytest.mark.parametrize("subnet", ["10.0.0.0/30", "10.0.0.7/24", "here"])
-def test_a_subnet_that_cannot_be_one_is_refused(subnet: str) -> None:
-    with pytest.raises(machine.Problem, match="PIXEL_FLEET_SUBNET"):
+def test_an_invalid_subnet_is_refused(subnet: str) -> None:
+    with pytest.raises(Problem, match="PIXEL_FLEET_SUBNET"):
         plan(PIXEL_FLEET_SUBNET=subnet)
 
 
-def test_a_taken_port_is_told_with_a_way_out() -> None:
+def test_a_taken_port_is_reported_with_a_way_out() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         host = plan(PIXEL_FLEET_PORT=str(port)).hosts[0]
-        with pytest.raises(machine.Problem, match=rf"port {port} .* is taken .*PIXEL_FLEET_PORT"):
-            fleet._ports_free(host)
+        with pytest.raises(Problem, match=rf"port {port} .* is taken .*PIXEL_FLEET_PORT"):
+            containers.require_ports(host)
 
 
-def test_a_full_disk_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_before_anything_is_created(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     usage = SimpleNamespace(free=1024**3)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    docker = fleet.Docker()
+    docker = engine.Docker()
     docker.command = ("echo", str(tmp_path))
-    with pytest.raises(machine.Problem, match=r"only 1\.0 GiB are free"):
-        fleet.enough_disk(docker)
+    with pytest.raises(Problem, match=r"only 1\.0 GiB are free"):
+        engine.require_disk_space(docker)
 
 
-def test_no_permission_for_docker_is_told_with_a_way_out(
+def test_no_permission_for_docker_is_reported_with_a_way_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     refusing = tmp_path / "docker"
     refusing.write_text("#!/bin/sh\necho 'permission denied while trying to connect' >&2; exit 1\n")
     refusing.chmod(0o755)
-    docker = fleet.Docker()
+    docker = engine.Docker()
     docker.command = (str(refusing),)
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    with pytest.raises(machine.Problem, match="usermod -aG docker"):
+    with pytest.raises(Problem, match="usermod -aG docker"):
         docker.ensure()
 
 
 def test_a_stale_pid_file_is_removed_and_a_live_one_is_not(tmp_path: Path) -> None:
     pid_file = tmp_path / "docker.pid"
     pid_file.write_text("1")  # Whatever process 1 is, it isn't dockerd.
-    fleet._drop_stale(pid_file)
+    engine.drop_stale(pid_file)
     assert not pid_file.exists()
-    fleet._drop_stale(pid_file)
+    engine.drop_stale(pid_file)
 
 
-def test_a_lost_or_broken_key_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fleet, "ROOT", tmp_path)
+def test_a_lost_or_damaged_key_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(layout, "ROOT", tmp_path)
     one = plan()
     one.state.mkdir(parents=True)
-    first = fleet._ensure_key(one)
-    assert fleet._ensure_key(one).split()[:2] == first.split()[:2]
+    first = state.ensure_key(one)
+    assert state.ensure_key(one).split()[:2] == first.split()[:2]
     (one.state / "id_ed25519.pub").unlink()
-    assert fleet._ensure_key(one).split()[:2] == first.split()[:2]
+    assert state.ensure_key(one).split()[:2] == first.split()[:2]
     (one.state / "id_ed25519").write_text("half a ke")
-    assert fleet._ensure_key(one).split()[:2] != first.split()[:2]
+    assert state.ensure_key(one).split()[:2] != first.split()[:2]
 
 
-def test_one_command_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fleet, "ROOT", tmp_path)
+def test_one_command_runs_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(layout, "ROOT", tmp_path)
     with (
-        fleet.alone(plan()),
-        pytest.raises(machine.Problem, match="another command works on fleet 'pixel'"),
-        fleet.alone(plan()),
+        state.exclusive(plan()),
+        pytest.raises(Problem, match="another command is running on fleet 'pixel'"),
+        state.exclusive(plan()),
     ):
         pass
 
 
-def test_without_a_bootstrap_the_public_image_is_taken(
+def test_without_mmdebstrap_the_public_image_is_used(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object) -> None:
-        raise machine.Problem("mount: permission denied")
+        raise Problem("mount: permission denied")
 
-    monkeypatch.setattr(fleet, "_apt_sources", lambda suite: ["deb http://mirror.example bookworm main"])
-    monkeypatch.setattr(fleet, "_bootstrap", fails)
-    docker = fleet.Docker()
+    monkeypatch.setattr(image, "apt_sources", lambda suite: ["deb http://mirror.example bookworm main"])
+    monkeypatch.setattr(image, "_bootstrap", fails)
+    docker = engine.Docker()
     docker.command = ("false",)
-    assert fleet._base_image(docker, "bookworm") == "debian:bookworm-slim"
+    assert image.base_image(docker, "bookworm") == "debian:bookworm-slim"
     assert "mount: permission denied" in capsys.readouterr().out
 
 
-def test_port_and_subnet_are_remembered_until_others_are_named(
+def test_port_and_subnet_are_remembered_until_others_are_given(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fleet, "ROOT", tmp_path)
+    monkeypatch.setattr(layout, "ROOT", tmp_path)
     named = {"PIXEL_FLEET_PORT": "8081", "PIXEL_FLEET_SUBNET": "172.29.200.0/24"}
     empty = {"PIXEL_FLEET_PORT": "", "PIXEL_FLEET_SUBNET": ""}
-    assert fleet.as_made("pixel", empty)[0] == ["c5", "t2"]
-    assert plan(**fleet.as_made("pixel", empty)[1]) == plan()
+    assert state.remembered("pixel", empty)[0] == ["c5", "t2"]
+    assert plan(**state.remembered("pixel", empty)[1]) == plan()
     made = plan(**named)
     made.state.mkdir(parents=True)
-    fleet._write_state(Engine(), made)
+    state.write(Engine(), made)
     for environ in ({}, empty):
-        specs, defaults = fleet.as_made("pixel", environ)
-        assert fleet.plan("pixel", specs, defaults) == made
-    _, other = fleet.as_made("pixel", {"PIXEL_FLEET_PORT": "8082"})
+        specs, defaults = state.remembered("pixel", environ)
+        assert layout.plan("pixel", specs, defaults) == made
+    _, other = state.remembered("pixel", {"PIXEL_FLEET_PORT": "8082"})
     assert (plan(**other).url, plan(**other).subnet) == ("http://127.0.0.1:8082", made.subnet)
 
 
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
-        ("pixel old running image 8080 22000", "another port, address or option"),
-        ("pixel old running former 8080 22000", "its image is former, and is to be image"),
+        ("pixel old running image 8080 22000", "its port, address or another option changes"),
+        ("pixel old running former 8080 22000", "its image changes from former to image"),
     ],
 )
-def test_who_loses_data_is_told_so(
+def test_the_loss_of_data_is_reported_with_its_reason(
     answer: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fleet, "enough_disk", lambda docker: None)
+    monkeypatch.setattr(containers, "require_disk_space", lambda docker: None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         one = plan(PIXEL_FLEET_PORT=port)
         refused = Engine(container_inspect=answer)
-        with pytest.raises(machine.Problem, match="is taken"):
-            fleet._ensure_container(refused, one, one.hosts[0], "image")
+        with pytest.raises(Problem, match="is taken"):
+            containers.ensure_container(refused, one, one.hosts[0], "image")
         assert not refused.did("rm")
         # The same port, held by the container itself.
         docker = Engine(container_inspect=answer.replace("8080", port))
-        fleet._ensure_container(docker, one, one.hosts[0], "image")
+        containers.ensure_container(docker, one, one.hosts[0], "image")
     assert docker.did("rm") == ["rm --force --volumes pixel-c5"]
     said = capsys.readouterr().out
     assert "removing pixel-c5 and the data on it" in said
     assert why in said
 
 
-def test_what_no_fleet_made_is_left_alone() -> None:
+def test_containers_and_networks_of_others_are_left_alone() -> None:
     one = plan()
     docker = Engine(container_inspect="  running redis 8080\n", network_inspect=f" {one.subnet}\n")
-    with pytest.raises(machine.Problem, match="container pixel-c5 that isn't this fleet's"):
-        fleet._ensure_container(docker, one, one.hosts[0], "image")
-    with pytest.raises(machine.Problem, match="network pixel that isn't this fleet's"):
-        fleet._ensure_network(docker, one)
-    fleet.destroy(docker, plan("other"))
+    with pytest.raises(Problem, match="container pixel-c5 exists and isn't this fleet's"):
+        containers.ensure_container(docker, one, one.hosts[0], "image")
+    with pytest.raises(Problem, match="network pixel exists and isn't this fleet's"):
+        containers.ensure_network(docker, one)
+    containers.destroy(docker, plan("other"))
     assert not docker.did("rm")
     assert not docker.did("network rm")
 
 
-def test_a_pixel_is_read_from_the_other_host_by_its_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_with_spaces_is_quoted_in_the_ssh_configuration(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(layout, "ROOT", tmp_path / "a clone")
+    one = plan()
+    one.state.mkdir(parents=True)
+    state.write(Engine(), one)
+    shown = subprocess.run(
+        ["ssh", "-G", "-F", one.state / "ssh_config", "pixel-c5"], text=True, capture_output=True, check=True
+    )
+    assert f"identityfile {one.state}/id_ed25519\n" in shown.stdout
+    assert f"userknownhostsfile {one.state}/known_hosts\n" in shown.stdout
+
+
+def test_the_deploy_names_the_settings_of_ansible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ansible ignores an ansible.cfg in a directory that others may write to, unless it is named."""
+    environments = []
+
+    def run(command: list[Path | str], **options: Any) -> SimpleNamespace:
+        environments.append(options["env"])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("subprocess.run", run)
+    fleet.deploy(plan("other"))
+    assert environments[0]["ANSIBLE_CONFIG"] == str(bootstrap.ROOT / "ansible.cfg")
+    assert environments[0]["PIXEL_FLEET"] == "other"
+
+
+def test_the_pixel_is_read_from_the_other_host_by_its_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def ask(request: Any) -> tuple[str, str]:
@@ -223,75 +260,88 @@ def test_a_pixel_is_read_from_the_other_host_by_its_own_path(monkeypatch: pytest
             return "t2-8001", json.dumps({"status": "ok", "received": json.loads(request.data)})
         return "c5", '{"R": 255}'
 
-    monkeypatch.setattr(fleet, "_ask", ask)
+    monkeypatch.setattr(fleet, "_fetch", ask)
     assert "written by t2-8001, read from c5" in fleet.first_pixel(plan())
     assert asked[1:] == ["http://127.0.0.1:8080/cluster/c5/pixel/10/20"]
 
 
-def test_repositories_without_components_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apt_repositories_without_components_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Path, "read_text", lambda path: 'ID=debian\nVERSION_CODENAME="trixie"\n', raising=True
     )
     monkeypatch.setattr("shutil.which", lambda *_, **__: "/usr/bin/apt-get")
     listing = "http://mirror.example/ trixie main\nhttp://flat.example/ ./\n"
-    monkeypatch.setattr(fleet, "run", lambda *_: SimpleNamespace(stdout=listing))
-    assert fleet._apt_sources("bookworm") == ["deb http://mirror.example/ bookworm main"]
+    monkeypatch.setattr(image, "run", lambda *_: SimpleNamespace(stdout=listing))
+    assert image.apt_sources("bookworm") == ["deb http://mirror.example/ bookworm main"]
 
 
-def test_a_missing_client_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_docker_client_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = []
 
     def install(*packages: str, if_known: tuple[str, ...]) -> None:
         installed.append((packages, if_known))
 
-    monkeypatch.setattr(fleet, "find", lambda command: command if command == "dockerd" else None)
-    monkeypatch.setattr(fleet, "install_packages", install)
-    docker = fleet.Docker()
+    monkeypatch.setattr(engine, "find", lambda command: command if command == "dockerd" else None)
+    monkeypatch.setattr(engine, "install_packages", install)
+    docker = engine.Docker()
     docker.command = ("/nowhere/docker",)
     monkeypatch.setattr(docker, "_start", lambda: None)
-    with pytest.raises(machine.Problem, match="doesn't answer"):
+    with pytest.raises(Problem, match="doesn't answer"):
         docker.ensure()
     assert installed == [(("docker.io",), ("docker-cli",))]
 
 
-def test_packages_that_a_release_has_not_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_unknown_to_the_release_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
     def run(*command: str, **_: Any) -> SimpleNamespace:
         ran.append(command)
         return SimpleNamespace(stdout="Package: docker-cli" if command[-1] == "docker-cli" else "")
 
-    monkeypatch.setattr(machine, "run", run)
+    monkeypatch.setattr(bootstrap, "run", run)
     monkeypatch.setattr("shutil.which", lambda *_, **__: "/usr/bin/it")
-    machine.install_packages("docker.io", if_known=("docker-cli", "chromium"))
+    bootstrap.install_packages("docker.io", if_known=("docker-cli", "chromium"))
     assert ran[-1][-2:] == ("docker.io", "docker-cli")
 
 
-def test_a_missing_browser_is_said(
+def test_a_missing_browser_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     installed = []
-    monkeypatch.setattr(machine, "find", lambda command: None if command in ("chromium", "wrk") else command)
-    monkeypatch.setattr(machine, "install_packages", lambda *names, **more: installed.append((names, more)))
-    machine.ensure_packages("test")
+    missing = ("chromium", "wrk")
+    monkeypatch.setattr(bootstrap, "find", lambda command: None if command in missing else command)
+    monkeypatch.setattr(bootstrap, "install_packages", lambda *names, **more: installed.append((names, more)))
+    bootstrap.ensure_packages("test")
     assert installed == [(("wrk",), {"if_known": ("chromium",)})]
     assert "no chromium" in capsys.readouterr().out
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Runs fleet.py with this argument, for a fleet that isn't there."""
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Runs fleet.py with arguments, for a fleet that doesn't exist."""
 
-    def start(argument: str) -> None:
-        monkeypatch.setattr("sys.argv", ["fleet.py", argument])
+    def start(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["fleet.py", *arguments])
         fleet.main()
 
-    monkeypatch.setattr(fleet, "ROOT", tmp_path)
+    monkeypatch.setattr(layout, "ROOT", tmp_path)
     return start
 
 
-def test_where_no_docker_is_nothing_is_installed_to_remove_nothing(
-    command: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_images_are_built_while_another_command_runs(
+    command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine.Docker, "ensure", lambda docker: "")
+    monkeypatch.setattr(fleet, "ensure_image", lambda docker, suite: f"pixel-host:{suite}")
+    with state.exclusive(plan()):
+        command("images", "bookworm", "trixie")
+    output = capsys.readouterr().out
+    assert "pixel-host:bookworm" in output
+    assert "pixel-host:trixie" in output
+
+
+def test_docker_is_not_installed_to_remove_a_fleet(
+    command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fleet, "find", lambda _: None)
     command("down")
@@ -299,17 +349,17 @@ def test_where_no_docker_is_nothing_is_installed_to_remove_nothing(
 
 
 @pytest.mark.parametrize("error", [subprocess.TimeoutExpired(["docker"], 900), PermissionError("no")])
-def test_what_the_system_refuses_is_one_line(
+def test_a_system_error_is_one_line(
     error: Exception,
-    command: Callable[[str], None],
+    command: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fails(_: fleet.Docker) -> str:
+    def fails(_: engine.Docker) -> str:
         raise error
 
     monkeypatch.setattr(fleet, "find", lambda name: name)
-    monkeypatch.setattr(fleet.Docker, "ensure", fails)
+    monkeypatch.setattr(engine.Docker, "ensure", fails)
     with pytest.raises(SystemExit):
         command("down")
     assert capsys.readouterr().err == f"fleet: {error}\n"

@@ -1,17 +1,23 @@
-"""What the first play says to an inventory that won't do. No host is asked for that."""
+"""Inventories and the settings in ansible.cfg: what is accepted, and what the first play reports.
+
+No host is connected to.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,17 +37,19 @@ MANAGED = {
 }
 
 
+# A play that connects to a host fails at once.
+UNREACHABLE = json.dumps({"ansible_connection": "local", "ansible_python_interpreter": "/nonexistent"})
+
+
 def play(
     tmp_path: Path, inventory: dict[str, Any], *arguments: str | Path
 ) -> subprocess.CompletedProcess[str]:
-    # Plays may ask the hosts; here they don't answer.
-    deaf = {"ansible_connection": "local", "ansible_python_interpreter": "/nonexistent"}
     path = tmp_path / "hosts.yml"
     path.write_text(json.dumps(inventory))
     return subprocess.run(
         [
             *(Path(sys.prefix, "bin", "ansible-playbook"), "--inventory", path, *arguments),
-            *("--extra-vars", json.dumps(deaf)),
+            *("--extra-vars", UNREACHABLE),
         ],
         cwd=ROOT,
         env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
@@ -57,11 +65,11 @@ def validate(tmp_path: Path, inventory: dict[str, Any]) -> str:
     return done.stdout.split("PLAY [Validate the hosts]")[0] if done.returncode else done.stdout
 
 
-def test_a_good_one_passes(tmp_path: Path) -> None:
+def test_a_valid_inventory_passes(tmp_path: Path) -> None:
     assert "fatal" not in validate(tmp_path, GOOD)
 
 
-def test_a_managed_redis_takes_the_place_of_the_group(tmp_path: Path) -> None:
+def test_a_managed_redis_replaces_the_group(tmp_path: Path) -> None:
     assert "fatal" not in validate(tmp_path, MANAGED)
     site = play(tmp_path, MANAGED, "site.yml", "--list-hosts")
     assert site.returncode == 0
@@ -72,7 +80,7 @@ def test_a_managed_redis_takes_the_place_of_the_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("playbook", ["backup", "restore"])
-def test_backups_of_a_managed_redis_are_its_providers(tmp_path: Path, playbook: str) -> None:
+def test_backups_of_a_managed_redis_are_refused(tmp_path: Path, playbook: str) -> None:
     done = play(tmp_path, MANAGED, f"playbooks/{playbook}.yml")
     assert done.returncode != 0
     assert "its provider makes the backups and restores them" in " ".join(done.stdout.split())
@@ -96,17 +104,17 @@ def test_backups_of_a_managed_redis_are_its_providers(tmp_path: Path, playbook: 
         ),
     ],
 )
-def test_a_wrong_one_is_told_what_to_mend(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+def test_a_faulty_inventory_is_reported_with_a_fix(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     inventory = {name: group for name, group in (GOOD | change).items() if group is not None}
     assert says in " ".join(validate(tmp_path, inventory).split())
 
 
-def test_an_empty_one_is_told_so(tmp_path: Path) -> None:
+def test_an_empty_inventory_is_reported(tmp_path: Path) -> None:
     assert "no host in group 'redis'" in " ".join(validate(tmp_path, {"all": {}}).split())
 
 
-def test_the_example_has_all_that_is_needed(tmp_path: Path) -> None:
-    # As it is once the passwords have been made.
+def test_the_example_is_complete(tmp_path: Path) -> None:
+    # With passwords, as after the first run.
     shutil.copytree(ROOT / "inventory" / "example", tmp_path / "example")
     (tmp_path / "example" / "credentials").mkdir()
     (tmp_path / "example" / "credentials" / "redis_app").write_text("abcdefgh\n")
@@ -128,7 +136,7 @@ def test_a_dry_run_keeps_no_password(tmp_path: Path) -> None:
     playbook = tmp_path / "play.yml"
     told = {
         "ansible.builtin.debug": {
-            "msg": "<{{ lookup('credential', '" + str(tmp_path / "new" / "one") + "') }}>"
+            "msg": "<{{ lookup('pixel.endpoint.credential', '" + str(tmp_path / "new" / "one") + "') }}>"
         }
     }
     playbook.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": [told]}]))
@@ -160,3 +168,167 @@ def test_a_dry_run_keeps_no_password(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "one").read_text().strip() == kept
     # What is there is what a dry run has as well.
     assert password("--check") == kept
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the repository's Ansible part, in a directory with a space in its name."""
+    copy = tmp_path / "a clone"
+    for name in ("collections", "inventory", "playbooks", "plugins", "roles"):
+        ignored = shutil.ignore_patterns("credentials", "__pycache__")
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
+    for name in ("ansible.cfg", "site.yml", "Makefile"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def ansible(program: str, *arguments: str | Path, cwd: Path, **environ: str) -> str:
+    """The output of an Ansible program that is run in a directory, with all lines joined."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
+    done = subprocess.run(
+        [Path(sys.prefix, "bin", program), *arguments],
+        cwd=cwd,
+        env=inherited | {"ANSIBLE_NOCOLOR": "1"} | environ,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def test_the_local_fleet_is_reached_from_a_path_with_spaces(tree: Path) -> None:
+    output = ansible("ansible", "c5", "-m", "debug", "-a", "var=ansible_ssh_common_args", cwd=tree)
+    arguments = re.search("ansible_ssh_common_args: (.*)", output)
+    assert arguments, output
+    common = str(yaml.safe_load(arguments[1]))
+    assert shlex.split(common) == ["-F", str(tree / ".fleet" / "pixel" / "ssh_config")]
+
+
+def test_aws_hosts_are_reached_from_a_path_with_spaces(tmp_path: Path) -> None:
+    variables = yaml.safe_load((ROOT / "inventory/aws/group_vars/fleet.yml").read_text())
+    values = {"inventory_dir": str(tmp_path / "a b"), "ec2_instance_id": "i-1"}
+    arguments = re.sub(r"{{ (\w+) }}", lambda name: values[name[1]], variables["ansible_ssh_common_args"])
+    shown = subprocess.run(
+        ["ssh", "-G", *shlex.split(arguments), "host"], text=True, capture_output=True, check=True
+    )
+    assert f"userknownhostsfile {tmp_path}/a b/credentials/known_hosts\n" in shown.stdout
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_ignored_settings_are_reported_with_a_fix(tree: Path, tmp_path: Path, elsewhere: bool) -> None:
+    """Ansible ignores ansible.cfg in a directory that others may write to, and from another directory."""
+    if not elsewhere:
+        tree.chmod(0o777)
+    cwd = tmp_path if elsewhere else tree
+    inventory = tree / "inventory" / "example"
+    (inventory / "credentials").mkdir()
+    (inventory / "credentials" / "redis_app").write_text("hunter2\n")
+    playbook = ("--inventory", inventory, "--extra-vars", UNREACHABLE, tree / "site.yml")
+    output = ansible("ansible-playbook", *playbook, cwd=cwd)
+    assert f"Ansible doesn't use {tree}/ansible.cfg: " in output
+    assert f"Type: export ANSIBLE_CONFIG='{tree}/ansible.cfg'" in output
+    assert "was not found" not in output
+    assert "hunter2" not in output
+    output = ansible("ansible-playbook", *playbook, cwd=cwd, ANSIBLE_CONFIG=str(tree / "ansible.cfg"))
+    assert "PLAY [Validate the hosts]" in output
+
+
+def test_make_names_the_settings(tree: Path) -> None:
+    tree.chmod(0o777)
+    show = ("--silent", "--eval", "show: ; @echo $$ANSIBLE_CONFIG", "show")
+    done = subprocess.run(["make", *show], cwd=tree, text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == str(tree / "ansible.cfg")
+
+
+INI = "[redis]\na private_address=10.0.0.1\n[pixel_app]\na\n[nginx_lb]\na\n"
+
+
+@pytest.mark.parametrize("name", ["hosts", "hosts.ini", "hosts.yml"])
+def test_only_host_files_of_an_inventory_directory_are_read(tmp_path: Path, name: str) -> None:
+    inventory = tmp_path / "production"
+    files = {
+        name: json.dumps(GOOD) if name.endswith(".yml") else INI,
+        "group_vars/all.yml": "domain: example.com",
+        "tls/fullchain.pem": "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
+        "tls/privkey.pem": "-----BEGIN PRIVATE KEY-----\nMIIB\n-----END PRIVATE KEY-----\n",
+        "credentials/redis_app": "hunter2",
+        "notes.txt": "call Ops",
+        "known_hosts": "a ssh-ed25519 AAAA",
+    }
+    for path, text in files.items():
+        (inventory / path).parent.mkdir(parents=True, exist_ok=True)
+        (inventory / path).write_text(text)
+    listing = subprocess.run(
+        [Path(sys.prefix, "bin", "ansible-inventory"), "--inventory", inventory, "--list"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert listing.returncode == 0, listing.stderr
+    assert not listing.stderr
+    groups = json.loads(listing.stdout)
+    hosts = groups["_meta"]["hostvars"]
+    assert set(hosts) == ({"a", "b"} if name.endswith(".yml") else {"a"})
+    assert hosts["a"]["private_address"] == "10.0.0.1"
+    assert hosts["a"]["domain"] == "example.com"
+    assert groups["redis"]["hosts"] == ["a"]
+
+
+def test_a_clone_that_converts_line_ends_has_none_of_them(tmp_path: Path) -> None:
+    """Scripts with CR LF don't run on hosts."""
+    clone = tmp_path / "clone"
+    options = ("-c", "core.autocrlf=true", "-c", "core.eol=crlf")
+    subprocess.run(["git", *options, "clone", "--quiet", ROOT, clone], check=True, capture_output=True)
+    listing = subprocess.run(
+        ["git", "ls-files", "--eol"], cwd=clone, text=True, capture_output=True, check=True
+    )
+    assert len(listing.stdout.splitlines()) > 100
+    assert not [line for line in listing.stdout.splitlines() if "w/crlf" in line or "w/mixed" in line]
+
+
+# They run on the control node without a connection, so they never become another user.
+ACTIONS_WITHOUT_CONNECTION = {
+    f"ansible.builtin.{name}"
+    for name in (
+        "add_host",
+        "assert",
+        "debug",
+        "fail",
+        "group_by",
+        "import_tasks",
+        "include_tasks",
+        "set_fact",
+    )
+}
+
+
+def control_node_tasks(
+    node: dict[str, Any], delegated: bool = False, become: object = None
+) -> Iterator[tuple[str, object]]:
+    """Every task below a play, block or task that runs on the control node, with its `ansible_become`."""
+    attributes = node.get("ansible.builtin.include_tasks", {})
+    if isinstance(attributes, dict):
+        node = node | attributes.get("apply", {})
+        node["include"] = "apply" in attributes
+    delegated = node.get("delegate_to", "localhost" if delegated else None) == "localhost"
+    delegated = delegated or node.get("hosts") == "localhost"
+    become = (node.get("vars") or {}).get("ansible_become", become)
+    sections = ("pre_tasks", "tasks", "post_tasks", "block", "rescue", "always")
+    children = [child for section in sections for child in node.get(section) or []]
+    for child in children:
+        yield from control_node_tasks(child, delegated, become)
+    if delegated and not children and (node.get("include") or not ACTIONS_WITHOUT_CONNECTION & set(node)):
+        yield node["name"], become
+
+
+def test_control_node_tasks_never_use_sudo() -> None:
+    """`ansible_become` in group_vars outranks the keyword `become`, so a variable must say no."""
+    found = {}
+    for path in sorted([*ROOT.glob("playbooks/**/*.yml"), *ROOT.glob("roles/*/tasks/*.yml")]):
+        document = yaml.safe_load(path.read_text())
+        for node in document if isinstance(document, list) else []:
+            for name, become in control_node_tasks(node):
+                found[f"{path.relative_to(ROOT)}: {name}"] = become
+    assert len(found) > 20
+    assert [task for task, become in found.items() if become is not False] == []

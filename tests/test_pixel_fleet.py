@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pixel_fleet
 import pytest
 import yaml
+from ansible_collections.pixel.endpoint.plugins.filter import pixel_fleet
 from pixel_lb.fleet import Fleet
 
 ROOT = Path(__file__).resolve().parents[1]

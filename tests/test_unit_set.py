@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import unit_set
 from ansible.module_utils.testing import patch_module_args  # type: ignore[import-untyped]
+from ansible_collections.pixel.endpoint.plugins.modules import unit_set
 
 # Stands in for systemctl: units are files that hold "<load> <file> <active>"; it logs its arguments.
 SYSTEMCTL = """#!/bin/sh

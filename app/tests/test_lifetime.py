@@ -5,7 +5,9 @@ import http.client
 import json
 import os
 import signal
+import socket
 import struct
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
@@ -16,7 +18,7 @@ from test_store import late_probe, outcomes, stored
 from pixel import lifetime
 from pixel.canvas import locate
 from pixel.commit import GroupCommit
-from pixel.lifetime import MustWaitError, RedisClock, StartLimit
+from pixel.lifetime import MustWaitError, RedisClock, StartLimit, UnknownClockError
 from pixel.pixel import Change
 from pixel.problems import Problem
 from pixel.resp import Connection, Server
@@ -127,7 +129,7 @@ class Balancer:
     def send(self, value: int, stamp: str | None = None) -> None:
         body = f'{{"x":7,"y":7,"channel":"R","value":{value}}}'
         headers = {"Content-Type": "application/json"}
-        headers["X-Request-Start"] = f"{time.time():.3f} lb" if stamp is None else stamp
+        headers["X-Request-Start"] = stamp_of() if stamp is None else stamp
         self._connection.request("POST", "/pixel", body, headers)
 
     def answer(self) -> tuple[int, dict[str, str], dict[str, object]]:
@@ -143,6 +145,33 @@ class Balancer:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def stamp_of(age: float = 0.0, mark: str = "") -> str:
+    """The stamp of a request that was sent so long ago."""
+    return f"{time.time() - age:.3f} {CLOCK.address}{mark}"
+
+
+class ClockServer(threading.Thread):
+    """Says this host's time, as a balancer does."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.address = "{}:{}".format(*self.socket.getsockname())
+
+    def run(self) -> None:
+        while True:
+            connection, _ = self.socket.accept()
+            with connection:
+                connection.recv(4096)
+                body = f"{time.time():.3f}"
+                head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
+                connection.sendall((head + body).encode())
+
+
+CLOCK = ClockServer()
+CLOCK.start()
 
 
 @pytest.fixture
@@ -190,7 +219,7 @@ def test_an_old_request_is_refused_and_sent_back_to_the_balancer(
     service = start_service(redis_server.url, PIXEL_WORKERS="1")
     wait_until(lambda: start_balancer(service).post(1)[0] == 200, 30)
     balancer = start_balancer(service)
-    status, headers, body = balancer.post(2, f"{time.time() - 1:.3f} lb")
+    status, headers, body = balancer.post(2, stamp_of(1))
     assert (status, headers["x-accel-redirect"], headers["x-pixel-written"]) == (
         503,
         "@again",
@@ -199,24 +228,39 @@ def test_an_old_request_is_refused_and_sent_back_to_the_balancer(
     assert body["written"] == "no"
     assert "nothing was written" in str(body["detail"])
     # A retry, whose earlier attempt may have been made, is refused in other words.
-    status, headers, body = balancer.post(3, f"{time.time() - 1:.3f} lb maybe")
+    status, headers, body = balancer.post(3, stamp_of(1, " maybe"))
     assert (status, headers["x-pixel-written"], body["written"]) == (503, "maybe", "maybe")
     assert "the write may have been made" in str(body["detail"])
     assert stored(redis_server, Change(7, 7, 0, 0)) == 1
     # One that has to wait for an earlier attempt's end is held back for that long.
     asked = time.monotonic()
-    assert balancer.post(4, f"{time.time():.3f} lb wait")[0] == 200
+    assert balancer.post(4, stamp_of(mark=" wait"))[0] == 200
     assert 1.6 <= time.monotonic() - asked < 2.4
     assert stored(redis_server, Change(7, 7, 0, 0)) == 4
 
 
 @pytest.mark.parametrize(
-    "stamp", ["", "x", "nan lb", "inf lb", "-inf lb", "1e999 lb", "1 2 3 4", "9e10 lb", "\xff \xff"]
+    "stamp",
+    [
+        "",
+        "x",
+        "nan lb",
+        "inf lb",
+        "-inf lb",
+        "1 2 3 4",
+        "\xff \xff",
+        "x {}",
+        "nan {}",
+        "inf {}",
+        "-1e999 {}",
+        "{}",
+    ],
 )
 def test_an_odd_stamp_makes_no_500_and_harms_no_other_request(
     service: Service, start_balancer: Callable[[Service], Balancer], stamp: str
 ) -> None:
-    assert start_balancer(service).post(5, stamp)[0] in (200, 503)
+    assert start_balancer(service).post(6)[0] == 200
+    assert start_balancer(service).post(5, stamp.format(CLOCK.address))[0] in (200, 503)
     for _ in range(4):
         assert start_balancer(service).post(6)[0] == 200
 
@@ -253,6 +297,9 @@ async def test_a_lost_connection_leaves_nothing_in_the_kernels_buffer() -> None:
     server.close()
 
 
+LB = b"10.0.0.1:80"
+
+
 class Clocks:
     """A worker's view of Redis's clock, and a balancer's clock, all of which a test can set."""
 
@@ -260,13 +307,22 @@ class Clocks:
         self.now = 1_000_000.0
         self.redis = 0.0  # seconds by which Redis's clock is ahead
         self.balancer = 0.0
+        self.reachable = True
         monkeypatch.setattr(lifetime, "monotonic", lambda: self.now)
         monkeypatch.setattr(lifetime, "time", lambda: self.now)
+        monkeypatch.setattr(lifetime, "get", self._say_time)
         self.clock = RedisClock()
         self.limit = StartLimit(self.clock, Settings(start_limit=0.8))
-        self.reports: dict[int, dict[bytes, float]] = {}
-        self.known: dict[bytes, float] = {}
         self.ask()
+
+    async def _say_time(self, url: str) -> tuple[int, bytes]:
+        assert url == "http://10.0.0.1:80/lb/clock"
+        if not self.reachable:
+            raise ConnectionRefusedError
+        self.now += 0.0005
+        said = b"%.3f" % (self.now + self.balancer)
+        self.now += 0.0005
+        return 200, said
 
     def ask(self, there: float = 0.0002, back: float = 0.0002) -> None:
         """A question to Redis that takes so long on its way there and back."""
@@ -275,40 +331,34 @@ class Clocks:
         self.now += there + back
         self.clock.learn(asked, said, self.now)
 
-    def exchange(self) -> None:
-        """As ``Store.exchange_differences``, with no Redis."""
-        period = self.limit.period()
-        for name, least in self.limit.report().items():
-            known = self.reports.setdefault(period, {})
-            known[name] = min(least, known.get(name, least))
-        former, current = self.reports.get(period - 1, {}), self.reports.get(period, {})
-        self.known |= self.limit.learn(self.known, former, current)
-
-    def request(self, age: float = 0.0, name: str = "lb") -> bool:
-        """Whether a request is taken that the balancer sent so long ago."""
-        return self.judge(self.stamp(age, name))
-
-    def stamp(self, age: float = 0.0, name: str = "lb") -> bytes:
+    def stamp(self, age: float = 0.0) -> bytes:
         """The stamp of a request that the balancer sent so long ago."""
-        return f"{self.now - age + self.balancer:.3f} {name}".encode()
+        return b"%.3f %b" % (self.now - age + self.balancer, LB)
 
-    def judge(self, stamp: bytes) -> bool:
+    async def judge(self, stamp: bytes) -> bool:
         """Whether a request with this stamp is taken."""
         try:
-            self.limit.begin_by(stamp)
-        except Problem:
-            return False
+            try:
+                self.limit.begin_by(stamp)
+            except UnknownClockError as error:
+                await self.limit.measure(error.balancer)
+                self.limit.begin_by(stamp)
+        except Problem as problem:
+            await asyncio.sleep(0)  # in which it may measure
+            return problem.written != "no"
         return True
 
-    def go_on(self, seconds: float, age: float = 0.0) -> list[bool]:
-        """Ten requests a second, and an exchange each second."""
+    async def request(self, age: float = 0.0) -> bool:
+        return await self.judge(self.stamp(age))
+
+    async def go_on(self, seconds: float, age: float = 0.0) -> list[bool]:
+        """Ten requests a second, and Redis's time each second."""
         taken = []
         for tick in range(round(seconds * 10)):
             self.now += 0.1
             if tick % 10 == 9:
                 self.ask()
-                self.exchange()
-            taken.append(self.request(age))
+            taken.append(await self.request(age))
         return taken
 
 
@@ -318,92 +368,98 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
 
 
 @pytest.mark.parametrize("ahead", [0, -3600, 5, 86400 * 400])
-def test_a_clock_that_differs_is_learned_within_seconds(clocks: Clocks, ahead: float) -> None:
+async def test_a_clock_may_differ_by_anything(clocks: Clocks, ahead: float) -> None:
     clocks.balancer = ahead
-    taken = clocks.go_on(15)
-    assert all(taken[20 * lifetime.PERIOD + 11 :])
-    assert clocks.request(0.7)
-    assert not clocks.request(0.9)
-    assert not clocks.request(30)
+    assert await clocks.request()
+    assert await clocks.request(0.7)
+    assert not await clocks.request(0.9)
+    assert not await clocks.request(30)
+    assert all(await clocks.go_on(5))
+
+
+async def test_a_request_of_an_unknown_balancer_is_judged_by_its_measured_clock(
+    clocks: Clocks,
+) -> None:
+    clocks.balancer = 5
+    assert not await clocks.request(3)
+    assert await clocks.request(0.5)
 
 
 @pytest.mark.parametrize("jump", [0.5, 2, 3600])
 @pytest.mark.parametrize("whose", ["balancer", "redis"])
-def test_a_clock_that_jumps_refuses_at_worst_for_seconds(
-    clocks: Clocks, whose: str, jump: float
+@pytest.mark.parametrize("sign", [1, -1])
+async def test_a_clock_that_is_set_refuses_for_two_seconds_at_worst(
+    clocks: Clocks, whose: str, jump: float, sign: int
 ) -> None:
-    for sign in (1, -1):
-        clocks.go_on(15)
-        before = clocks.stamp(0.9)
-        setattr(clocks, whose, getattr(clocks, whose) + sign * jump)
-        clocks.ask()
-        # A request from before is not taken for a new one, unless the clocks' difference shrank
-        # by less than it is late: the first new request corrects that.
-        assert not clocks.judge(before) or (whose, sign) == ("redis", -1)
-        taken = clocks.go_on(20)
-        refused = taken.count(False) / 10
-        assert refused <= 2 * lifetime.PERIOD + 2
-        assert all(taken[120:])
-        assert not clocks.request(0.9)
+    await clocks.go_on(5)
+    before = clocks.stamp(0.9)
+    setattr(clocks, whose, getattr(clocks, whose) + sign * jump)
+    if whose == "balancer":
+        assert not await clocks.judge(before)
+    taken = await clocks.go_on(5)
+    assert taken.count(False) <= 20
+    assert all(taken[20:])
+    assert not await clocks.request(0.9)
 
 
-def test_a_worker_that_was_stopped_refuses_what_waited(clocks: Clocks) -> None:
-    clocks.go_on(15)
-    clocks.now += 12  # stopped; other workers' reports are old by now, and gone
-    clocks.reports.clear()
-    assert not any(clocks.request(age) for age in (12, 5, 1))
-    clocks.exchange()
-    assert not any(clocks.request(age) for age in (12, 5, 1))
-    assert clocks.request(0)
+async def test_a_worker_that_was_stopped_refuses_what_waited(clocks: Clocks) -> None:
+    await clocks.go_on(5)
+    clocks.now += 12
+    for age in (12, 5, 1):
+        assert not await clocks.request(age)
+    assert await clocks.request(0)
+    assert not await clocks.request(1)
 
 
-def test_a_slow_link_is_told_from_a_clock_by_what_other_hosts_see(clocks: Clocks) -> None:
-    clocks.go_on(15)
-    for _ in range(30):  # all that comes here comes three seconds late
-        period = clocks.limit.period()
-        clocks.reports.setdefault(period, {})[b"lb"] = 0.001
-        assert not any(clocks.go_on(1, age=3))
+async def test_a_slow_link_is_not_taken_for_a_clock(clocks: Clocks) -> None:
+    await clocks.go_on(5)
+    assert not any(await clocks.go_on(30, age=3))
+    assert all(await clocks.go_on(5))
 
 
-def test_a_suspended_host_learns_of_it_by_redis_time(clocks: Clocks) -> None:
+async def test_a_suspended_host_learns_of_it_by_redis_time(clocks: Clocks) -> None:
     """Its monotonic clock stood still too."""
-    clocks.go_on(15)
+    await clocks.go_on(5)
     clocks.redis += 10
     clocks.balancer += 10
-    assert clocks.request(10)  # it can't know yet; its lease has expired, so nothing is written
+    assert await clocks.request(10)  # it can't know; its lease has expired, so nothing is written
     clocks.ask()
-    assert not clocks.request(10)
-    assert clocks.request(0)
+    assert not await clocks.request(10)
+    assert await clocks.request(0)
 
 
-def test_a_slow_answer_of_redis_does_not_move_its_clock(clocks: Clocks) -> None:
-    clocks.go_on(5)
+async def test_a_slow_answer_of_redis_does_not_move_its_clock(clocks: Clocks) -> None:
+    await clocks.go_on(5)
     before = clocks.clock.now() - clocks.now
     clocks.ask(0.0, 0.7)
     clocks.ask(0.7, 0.0)
     assert clocks.clock.now() - clocks.now == pytest.approx(before, abs=0.001)
-    assert all(clocks.go_on(12))
+    assert all(await clocks.go_on(5))
 
 
-def test_two_balancers_have_a_clock_each(clocks: Clocks) -> None:
-    for _ in range(30):
-        clocks.go_on(1)
-        clocks.request(7, "other")
-    assert clocks.request(7.5, "other")
-    assert not clocks.request(8, "other")
-    assert clocks.request(0.5)
-    assert not clocks.request(1)
+async def test_a_balancer_that_does_not_say_its_time_is_trusted_in_the_end(
+    clocks: Clocks, caplog: pytest.LogCaptureFixture
+) -> None:
+    clocks.reachable = False
+    assert not await clocks.request()
+    assert not any(await clocks.go_on(9))
+    assert (await clocks.go_on(3))[-1]
+    assert "doesn't say its time" in caplog.text
+    assert not await clocks.request(0.9)
+    # Once it does, that counts.
+    clocks.reachable, clocks.balancer = True, -5
+    taken = await clocks.go_on(5)
+    assert all(taken[20:])
 
 
-def test_a_marked_retry_waits_and_then_has_its_own_start_limit(clocks: Clocks) -> None:
-    clocks.go_on(3)
-    stamp = f"{clocks.now:.3f} lb wait".encode()
+async def test_a_marked_retry_waits_and_then_has_its_own_start_limit(clocks: Clocks) -> None:
+    await clocks.go_on(3)
+    stamp = clocks.stamp() + b" wait"
     with pytest.raises(MustWaitError):
         clocks.limit.begin_by(stamp)
-    clocks.now += clocks.limit.wait + 0.1
-    assert clocks.limit.begin_by(stamp, clocks.limit.wait) - clocks.now == pytest.approx(
-        0.7, abs=0.05
-    )
+    waited = clocks.limit.wait
+    clocks.now += waited + 0.1
+    assert clocks.limit.begin_by(stamp, waited) - clocks.now == pytest.approx(0.7, abs=0.05)
     clocks.now += 1
     with pytest.raises(Problem):
-        clocks.limit.begin_by(stamp, clocks.limit.wait)
+        clocks.limit.begin_by(stamp, waited)

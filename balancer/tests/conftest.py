@@ -114,7 +114,7 @@ class Balancer:
 
     @property
     def server_parameters(self) -> list[str]:
-        """What follows each server's address, also where the server is commented out; retries have their own."""
+        """What follows each server's address, also if it is commented out, without the retry upstreams."""
         upstreams = [text for text in self.upstreams.split("\n}\n") if "_without_" not in text]
         lines = [line.strip().removeprefix("# ") for text in upstreams for line in text.splitlines()]
         return [line.split(" ", 2)[2] for line in lines if line.startswith("server")]

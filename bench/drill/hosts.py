@@ -85,7 +85,7 @@ class Fleet:
 
     async def power(self, host: str, state: str) -> None:
         """Cuts a host's power (`off`), or starts it (`on`) and waits until it has booted."""
-        program = str(ROOT / "molecule" / "shared" / "fleet.py")
+        program = str(ROOT / "fleet" / "fleet.py")
         status, output = await self._run(
             sys.executable, program, "power", host, state, patience=120
         )
@@ -94,7 +94,7 @@ class Fleet:
 
     async def throttle(self, host: str, processors: float | None) -> None:
         """Limits a host to so many processors; None removes the limit."""
-        program = str(ROOT / "molecule" / "shared" / "fleet.py")
+        program = str(ROOT / "fleet" / "fleet.py")
         number = "all" if processors is None else str(processors)
         status, output = await self._run(sys.executable, program, "cpus", host, number, patience=30)
         if status != 0:

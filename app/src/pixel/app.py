@@ -3,7 +3,6 @@
 Nearly every ``POST /pixel``, the hot path, is answered before it comes here: see ``protocol``.
 """
 
-import contextlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -152,8 +151,6 @@ def create_api(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         metrics.WORKERS.set(1)
         store = Store(settings)
-        with contextlib.suppress(Problem):  # Redis may be away; this is done again each second.
-            await store.exchange_differences()
         yield {
             "settings": settings,
             "store": store,

@@ -1,29 +1,43 @@
 """The lifetime of a write: by which clock it is judged, and until when it may begin.
 
-All times are in seconds of Redis's clock, since the epoch. See docs/adr for the reasons.
+All times are in seconds of Redis's clock, since the epoch, unless said otherwise. The reasons are
+in docs/adr.
 """
 
+import asyncio
+import logging
+import re
 from math import inf
 from time import monotonic, time
 
+from pixel.client import AnswerError, get
 from pixel.problems import Problem
 from pixel.settings import Settings
 
-PERIOD = 5
-"""Seconds in which workers collect the least difference between a balancer's clock and Redis's."""
+MEASURE_TIMEOUT = 0.3
+"""Seconds that a balancer may take to say its time."""
 
-_MOST_NAMES = 100  # balancers that are remembered; more can only be a mistake
-_SURE = 0.05  # seconds; a worker that knows Redis's clock less exactly reports no difference
-_MOST_APART = 1e10  # seconds between two clocks; more is no clock
+MEASURE_PAUSE = 1.0
+"""Seconds between two measurements of one balancer's clock."""
+
+ASSUME_AFTER = 10.0
+"""Seconds after which a balancer that never says its time is taken to have Redis's."""
+
+MOST_BALANCERS = 100
+"""Balancers that are remembered; more can only be a mistake."""
 
 WAIT = b"wait"
 """Mark of a retry whose earlier attempt may still be on its way to Redis."""
+
+_ADDRESS = re.compile(rb"[0-9]{1,3}(\.[0-9]{1,3}){3}:[0-9]{1,5}")
+
+log = logging.getLogger(__name__)
 
 
 class RedisClock:
     """Redis's clock, as an offset from this process's monotonic clock.
 
-    Redis said ``time`` somewhere between question and answer, so the offset is known within
+    Redis said its time somewhere between question and answer, so the offset is known within
     bounds, which further answers narrow. Bounds that contradict each other mean that a clock was
     set, or that this process was suspended: the newest answer then counts alone.
     """
@@ -45,28 +59,14 @@ class RedisClock:
         """Redis's time. It may be late, but is never early, unless Redis's clock was set back."""
         return monotonic() + self._low
 
-    @property
-    def sure(self) -> bool:
-        """Whether the time is exact enough to compare other clocks with."""
-        return self._known and self._high - self._low < _SURE
-
-
-class _Balancer:
-    """The difference between Redis's clock and a balancer's, in seconds."""
-
-    __slots__ = ("least", "seen")
-
-    def __init__(self, least: float, seen: float = inf) -> None:
-        self.least = least  # lately, in any worker
-        self.seen = seen  # in this worker, since it last reported
-
 
 class StartLimit:
     """Refuses writes that come late, by the balancer's stamp.
 
-    A stamp is ``TIME NAME`` or, on a retry, ``TIME NAME MARK``: the balancer's clock when it sent
-    the request. Clocks differ, so what counts is how much larger the difference to Redis's clock
-    is than the least one that any worker has seen lately: that request came at once.
+    A stamp is ``TIME ADDRESS`` or, on a retry, ``TIME ADDRESS MARK``: the balancer's clock when it
+    sent the request, and where it says its time. Its clock may differ from Redis's by anything. The
+    difference is measured when a balancer is new, and again when its requests seem to come late. It
+    is never taken to be larger than it is, so a request is never taken to be younger than it is.
     """
 
     def __init__(self, clock: RedisClock, settings: Settings) -> None:
@@ -74,8 +74,11 @@ class StartLimit:
         self._limit = settings.start_limit
         self.wait = settings.start_limit + settings.redis_timeout
         """Seconds after which an attempt that was sent can't be made any more."""
-        self._balancers: dict[bytes, _Balancer] = {}
-        self._strangers: dict[bytes, _Balancer] = {}
+        self._differences: dict[bytes, float] = {}
+        # Monotonic times: of the last measurement, and since when all of them have failed.
+        self._measured: dict[bytes, float] = {}
+        self._silent: dict[bytes, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def begin_by(self, stamp: bytes | None, waited: float = 0) -> float:
         """Until when the write may begin; without a stamp, it has just been sent.
@@ -86,95 +89,89 @@ class StartLimit:
 
         Raises:
             Problem: 503, if it came too late; nothing was written.
+            UnknownClockError: the balancer's clock has to be measured first.
+            MustWaitError: the request has to be held back first.
         """
         now = self._clock.now()
         if stamp is None:
             return now + self._limit
-        text, _, name = stamp.partition(b" ")
+        text, _, balancer = stamp.partition(b" ")
+        least = self._differences.get(balancer)
+        if least is None:
+            return self._judge_unusual(text, balancer, now, waited)
         try:
             difference = now - float(text)
         except ValueError:
             return now + self._limit  # No balancer stamps like this.
-        balancer = self._balancers.get(name)
-        if balancer is None:
-            return self._judge_stranger(difference, name, now, waited)
-        if balancer.seen > difference > -_MOST_APART:
-            balancer.seen = difference
-            if difference < balancer.least:
-                balancer.least = difference
-        left = self._limit + waited + balancer.least - difference
+        if difference < least:
+            # Less than any before: the balancer's clock was set forward, or Redis's back.
+            if difference == -inf:
+                return now + self._limit
+            self._differences[balancer] = least = difference
+        left = self._limit + waited + least - difference
         if left < 0:
+            self._measure_soon(balancer)
             raise Problem.not_written(
                 f"The request came {self._limit - left:.1f} s after the balancer had sent it"
                 f" (limit {self._limit:g} s)"
             )
         return now + left
 
-    def _judge_stranger(self, difference: float, name: bytes, now: float, waited: float) -> float:
+    def _judge_unusual(self, text: bytes, balancer: bytes, now: float, waited: float) -> float:
         """Judge a request that is marked as a retry, or of a balancer that isn't known yet."""
-        name, marked, mark = name.partition(b" ")
-        if marked:
-            if mark == WAIT and not waited:
-                raise MustWaitError
-            return self.begin_by(b"%f %b" % (now - difference, name), waited)
-        if not abs(difference) < _MOST_APART:
-            return now + self._limit
-        if len(self._strangers) > _MOST_NAMES:
-            self._strangers.clear()
-        stranger = self._strangers.setdefault(name, _Balancer(0))
-        stranger.seen = min(stranger.seen, difference)
-        # Until more is known, its clock is taken to be Redis's.
-        if abs(difference) > self._limit + waited:
-            raise Problem.not_written(
-                f"The clock of balancer {name.decode('latin-1')} is not known yet: it is"
-                f" {difference:+.1f} s behind Redis's, or its request came late"
-            )
-        return now + self._limit + waited - max(difference, 0)
+        balancer, _, mark = balancer.partition(b" ")
+        if not _ADDRESS.fullmatch(balancer):
+            return now + self._limit  # No balancer stamps like this.
+        if balancer not in self._differences:
+            raise UnknownClockError(balancer)
+        if mark == WAIT and not waited:
+            raise MustWaitError
+        return self.begin_by(b"%b %b" % (text, balancer), waited)
 
-    def report(self) -> dict[bytes, float]:
-        """The least difference seen since the last report, by balancer; none if unsure."""
-        if not self._clock.sure:
-            return {}
-        everyone = [*self._balancers.items(), *self._strangers.items()]
-        seen = {name: balancer.seen for name, balancer in everyone if balancer.seen < inf}
-        for _, balancer in everyone:
-            balancer.seen = inf
-        return seen
+    async def measure(self, balancer: bytes) -> None:
+        """Measure the difference between Redis's clock and a balancer's.
 
-    def period(self) -> int:
-        """The number of the current period."""
-        return int(self._clock.now() // PERIOD)
-
-    def learn(
-        self, last: dict[bytes, float], former: dict[bytes, float], current: dict[bytes, float]
-    ) -> dict[bytes, float]:
-        """Take over what all workers have reported, by balancer.
-
-        A difference that is new or has become larger counts once a whole period has seen no
-        smaller one: late requests, or a worker that stood still, don't move it.
-
-        Args:
-            last: what was known when last it changed.
-            former: the least of the former period.
-            current: the least of the current period, until now.
-
-        Returns:
-            What is known now and differs from ``last``.
+        Raises:
+            Problem: 503, if it has never been measured and can't be now. A balancer that has not
+                said its time for ten seconds is taken to have Redis's.
         """
-        for name in last | former | current:
-            known = self._balancers.get(name)
-            lately = min(former.get(name, inf), current.get(name, inf))
-            if known is None and (name in former or name in last):
-                self._strangers.pop(name, None)
-                least = lately if name in former else min(lately, last[name])
-                self._balancers[name] = _Balancer(least)
-            elif known is not None and (name in former or lately < known.least):
-                known.least = lately
-        return {
-            name: known.least
-            for name, known in self._balancers.items()
-            if abs(known.least - last.get(name, inf)) > _SURE
-        }
+        if len(self._differences) > MOST_BALANCERS:
+            self._differences.clear()
+        self._measured[balancer] = monotonic()
+        asked = self._clock.now()
+        try:
+            async with asyncio.timeout(MEASURE_TIMEOUT):
+                status, body = await get(f"http://{balancer.decode()}/lb/clock")
+            if status != 200:
+                raise AnswerError(f"answered with status {status}")
+            self._differences[balancer] = asked - float(body)
+            self._silent.pop(balancer, None)
+        except (OSError, AnswerError, ValueError) as error:
+            if balancer not in self._differences:
+                self._assume(balancer, str(error) or "no answer in time")
+
+    def _assume(self, balancer: bytes, reason: str) -> None:
+        name = balancer.decode()
+        silent_since = self._silent.setdefault(balancer, monotonic())
+        if monotonic() - silent_since < ASSUME_AFTER:
+            raise Problem.not_written(f"Balancer {name} doesn't say its time ({reason})")
+        log.warning("balancer %s doesn't say its time, which is taken to be Redis's", name)
+        self._differences[balancer] = 0.0
+
+    def _measure_soon(self, balancer: bytes) -> None:
+        if monotonic() - self._measured.get(balancer, -inf) > MEASURE_PAUSE:
+            self._measured[balancer] = monotonic()
+            task = asyncio.get_running_loop().create_task(self.measure(balancer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+
+class UnknownClockError(Exception):
+    """The clock of this balancer has to be measured before its requests can be judged."""
+
+    def __init__(self, balancer: bytes) -> None:
+        super().__init__(balancer)
+        self.balancer = balancer
 
 
 class MustWaitError(Exception):

@@ -15,7 +15,7 @@ STAMP = b"x-request-start"
 _OUTCOMES = {"no": "nothing was written", "maybe": "the write may have been made"}
 
 
-class Problem(Exception):  # noqa: N818 - the RFC's word for it
+class Problem(Exception):
     """An answer other than the one that was asked for.
 
     ``errors`` names the faulty fields of a request, each with its reason; ``headers`` go onto

@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope
 
 from pixel import metrics
 from pixel.events import Hub
-from pixel.lifetime import MustWaitError
+from pixel.lifetime import MustWaitError, UnknownClockError
 from pixel.pictures import Gallery
 from pixel.pixel import Reader
 from pixel.problems import STAMP, Headers, Problem
@@ -72,14 +72,18 @@ async def begin_by(request: Request) -> float:
     """
     start_limit = state_of(request)["store"].start_limit
     stamp = dict(request.scope["headers"]).get(STAMP)
-    try:
-        return start_limit.begin_by(stamp)
-    except MustWaitError:
-        await asyncio.sleep(start_limit.wait)
-        return start_limit.begin_by(stamp, start_limit.wait)
-    except Problem:
-        metrics.LATE_WRITES.inc()
-        raise
+    waited = 0.0
+    while True:
+        try:
+            return start_limit.begin_by(stamp, waited)
+        except UnknownClockError as error:
+            await start_limit.measure(error.balancer)
+        except MustWaitError:
+            waited = start_limit.wait
+            await asyncio.sleep(waited)
+        except Problem:
+            metrics.LATE_WRITES.inc()
+            raise
 
 
 def check_headers(headers: Headers) -> bytes | None:

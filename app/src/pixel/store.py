@@ -1,7 +1,5 @@
 """The canvas in Redis: what the application reads and writes there."""
 
-import asyncio
-import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -10,10 +8,10 @@ from typing import Any, NamedTuple
 
 from pixel.canvas import Canvas, locate
 from pixel.commit import GroupCommit
-from pixel.lifetime import PERIOD, RedisClock, StartLimit
+from pixel.lifetime import RedisClock, StartLimit
 from pixel.link import Link
 from pixel.problems import Problem
-from pixel.resp import Command, ReplyError, Server
+from pixel.resp import ReplyError, Server
 from pixel.settings import Settings
 from pixel.stream import EVENTS, NO_EVENT, EventId
 
@@ -22,12 +20,6 @@ EVENTS_AT_ONCE = 1000
 
 VIEWERS_PERIOD = 10
 """Seconds within which a worker says again how many viewers it has, or they count no longer."""
-
-COMPARISON = 1.0
-"""Seconds between two comparisons of balancers' clocks with Redis's."""
-
-_CLOCKS = "pixel:clocks"
-"""Sorted set of what is known of balancers' clocks; with a period's number, what was seen in it."""
 
 _NEWEST = ("XREVRANGE", EVENTS, "+", "-", "COUNT", 1)
 
@@ -48,14 +40,6 @@ def _only_id(entries: list[Any]) -> EventId:
     return EventId.parse(entries[0][0]) if entries and entries[0] else NO_EVENT
 
 
-def _differences(pairs: list[bytes]) -> dict[bytes, float]:
-    return {name: float(score) for name, score in zip(pairs[::2], pairs[1::2], strict=True)}
-
-
-def _scores(differences: dict[bytes, float]) -> list[str | bytes]:
-    return [part for name, least in differences.items() for part in (f"{least:.6f}", name)]
-
-
 class Store:
     """What the application asks of Redis. Made inside the event loop that uses it.
 
@@ -74,11 +58,9 @@ class Store:
         )
         self.write = self._commits.write
         self.start_limit = StartLimit(self._clock, settings)
-        self._comparing = asyncio.create_task(self._compare_clocks(), name="compare clocks")
 
     def close(self) -> None:
         """Let go of Redis."""
-        self._comparing.cancel()
         self._commits.close()
         for link in (self._questions, self._pictures, self._waiting):
             link.close()
@@ -88,27 +70,6 @@ class Store:
         started = perf_counter()
         await self.write(())
         return perf_counter() - started
-
-    async def _compare_clocks(self) -> None:
-        """Once a second, share with all workers how balancers' clocks differ from Redis's."""
-        while True:
-            with contextlib.suppress(Problem):
-                await self.exchange_differences()
-            await asyncio.sleep(COMPARISON)
-
-    async def exchange_differences(self) -> None:
-        """Report this worker's least differences, and learn those of all workers."""
-        period = self.start_limit.period()
-        former, current = (f"{_CLOCKS}:{n}" for n in (period - 1, period))
-        commands: list[Command] = []
-        if seen := self.start_limit.report():
-            commands = [("ZADD", current, "LT", *_scores(seen)), ("EXPIRE", current, 3 * PERIOD)]
-        *_, last, before, lately = await self._questions.ask_at_once(
-            *commands,
-            *(("ZRANGE", key, 0, -1, "WITHSCORES") for key in (_CLOCKS, former, current)),
-        )
-        if changed := self.start_limit.learn(*map(_differences, (last, before, lately))):
-            await self._questions.ask(("ZADD", _CLOCKS, *_scores(changed)))
 
     async def colour(self, x: int, y: int) -> tuple[int, int, int]:
         """Red, green and blue of a pixel, 0-255 each."""

@@ -63,7 +63,8 @@ def parse(lines: bytes, multiplier: float = 1.0) -> dict[str, tuple[float, float
     seconds: dict[str, float] = defaultdict(float)
     for upstreams, took in PIXEL_LINE.findall(lines):
         # A request that was sent to a second backend has both: "a, b" or "a : b", and "2.001 : 0.004".
-        for address, text in zip(*(SEPARATOR.split(each.decode()) for each in (upstreams, took)), strict=False):
+        fields = (SEPARATOR.split(each.decode()) for each in (upstreams, took))
+        for address, text in zip(*fields, strict=False):
             if text != "-":
                 counts[address] += multiplier
                 seconds[address] += min(float(text), MAX_SECONDS) * multiplier

@@ -37,7 +37,7 @@ def throttled() -> Iterator[None]:
     """
 
     def cpus(number: str) -> None:
-        fleet = str(ROOT / "molecule" / "shared" / "fleet.py")
+        fleet = str(ROOT / "fleet" / "fleet.py")
         subprocess.run([sys.executable, fleet, "cpus", "t2", number], check=True, env=os.environ)
 
     cpus("0.2")

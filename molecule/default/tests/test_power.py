@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def power(host: str, state: str) -> None:
-    subprocess.run([sys.executable, str(ROOT / "molecule/shared/fleet.py"), "power", host, state], check=True)
+    subprocess.run([sys.executable, str(ROOT / "fleet/fleet.py"), "power", host, state], check=True)
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> tuple[str, Any]:

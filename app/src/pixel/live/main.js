@@ -130,7 +130,7 @@ $("zoom-in").addEventListener("click", () => view.step(1));
 $("zoom-out").addEventListener("click", () => view.step(-1));
 $("fit").addEventListener("click", () => view.fit());
 $("show-help").addEventListener("click", () => $("help").showModal());
-addEventListener("keydown", ({ key, target }) => {
+addEventListener("keydown", ({ key }) => {
   if ($("help").open) return;
   if (key === "?") $("help").showModal();
   else if (key === "Escape") stage.focus();

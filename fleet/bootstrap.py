@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What must be on this machine: packages of the distribution, and `.venv` with locked libraries.
+"""Prepare a control node: install Debian packages, and the locked Python libraries in `.venv`.
 
-Only the standard library is used, so that this runs on a fresh Debian or Ubuntu.
+It needs only the standard library, so it runs on a fresh Debian or Ubuntu.
 
-    machine.py control    what `site.yml` needs: ansible-core
-    machine.py aws        that, and what `playbooks/provision.yml` needs: the collection amazon.aws
-    machine.py report     that of control, and what draws the load report
-    machine.py locust     what plays users (bench/load/locustfile.py)
-    machine.py test       all that the tests need
+    bootstrap.py control    for `site.yml`: ansible-core
+    bootstrap.py aws        also for `playbooks/provision.yml`: the collection amazon.aws
+    bootstrap.py report     also for the load report: matplotlib
+    bootstrap.py locust     for bench/load/locustfile.py: Locust
+    bootstrap.py test       for all tests
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
+ESLINT = ROOT / ".config" / "eslint"
 LOCKS = {
     "control": ("control.txt",),
     "aws": ("aws.txt",),
@@ -29,24 +30,26 @@ LOCKS = {
     "locust": ("locust.txt",),
     "test": ("test.txt", "report.txt", "locust.txt"),
 }
-# Commands that the tests start themselves, and the Debian packages that bring them.
+# Commands that the tests run, and the Debian packages they are in.
 TEST_COMMANDS = {
     "chromium": "chromium",
     "curl": "curl",
     "git": "git",
     "nginx": "nginx",
+    "node": "nodejs",
+    "npm": "npm",
     "promtool": "prometheus",
     "redis-server": "redis-server",
     "wrk": "wrk",
 }
-# Ubuntu has none but a snap: where a browser is missing, only the tests that open a page fail.
+# Ubuntu has it only as a snap. Without a browser only the tests that open a page fail.
 OPTIONAL = ("chromium",)
 
 _started = time.monotonic()
 
 
 class Problem(Exception):
-    """Something the user can mend; the text says how."""
+    """An error that the user can fix; the text says how."""
 
 
 def say(text: str) -> None:
@@ -57,7 +60,7 @@ def say(text: str) -> None:
 def run(
     *command: str, check: bool = True, stdin: str | None = None, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command; its output is only shown when it fails."""
+    """Run a command; its output is shown only if it fails."""
     done = subprocess.run(command, input=stdin, text=True, capture_output=True, timeout=timeout)
     if check and done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
@@ -66,7 +69,7 @@ def run(
 
 
 def as_root(*command: str) -> tuple[str, ...]:
-    """The command, through sudo where we aren't root."""
+    """The command, through sudo if this user isn't root."""
     if os.geteuid() == 0:
         return command
     if not shutil.which("sudo"):
@@ -75,26 +78,26 @@ def as_root(*command: str) -> tuple[str, ...]:
 
 
 def install_packages(*packages: str, if_known: tuple[str, ...] = ()) -> None:
-    """Install Debian packages, and of `if_known` those that this release has."""
+    """Install Debian packages, and those of `if_known` that this release has."""
     if not shutil.which("apt-get"):
         raise Problem(f"install {', '.join(packages)} by hand: this system has no apt-get.")
     say(f"installing {', '.join(packages + if_known)}")
     apt = as_root("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet")
     run(*apt, "update")
-    # A name that is virtual only shows nothing, and succeeds.
+    # For a purely virtual package it succeeds and prints nothing.
     known = [package for package in if_known if run("apt-cache", "show", package, check=False).stdout]
     run(*apt, "install", "--yes", "--no-install-recommends", *packages, *known)
 
 
 def find(command: str) -> str | None:
-    """Where a command is; Debian keeps daemons where a plain user's PATH doesn't look."""
+    """Path of a command. Debian has daemons in directories that are not in an ordinary user's PATH."""
     return shutil.which(command, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
 def ensure_packages(profile: str) -> None:
     wanted = {"ssh": "openssh-client", **(TEST_COMMANDS if profile == "test" else {})}
     missing = sorted({package for command, package in wanted.items() if not find(command)})
-    # Debian splits off what `python3 -m venv` needs.
+    # Debian has the files that `python3 -m venv` needs in a separate package.
     if run(sys.executable, "-c", "import ensurepip, venv", check=False).returncode != 0:
         missing.append("python3-venv")
     if missing:
@@ -102,14 +105,14 @@ def ensure_packages(profile: str) -> None:
         install_packages(*(package for package in missing if package not in optional), if_known=optional)
         for package in optional:
             if not find(package):
-                say(f"apt has no {package} here; install it by hand, or the tests that need it fail")
+                say(f"apt has no {package}; install it by hand, or the tests that need it fail")
 
 
 def ensure_venv(profile: str) -> None:
-    """Make `.venv` hold exactly what the locks name; a half-made one is made anew."""
+    """Install the locked libraries in `.venv`; an incomplete `.venv` is replaced."""
     python = VENV / "bin" / "python"
     if not python.exists() or run(str(python), "-m", "pip", "--version", check=False).returncode != 0:
-        say("making .venv")
+        say("creating .venv")
         run(sys.executable, "-m", "venv", "--clear", str(VENV))
     locks = [ROOT / "requirements" / name for name in LOCKS[profile]]
     wanted = hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest()
@@ -122,11 +125,22 @@ def ensure_venv(profile: str) -> None:
     stamp.write_text(wanted)
 
 
+def ensure_eslint() -> None:
+    """Install the locked ESLint, which checks the live page."""
+    wanted = hashlib.sha256((ESLINT / "package-lock.json").read_bytes()).hexdigest()
+    stamp = ESLINT / "node_modules" / "lock.sha256"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    say("installing the locked ESLint")
+    run("npm", "--prefix", str(ESLINT), "ci", "--ignore-scripts", "--no-audit", "--no-fund")
+    stamp.write_text(wanted)
+
+
 def main() -> None:
     profile = sys.argv[1] if len(sys.argv) == 2 else ""
     if profile not in LOCKS:
-        raise SystemExit(f"usage: machine.py {'|'.join(LOCKS)}")
-    if sys.version_info < (3, 11):  # noqa: UP036 (this is where an older one is told so)
+        raise SystemExit(f"usage: bootstrap.py {'|'.join(LOCKS)}")
+    if sys.version_info < (3, 11):  # noqa: UP036 (an older Python gets this message)
         raise SystemExit(
             f"this is Python {sys.version.split()[0]}; 3.11 or newer is needed. Name one:"
             " make PYTHON=/path/to/python3.11 …"
@@ -134,8 +148,10 @@ def main() -> None:
     try:
         ensure_packages(profile)
         ensure_venv(profile)
+        if profile == "test":
+            ensure_eslint()
     except (Problem, OSError, subprocess.TimeoutExpired) as problem:
-        raise SystemExit(f"machine: {problem}") from None
+        raise SystemExit(f"bootstrap: {problem}") from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+#!/usr/bin/env python3
+"""The local fleet: hosts with systemd in containers, reached over SSH like any server.
+
+`make up` and every Molecule scenario create their hosts with this program. It needs only the standard
+library and the `docker` command, so it runs before anything is installed.
+
+    fleet.py up                      install Docker, build the image, create c5 and t2, deploy, test one pixel
+    fleet.py create HOST[:SUITE]...  install Docker, build the image, create these hosts
+    fleet.py images SUITE...         install Docker, build the images of these Debian suites
+    fleet.py power HOST on|off|reboot
+    fleet.py cpus HOST NUMBER|all    limit the processors a host may use; 0.05 is a twentieth of one
+    fleet.py destroy                 remove hosts, network and state; the image stays for the next fleet
+    fleet.py down                    the same, and remove the images that no other fleet uses
+
+Environment:
+    PIXEL_FLEET         name of the fleet; default `pixel`
+    PIXEL_FLEET_PORT    loopback port of the balancer
+    PIXEL_FLEET_SUBNET  network of the hosts, a /24
+    PIXEL_FLEET_DATA    directory of this machine, such as /dev/shm, for the hosts' Redis data; it is removed
+                        with the host. Default: the data is in the container
+    PIXEL_HOST_IMAGE    an image to use instead of building one
+
+A fleet keeps its port and subnet until it is removed. Changing them replaces its hosts and their data.
+State is in `.fleet/<name>/`: SSH key, `ssh_config`, and `fleet.json`, which `inventory/local` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import NoReturn
+
+import containers
+import state
+from bootstrap import ROOT, VENV, Problem, find, say
+from engine import Docker
+from image import ensure_image, remove_images
+from layout import Fleet, plan
+
+
+def deploy(fleet: Fleet) -> None:
+    """Run site.yml as a user would, with its output visible."""
+    # Ansible ignores an ansible.cfg in a directory that others may write to, unless it is named.
+    environment = os.environ | {"PIXEL_FLEET": fleet.name, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
+    playbook = VENV / "bin" / "ansible-playbook"
+    done = subprocess.run([playbook, "site.yml"], cwd=ROOT, env=environment)
+    if done.returncode != 0:
+        raise Problem("site.yml failed; fix the error above and run `make up` again.")
+
+
+def first_pixel(fleet: Fleet) -> str:
+    """Write a pixel through the balancer and read it from a host other than the one that wrote it."""
+    assert fleet.url
+    pixel = {"x": 10, "y": 20, "channel": "R", "value": 255}
+    body = json.dumps(pixel).encode()
+    request = urllib.request.Request(
+        f"{fleet.url}/pixel", data=body, headers={"Content-Type": "application/json"}
+    )
+    writer, answer = _fetch(request)
+    if json.loads(answer) != {"status": "ok", "received": pixel}:
+        raise Problem(f"POST /pixel answered {answer}")
+    # By the host's own path: open event streams influence which host the balancer chooses.
+    other = next(host.name for host in fleet.hosts if not f"{writer}-".startswith(f"{host.name}-"))
+    reader, answer = _fetch(urllib.request.Request(f"{fleet.url}/cluster/{other}/pixel/10/20"))
+    if json.loads(answer)["R"] != 255:
+        raise Problem(f"written by {writer}, but {reader} reads {answer}")
+    return f"POST /pixel written by {writer}, read from {reader}: {answer}"
+
+
+def _fetch(request: urllib.request.Request) -> tuple[str, str]:
+    """The instance that answered, and its answer."""
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.headers["X-Pixel-Instance"], response.read().decode()
+    except urllib.error.HTTPError as error:
+        raise Problem(f"{request.full_url} answered {error.code}: {error.read().decode()}") from error
+    except OSError as error:
+        raise Problem(f"{request.full_url}: {error}") from error
+
+
+def up(docker: Docker, fleet: Fleet) -> None:
+    """Do everything from the engine to the first pixel, and print what to try next."""
+    names = ", ".join(host.name for host in fleet.hosts)
+    steps: list[tuple[str, Callable[[], object]]] = [
+        ("Docker engine", docker.ensure),
+        (f"host image and hosts {names}", lambda: containers.create(docker, fleet)),
+        ("ansible-playbook site.yml", lambda: deploy(fleet)),
+        ("first pixel", lambda: first_pixel(fleet)),
+    ]
+    for number, (title, step) in enumerate(steps, start=1):
+        say(f"[{number}/{len(steps)}] {title}")
+        result = step()
+        if result:
+            say(f"      {result}")
+    prefix = "" if fleet.name == "pixel" else f"PIXEL_FLEET={fleet.name} "
+    hosts = "\n".join(
+        f"  {host.name}   {host.address}   ssh -F .fleet/{fleet.name}/ssh_config {host.name}"
+        for host in fleet.hosts
+    )
+    print(f"""
+The fleet is up.
+
+  API  {fleet.url}/pixel      documentation  {fleet.url}/docs
+{hosts}
+
+Try:
+  curl -X POST {fleet.url}/pixel -H 'Content-Type: application/json' \\
+       -d '{{"x":10,"y":20,"channel":"R","value":255}}'
+  curl {fleet.url}/pixel/10/20
+  {prefix}.venv/bin/ansible-playbook site.yml     deploy again
+  {prefix}make down                               remove the fleet
+""")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The local fleet of test hosts.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("up", help="create the default hosts, deploy, and test one pixel")
+    creating = commands.add_parser("create", help="create these hosts")
+    creating.add_argument("hosts", nargs="+", metavar="HOST[:SUITE]")
+    building = commands.add_parser("images", help="build the images of these Debian suites")
+    building.add_argument("suites", nargs="+", metavar="SUITE")
+    switching = commands.add_parser("power", help="power a host off, on, or reboot it")
+    switching.add_argument("host")
+    switching.add_argument("action", choices=("on", "off", "reboot"))
+    limiting = commands.add_parser("cpus", help="limit the processors a host may use")
+    limiting.add_argument("host")
+    limiting.add_argument("number", type=_processors, metavar="NUMBER|all")
+    commands.add_parser("destroy", help="remove hosts, network and state")
+    commands.add_parser("down", help="destroy, and remove unused host images")
+    args = parser.parse_args()
+    try:
+        _execute(args)
+    except (Problem, OSError, subprocess.TimeoutExpired) as problem:
+        fail(str(problem))
+    except KeyboardInterrupt:
+        fail("interrupted; run the command again to continue, or `make down` to remove the fleet.")
+
+
+def _execute(args: argparse.Namespace) -> None:
+    docker = Docker()
+    if args.command == "images":
+        docker.ensure()
+        for suite in args.suites:
+            say(ensure_image(docker, suite))
+        return
+    name = os.environ.get("PIXEL_FLEET") or "pixel"
+    hosts, environ = state.remembered(name, os.environ)
+    fleet = plan(name, getattr(args, "hosts", None) or hosts, environ)
+    with state.exclusive(fleet):
+        if args.command == "up":
+            up(docker, fleet)
+            return
+        if args.command in ("destroy", "down") and not find("docker") and not find("dockerd"):
+            shutil.rmtree(fleet.state, ignore_errors=True)
+            say("Docker is not installed, so there is no fleet to remove")
+            return
+        docker.ensure()
+        match args.command:
+            case "create":
+                containers.create(docker, fleet)
+            case "power":
+                containers.power(docker, fleet, fleet.host(args.host), args.action)
+            case "cpus":
+                containers.limit_cpus(docker, fleet, fleet.host(args.host), args.number)
+            case "destroy" | "down":
+                containers.destroy(docker, fleet)
+        if args.command == "down":
+            remove_images(docker)
+            say(f"fleet {name} is removed; .venv and the Docker engine stay")
+
+
+def _processors(text: str) -> float | None:
+    """A number of processors that this machine has; None for all of them."""
+    if text == "all":
+        return None
+    number = float(text)
+    if not 0.01 <= number <= (os.cpu_count() or 1):
+        raise argparse.ArgumentTypeError(f"{text} is neither a number from 0.01 to {os.cpu_count()} nor all")
+    return number
+
+
+def fail(text: str) -> NoReturn:
+    print(f"fleet: {text}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What follows from a fleet's name: container names, ports, addresses, and the state directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from bootstrap import ROOT, Problem
+
+DEFAULT_HOSTS = ["c5", "t2"]
+DEFAULT_SUITE = "bookworm"
+# In the ratio of the clock speeds of c5.xlarge and t2.xlarge.
+CPU_SHARES = {"c5": 1536, "t2": 1024}
+BALANCER = "c5"
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """One host. `address` is on the fleet's network, the ports are on the loopback interface."""
+
+    name: str
+    suite: str
+    address: str
+    ssh_port: int
+    http_port: int | None
+    cpu_shares: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Fleet:
+    """A fleet and its hosts."""
+
+    name: str
+    subnet: ipaddress.IPv4Network
+    hosts: tuple[Host, ...]
+    data: str = ""  # directory of this machine for Redis data; empty: the data is in the containers
+
+    @property
+    def state(self) -> Path:
+        return state_directory(self.name)
+
+    @property
+    def label(self) -> str:
+        return f"pixel.fleet={self.name}"
+
+    @property
+    def url(self) -> str | None:
+        ports = [host.http_port for host in self.hosts if host.http_port]
+        return f"http://127.0.0.1:{ports[0]}" if ports else None
+
+    def container(self, host: Host) -> str:
+        return f"{self.name}-{host.name}"
+
+    def host(self, name: str) -> Host:
+        """The host with this name; `Problem` if there is none."""
+        hosts = {host.name: host for host in self.hosts}
+        if name not in hosts:
+            raise Problem(f"fleet {self.name} has no host {name!r}; its hosts are {', '.join(hosts)}.")
+        return hosts[name]
+
+
+def state_directory(name: str) -> Path:
+    """Where a fleet's key, ssh_config and fleet.json are."""
+    return ROOT / ".fleet" / name
+
+
+def plan(name: str, host_specs: list[str], environ: Mapping[str, str]) -> Fleet:
+    """Derive a fleet from its name. The same name gives the same ports, so a second run finds the fleet."""
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", name):
+        raise Problem(
+            f"PIXEL_FLEET={name!r} is not a valid name: use at most 31 lower-case letters, digits, - and _,"
+            " beginning with a letter."
+        )
+    # The default fleet has the ports in the README. Other fleets get theirs from a hash of the name.
+    number = 0 if name == "pixel" else 1 + zlib.crc32(name.encode()) % 199
+    http_port = environ.get("PIXEL_FLEET_PORT") or str(8080 + number * 10)
+    if not http_port.isdecimal() or not 1024 <= int(http_port) <= 65535:
+        raise Problem(f"PIXEL_FLEET_PORT={http_port!r} is not a port: write a number from 1024 to 65535.")
+    subnet_text = environ.get("PIXEL_FLEET_SUBNET") or f"172.29.{number}.0/24"
+    try:
+        subnet = ipaddress.IPv4Network(subnet_text)
+        if subnet.prefixlen > 28:
+            raise ValueError("it has room for fewer than 14 hosts")
+    except ValueError as error:
+        raise Problem(
+            f"PIXEL_FLEET_SUBNET={subnet_text!r} is not a usable network ({error});"
+            " write one like 172.29.40.0/24."
+        ) from error
+    data = environ.get("PIXEL_FLEET_DATA", "")
+    if data and not Path(data).is_absolute():
+        raise Problem(f"PIXEL_FLEET_DATA={data!r} is not an absolute path: write one like /dev/shm.")
+    hosts = []
+    for index, spec in enumerate(host_specs):
+        host, _, suite = spec.partition(":")
+        hosts.append(
+            Host(
+                name=host,
+                suite=suite or DEFAULT_SUITE,
+                address=str(subnet[10 + index]),
+                ssh_port=22000 + number * 10 + index,
+                http_port=int(http_port) if host == BALANCER else None,
+                cpu_shares=CPU_SHARES.get(host, 1024),
+            )
+        )
+    return Fleet(name=name, subnet=subnet, hosts=tuple(hosts), data=data)

@@ -1,0 +1,103 @@
+"""The files of a fleet in `.fleet/<name>/`: SSH key and configuration, fleet.json; and its lock."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from bootstrap import Problem, run
+from engine import Docker
+from layout import DEFAULT_HOSTS, Fleet, state_directory
+
+LOGIN = "ops"
+
+
+@contextlib.contextmanager
+def exclusive(fleet: Fleet) -> Iterator[None]:
+    """Allow one command at a time on a fleet. The lock is beside the state, which `down` removes."""
+    path = fleet.state.with_suffix(".lock")
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(
+                f"another command is running on fleet {fleet.name!r}; wait until it ends."
+            ) from None
+        yield
+
+
+def remembered(name: str, environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The hosts a fleet was created with, and the environment with its port and subnet as defaults."""
+    path = state_directory(name) / "fleet.json"
+    facts = json.loads(path.read_text()) if path.exists() else {}
+    created = {
+        "PIXEL_FLEET_PORT": (facts.get("url") or "").rpartition(":")[2],
+        "PIXEL_FLEET_SUBNET": facts.get("subnet", ""),
+    }
+    given = {variable: value for variable, value in environ.items() if value}
+    return facts.get("specs", DEFAULT_HOSTS), created | given
+
+
+def ensure_key(fleet: Fleet) -> str:
+    """The fleet's public key. A lost or damaged key pair is replaced."""
+    private = fleet.state / "id_ed25519"
+    public = fleet.state / "id_ed25519.pub"
+    if private.exists():
+        derived = run("ssh-keygen", "-y", "-P", "", "-f", str(private), check=False)
+        if derived.returncode == 0:
+            public.write_text(derived.stdout)
+            return derived.stdout.strip()
+    private.unlink(missing_ok=True)
+    public.unlink(missing_ok=True)
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"fleet {fleet.name}", "-f", str(private))
+    return public.read_text().strip()
+
+
+def write(docker: Docker, fleet: Fleet) -> None:
+    """Write what SSH, the inventory and the tests read."""
+    config, known = [], []
+    for host in fleet.hosts:
+        public = docker("exec", fleet.container(host), "cat", "/etc/ssh/ssh_host_ed25519_key.pub")
+        known.append(f"[127.0.0.1]:{host.ssh_port} {' '.join(public.stdout.split()[:2])}")
+        config += [
+            f"Host {host.name} {fleet.container(host)}",
+            "  HostName 127.0.0.1",
+            f"  Port {host.ssh_port}",
+            f"  User {LOGIN}",
+            # In quotes: the path of the repository may have spaces.
+            f'  IdentityFile "{fleet.state / "id_ed25519"}"',
+            "  IdentitiesOnly yes",
+            f'  UserKnownHostsFile "{fleet.state / "known_hosts"}"',
+            "  StrictHostKeyChecking yes",
+            "  LogLevel ERROR",
+        ]
+    facts = {
+        "name": fleet.name,
+        "url": fleet.url,
+        "subnet": str(fleet.subnet),
+        # The source address of connections from this machine: Docker takes the first address of a network.
+        "gateway": str(fleet.subnet[1]),
+        "specs": [f"{host.name}:{host.suite}" for host in fleet.hosts],
+        "hosts": {
+            host.name: {
+                "address": host.address,
+                "ssh_port": host.ssh_port,
+                "container": fleet.container(host),
+            }
+            for host in fleet.hosts
+        },
+    }
+    _replace(fleet.state / "known_hosts", "\n".join(known) + "\n")
+    _replace(fleet.state / "ssh_config", "\n".join(config) + "\n")
+    _replace(fleet.state / "fleet.json", json.dumps(facts, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
