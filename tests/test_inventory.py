@@ -132,6 +132,44 @@ def test_the_example_is_complete(tmp_path: Path) -> None:
         assert all(variables[host]["private_address"] for host in groups[group]["hosts"])
 
 
+def test_a_dry_run_keeps_no_password(tmp_path: Path) -> None:
+    playbook = tmp_path / "play.yml"
+    told = {
+        "ansible.builtin.debug": {
+            "msg": "<{{ lookup('pixel.endpoint.credential', '" + str(tmp_path / "new" / "one") + "') }}>"
+        }
+    }
+    playbook.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": [told]}]))
+
+    def password(*arguments: str) -> str:
+        command = [
+            sys.executable,
+            "-m",
+            "ansible",
+            "playbook",
+            "--inventory=localhost,",
+            *arguments,
+            str(playbook),
+        ]
+        done = subprocess.run(
+            command,
+            env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found = re.search("<([A-Za-z0-9]{40})>", done.stdout)
+        assert found is not None, done.stdout
+        return found[1]
+
+    password("--check")
+    assert not (tmp_path / "new").exists()
+    kept = password()
+    assert (tmp_path / "new" / "one").read_text().strip() == kept
+    # What is there is what a dry run has as well.
+    assert password("--check") == kept
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the repository's Ansible part, in a directory with a space in its name."""
