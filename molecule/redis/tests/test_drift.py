@@ -31,7 +31,7 @@ def test_files_and_services_are_repaired(host: Any, shell: Any, run: Callable[..
         "-mode: 0666",
         "+++ after: /etc/sysctl.d/60-redis.conf",
         "+++ after: /usr/local/sbin/redis-trim-log",
-        "TASK [redis : Enable and start Redis]",
+        "TASK [redis : Start and enable Redis]",
     ):
         assert part in shown.stdout, shown.stdout
     # The users' file is secret.
