@@ -28,7 +28,8 @@ Run = Callable[..., tuple[str, list[str]]]
 @pytest.fixture
 def cleanup(tmp_path: Path) -> Run:
     """Run the playbook on hosts that are this machine, with their files below a directory of each."""
-    shutil.copytree(ROOT / "playbooks", tmp_path / "playbooks")
+    # playbooks/collections leads back to the root.
+    shutil.copytree(ROOT / "playbooks", tmp_path / "playbooks", symlinks=True)
     table = tmp_path / "playbooks" / "vars" / "cleanup.yml"
     variables = yaml.safe_load(table.read_text())
     for trace in variables["_traces"].values():

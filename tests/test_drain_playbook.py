@@ -24,7 +24,8 @@ def drain(tmp_path: Path) -> Callable[..., Played]:
     stub = tmp_path / "pixel-lb"
     stub.write_text("#!/bin/sh\necho changed\n")
     stub.chmod(0o755)
-    shutil.copytree(ROOT / "playbooks", tmp_path / "playbooks")
+    # playbooks/collections leads back to the root.
+    shutil.copytree(ROOT / "playbooks", tmp_path / "playbooks", symlinks=True)
     tasks = tmp_path / "playbooks" / "tasks" / "balancers.yml"
     tasks.write_text(tasks.read_text().replace("/usr/local/sbin/pixel-lb", str(stub)))
 
