@@ -75,7 +75,7 @@ def test_a_managed_redis_replaces_the_group(tmp_path: Path) -> None:
     assert site.returncode == 0
     hosts = {name: int(count) for name, count in re.findall(r": (.+?)\tTAGS[^(]*\((\d+)\):", site.stdout)}
     assert hosts["Redis"] == 0
-    assert hosts["Prepare the app"] == hosts["Roll the app over"] == 2
+    assert hosts["Prepare the app"] == hosts["Switch the app, host by host"] == 2
     assert hosts["Balancer"] == 1
 
 

@@ -76,6 +76,7 @@ def test_only_missing_packages_are_installed_and_facts_follow() -> None:
         "name": ["openssl"],
         "update_cache": True,
         "cache_valid_time": 3600,
+        "lock_timeout": 300,
         "install_recommends": False,
         "policy_rc_d": 101,
     }
