@@ -78,7 +78,8 @@ def _fetch(request: urllib.request.Request) -> tuple[str, str]:
     """The instance that answered, and its answer."""
     try:
         # Never through a proxy of the environment.
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as response:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=10) as response:
             return response.headers["X-Pixel-Instance"], response.read().decode()
     except urllib.error.HTTPError as error:
         raise Problem(f"{request.full_url} answered {error.code}: {error.read().decode()}") from error

@@ -29,9 +29,9 @@ def write_rules(directory: Path, **chosen: Any) -> Path:
     defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
     variables = {"ansible_managed": "test", "groups": {"redis": ["c5"]}} | defaults | chosen
     path = directory / "pixel.rules.yml"
-    path.write_text(
-        environment.from_string((ROLE / "templates" / "rules.yml.j2").read_text()).render(variables)
-    )
+    # The first line sets the delimiters; Ansible removes it.
+    template = (ROLE / "templates" / "pixel.rules.yml.j2").read_text().partition("\n")[2]
+    path.write_text(environment.from_string(template).render(variables))
     return path
 
 

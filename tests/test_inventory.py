@@ -75,7 +75,7 @@ def test_a_managed_redis_replaces_the_group(tmp_path: Path) -> None:
     assert site.returncode == 0
     hosts = {name: int(count) for name, count in re.findall(r": (.+?)\tTAGS[^(]*\((\d+)\):", site.stdout)}
     assert hosts["Redis"] == 0
-    assert hosts["Prepare the app"] == hosts["Roll the app over"] == 2
+    assert hosts["Prepare the app"] == hosts["Switch the app, host by host"] == 2
     assert hosts["Balancer"] == 1
 
 
@@ -130,6 +130,44 @@ def test_the_example_is_complete(tmp_path: Path) -> None:
     for group in GOOD:
         assert groups[group]["hosts"]
         assert all(variables[host]["private_address"] for host in groups[group]["hosts"])
+
+
+def test_a_dry_run_keeps_no_password(tmp_path: Path) -> None:
+    playbook = tmp_path / "play.yml"
+    told = {
+        "ansible.builtin.debug": {
+            "msg": "<{{ lookup('pixel.endpoint.credential', '" + str(tmp_path / "new" / "one") + "') }}>"
+        }
+    }
+    playbook.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": [told]}]))
+
+    def password(*arguments: str) -> str:
+        command = [
+            sys.executable,
+            "-m",
+            "ansible",
+            "playbook",
+            "--inventory=localhost,",
+            *arguments,
+            str(playbook),
+        ]
+        done = subprocess.run(
+            command,
+            env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found = re.search("<([A-Za-z0-9]{40})>", done.stdout)
+        assert found is not None, done.stdout
+        return found[1]
+
+    password("--check")
+    assert not (tmp_path / "new").exists()
+    kept = password()
+    assert (tmp_path / "new" / "one").read_text().strip() == kept
+    # What is there is what a dry run has as well.
+    assert password("--check") == kept
 
 
 @pytest.fixture

@@ -86,9 +86,7 @@ async def test_a_transaction_executes_only_within_its_lease(
     redis_server: RedisServer,
 ) -> None:
     """Stopped between any two of its commands, it does nothing once the lease is over."""
-    commit = GroupCommit(
-        Server.of(redis_server.settings()), redis_server.settings(), RedisClock(), "c5/1"
-    )
+    commit = GroupCommit(Server.of(redis_server.settings()), redis_server.settings(), RedisClock(), "c5/1")
     connection = await Connection.open(Server.of(redis_server.settings()))
     lease = commit._lease
     now = time.time()
@@ -101,11 +99,7 @@ async def test_a_transaction_executes_only_within_its_lease(
         await connection.execute(first)
         await asyncio.sleep(0.15)
         if rest[0][0] == "SET" and "PXAT" in rest[0]:
-            rest[0] = (
-                first[-1]
-                if first[-1][0] == "SET"
-                else (*rest[0][:4], int((time.time() - 0.05) * 1000))
-            )
+            rest[0] = first[-1] if first[-1][0] == "SET" else (*rest[0][:4], int((time.time() - 0.05) * 1000))
         assert (await connection.execute(rest))[-1] is None, split
     in_time = [*_renewed(lease, time.time() + 5), *commands[2:]]
     assert (await connection.execute(in_time))[-1] == [b"OK"]
@@ -136,9 +130,7 @@ class Balancer:
         headers = {name.lower(): value for name, value in response.getheaders()}
         return response.status, headers, json.loads(response.read())
 
-    def post(
-        self, value: int, stamp: str | None = None
-    ) -> tuple[int, dict[str, str], dict[str, object]]:
+    def post(self, value: int, stamp: str | None = None) -> tuple[int, dict[str, str], dict[str, object]]:
         self.send(value, stamp)
         return self.answer()
 

@@ -124,9 +124,7 @@ class Transaction:
         within = self.watched and redis.leases.get(self.lease, -inf) > redis.time()
         made = within or world.without == "lease"
         if made:
-            assert self.request.value >= world.client.acknowledged, (
-                "an acknowledged write was undone"
-            )
+            assert self.request.value >= world.client.acknowledged, "an acknowledged write was undone"
             redis.cell = self.request.value
         self.worker.reply(self, made)
 
@@ -188,9 +186,7 @@ class Worker(Process):
             attempt.begin_by = self.limit.begin_by(attempt.stamp, waited)
         except UnknownClockError:
             self.measure(
-                lambda: (
-                    self.receive(attempt) if LB in self.limit._differences else attempt.fail("no")
-                )
+                lambda: self.receive(attempt) if LB in self.limit._differences else attempt.fail("no")
             )
             return None
         except MustWaitError:
@@ -234,9 +230,7 @@ class Worker(Process):
 
     def reply(self, sent: Transaction, made: bool) -> None:
         asked = self.world.now
-        self.world.after(
-            self.world.delay(), lambda: self.handle(lambda: self.replied(sent, made, asked))
-        )
+        self.world.after(self.world.delay(), lambda: self.handle(lambda: self.replied(sent, made, asked)))
 
     def replied(self, sent: Transaction, made: bool, asked: float) -> None:
         if self.flying is not sent:
@@ -264,9 +258,7 @@ class Worker(Process):
 class Attempt:
     """One attempt of the balancer at a write."""
 
-    def __init__(
-        self, client: "Client", value: int, number: int, worker: Worker, mark: str
-    ) -> None:
+    def __init__(self, client: "Client", value: int, number: int, worker: Worker, mark: str) -> None:
         self.client = client
         self.value = value
         self.number = number

@@ -88,9 +88,7 @@ class Api(RuleBasedStateMachine):
         writes=st.lists(WRITE, max_size=5),
         bad=st.sampled_from([{"x": WIDTH}, {"y": -1}, {"channel": "r"}, {"value": 256}, {"z": 1}]),
     )
-    def write_badly(
-        self, writes: list[tuple[tuple[int, int], str, int]], bad: dict[str, Any]
-    ) -> None:
+    def write_badly(self, writes: list[tuple[tuple[int, int], str, int]], bad: dict[str, Any]) -> None:
         wrong = pixel(((0, 0), "R", 1)) | bad
         assert self.call("POST", "/pixel", json=wrong).status_code == 422
         batch = [*(pixel(write) for write in writes), wrong]
@@ -109,9 +107,7 @@ class Api(RuleBasedStateMachine):
         query = f"?x={x}&y={y}&w={w}&h={h}"
         assert self.call("GET", f"/canvas.rgb{query}").content == self.model.raw(x, y, w, h)
         image = Image.open(BytesIO(self.call("GET", f"/canvas.png{query}&scale=2").content))
-        assert image.resize((w, h), Image.Resampling.NEAREST).tobytes() == (
-            self.model.raw(x, y, w, h)
-        )
+        assert image.resize((w, h), Image.Resampling.NEAREST).tobytes() == (self.model.raw(x, y, w, h))
 
     @rule()
     def remember(self) -> None:
@@ -144,9 +140,7 @@ class Api(RuleBasedStateMachine):
 
 @pytest.fixture
 def small(shared_redis: RedisServer) -> Iterator[Service]:
-    service = Service(
-        shared_redis.url, PIXEL_CANVAS_WIDTH=str(WIDTH), PIXEL_CANVAS_HEIGHT=str(HEIGHT)
-    )
+    service = Service(shared_redis.url, PIXEL_CANVAS_WIDTH=str(WIDTH), PIXEL_CANVAS_HEIGHT=str(HEIGHT))
     assert httpx.get(f"{service.url}/readyz", timeout=20).status_code == 200
     yield service
     service.remove()

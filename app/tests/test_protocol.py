@@ -142,9 +142,7 @@ async def test_a_write_that_comes_whole_goes_the_short_way(served: Served) -> No
         "content-length", "content-type", "date", "x-pixel-instance"
     ]  # fmt: skip
     assert served.came == []
-    assert (await client.ask(head(0, first="GET /pixel/10/20 HTTP/1.1"))).body.endswith(
-        b'"R":2,"G":0,"B":0}'
-    )
+    assert (await client.ask(head(0, first="GET /pixel/10/20 HTTP/1.1"))).body.endswith(b'"R":2,"G":0,"B":0}')
     assert served.came == ["GET /pixel/10/20"]
 
 
@@ -159,9 +157,7 @@ async def test_a_write_that_comes_whole_goes_the_short_way(served: Served) -> No
         [head(len(GOOD), first="POST http://c5/pixel HTTP/1.1") + GOOD],
     ],
 )
-async def test_what_is_out_of_the_ordinary_goes_the_other_way(
-    served: Served, parts: list[bytes]
-) -> None:
+async def test_what_is_out_of_the_ordinary_goes_the_other_way(served: Served, parts: list[bytes]) -> None:
     client = await served.connect()
     short = await client.ask(head(len(GOOD)) + GOOD)
     await client.send(*parts)
@@ -205,9 +201,7 @@ async def test_pipelined_requests_are_answered_in_their_order(served: Served) ->
     ("first", "lines"),
     [("POST /pixel HTTP/1.1", ["Connection: close"]), ("POST /pixel HTTP/1.0", [])],
 )
-async def test_a_connection_that_is_to_be_closed_is(
-    served: Served, first: str, lines: list[str]
-) -> None:
+async def test_a_connection_that_is_to_be_closed_is(served: Served, first: str, lines: list[str]) -> None:
     client = await served.connect()
     answer = await client.ask(head(len(GOOD), *lines, first=first) + GOOD)
     assert answer.status == 200
@@ -222,9 +216,7 @@ async def test_what_is_not_http_is_a_400(served: Served) -> None:
     assert await client.ended()
 
 
-async def test_a_body_that_never_comes_is_a_408(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_body_that_never_comes_is_a_408(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "BODY_SECONDS", 0.05)
     client = await served.connect()
     assert (await client.ask(head(len(GOOD)) + GOOD[:5])).status == 408

@@ -174,9 +174,7 @@ class Bench:
         if len(self._everything) < 3:
             spread = self._everything  # two workers need two processors
         directory = Path(tempfile.mkdtemp(dir=self._directory))
-        place = Place(
-            directory / "run", spread if job.spread else self._service, job.fsync, job.workers
-        )
+        place = Place(directory / "run", spread if job.spread else self._service, job.fsync, job.workers)
         try:
             with running(VARIANTS[job.variant], place) as stack:
                 contract.check(VARIANTS[job.variant], stack)
@@ -196,9 +194,7 @@ class Bench:
         interference = machine.Interference()
         before = {name: program.cpu_seconds() for name, program in stack.programs.items()}
         load = run_wrk(stack.port, step.script, step.connections, step.seconds, self._load)
-        spent = {
-            name: program.cpu_seconds() - before[name] for name, program in stack.programs.items()
-        }
+        spent = {name: program.cpu_seconds() - before[name] for name, program in stack.programs.items()}
         now = os.times()
         load_cpu = sum(now[:4]) - sum(own[:4])
         if not load.requests:

@@ -44,9 +44,7 @@ def _first_answer(variant: Variant, stack: Stack) -> tuple[int, Any]:
             if last[0] not in (502, 503, 504):
                 return last
         time.sleep(0.05)
-    raise StartError(
-        f"{variant.name} was not ready in time; its last answer was {last}\n{_log_tail(stack)}"
-    )
+    raise StartError(f"{variant.name} was not ready in time; its last answer was {last}\n{_log_tail(stack)}")
 
 
 def _log_tail(stack: Stack) -> str:

@@ -165,9 +165,7 @@ class Results:
         if of is not None:
             yield Bar("ours_direct / floor_asgi, cpu_total", 1.6, of)
         if at("ours_unix") in self._rounds:
-            yield Bar(
-                "ours_unix, RSS of a worker in MB", 70, self.figure(at("ours_unix"), "rss_mb")
-            )
+            yield Bar("ours_unix, RSS of a worker in MB", 70, self.figure(at("ours_unix"), "rss_mb"))
 
     def as_json(self) -> list[dict[str, Any]]:
         return [
@@ -178,9 +176,7 @@ class Results:
                     name: self.figure(key, name).as_json()
                     for name in ("rps", "p50_ms", "p99_ms", "rss_mb", "pss_mb", "interference")
                 },
-                "cpu_s_per_10k": {
-                    group: self.figure(key, f"cpu_{group}").as_json() for group in GROUPS
-                },
+                "cpu_s_per_10k": {group: self.figure(key, f"cpu_{group}").as_json() for group in GROUPS},
                 "errors": self.errors(key),
             }
             for key in self.measured()

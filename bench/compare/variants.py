@@ -86,8 +86,7 @@ def start_nginx(stack: Stack, place: Place, site: str, lua: bool = False, **name
     preamble = []
     if lua:
         preamble += [
-            f"load_module {MODULES}/{name}.so;"
-            for name in ("ndk_http_module", "ngx_http_lua_module")
+            f"load_module {MODULES}/{name}.so;" for name in ("ndk_http_module", "ngx_http_lua_module")
         ]
     if os.geteuid() == 0:
         preamble.append(f"user {pwd.getpwuid(0).pw_name};")  # or Nginx can't read the directory
@@ -108,9 +107,7 @@ def start_nginx(stack: Stack, place: Place, site: str, lua: bool = False, **name
     wait_for_port(nginx, stack.port)
 
 
-def start_gunicorn(
-    stack: Stack, place: Place, arguments: list[str], environment: dict[str, str]
-) -> None:
+def start_gunicorn(stack: Stack, place: Place, arguments: list[str], environment: dict[str, str]) -> None:
     inherited = {name: value for name, value in os.environ.items() if name[:6] != "PIXEL_"}
     stack.programs["app"] = Program(
         "app",
@@ -144,9 +141,7 @@ def start_ours(stack: Stack, place: Place, bind: str, redis_port: int) -> None:
         "PIXEL_INSTANCE": "bench",
         "PROMETHEUS_MULTIPROC_DIR": str(metrics),
     }
-    start_gunicorn(
-        stack, place, ["--config", "python:pixel.gunicorn_conf", "pixel.app:app"], environment
-    )
+    start_gunicorn(stack, place, ["--config", "python:pixel.gunicorn_conf", "pixel.app:app"], environment)
 
 
 # The variants

@@ -28,9 +28,7 @@ class Load(NamedTuple):
         return self.socket_errors + self.bad_statuses
 
 
-def run_wrk(
-    port: int, script: str, connections: int, seconds: float, processors: Iterable[int]
-) -> Load:
+def run_wrk(port: int, script: str, connections: int, seconds: float, processors: Iterable[int]) -> Load:
     """Runs one thread of wrk, a closed loop, against a local port."""
     command = [
         "taskset",

@@ -131,9 +131,7 @@ class Drill:
         )
         stop, end_writers = asyncio.Event(), asyncio.Event()
         self._scene.end_writers = end_writers.set
-        loading = asyncio.create_task(
-            run(self._target, plan, ledger, stop=stop, watch=seen.samples.append)
-        )
+        loading = asyncio.create_task(run(self._target, plan, ledger, stop=stop, watch=seen.samples.append))
         writing = asyncio.create_task(writers.run(end_writers))
         try:
             await asyncio.sleep(WARM_UP + BEFORE)
@@ -143,9 +141,7 @@ class Drill:
             calm = [each for each in seen.samples if seen.since - BEFORE <= each.due]
             normal = Normal.of(calm, self._rate)
             if set(normal.shares) != set(self._scene.fleet.addresses):
-                raise FleetError(
-                    f"before the event, only these answered: {', '.join(normal.shares)}"
-                )
+                raise FleetError(f"before the event, only these answered: {', '.join(normal.shares)}")
             try:
                 async with asyncio.timeout(event.patience):
                     await event.act(self._scene, turn)

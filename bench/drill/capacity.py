@@ -71,9 +71,7 @@ class Shortage:
     lack: str
 
 
-def shortage(
-    samples: Iterable[Sample], normal: Normal, since: float, until: float
-) -> Shortage | None:
+def shortage(samples: Iterable[Sample], normal: Normal, since: float, until: float) -> Shortage | None:
     """Returns the time from the first reduced slice to the last one; None if there is none."""
     count = max(0, math.floor((until - since) / SLICE))
     slices: list[list[Sample]] = [[] for _ in range(count)]

@@ -88,9 +88,7 @@ class Fleet:
     async def power(self, host: str, state: str) -> None:
         """Cuts a host's power (`off`), or starts it (`on`) and waits until it has booted."""
         program = str(ROOT / "fleet" / "fleet.py")
-        status, output = await self._run(
-            sys.executable, program, "power", host, state, patience=120
-        )
+        status, output = await self._run(sys.executable, program, "power", host, state, patience=120)
         if status != 0:
             raise FleetError(f"power {host} {state}: {tail(output)}")
 
@@ -181,9 +179,7 @@ class Fleet:
         """Stops all packets between the hosts: each has a wrong link-layer address of the other."""
         for host, peer in ((OTHER, BALANCER), (BALANCER, OTHER)):
             address = self.addresses[peer]
-            await self.ssh(
-                host, f"ip neigh replace {address} lladdr {NOWHERE} dev eth0 nud permanent"
-            )
+            await self.ssh(host, f"ip neigh replace {address} lladdr {NOWHERE} dev eth0 nud permanent")
 
     async def drop(self, rules: str) -> None:
         """Drops packets on the other host.
@@ -246,9 +242,7 @@ class Fleet:
             )
         await self.restore_network()
         drained = [
-            host
-            for host, said in (await self.balancer_status()).items()
-            if said["state"] == "drained"
+            host for host, said in (await self.balancer_status()).items() if said["state"] == "drained"
         ]
         for host in drained:
             await self.ssh(BALANCER, f"pixel-lb undrain {host}")

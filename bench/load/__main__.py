@@ -147,9 +147,7 @@ async def load(options: argparse.Namespace) -> Outcome:
         progress = show_progress if sys.stderr.isatty() else None
         report = await _run_both(target, plan, ledger, writers, stop, progress, watch)
     except UNREACHABLE as error:
-        raise ImpossibleError(
-            f"cannot reach {target.url}: {error or 'no answer in time'}"
-        ) from error
+        raise ImpossibleError(f"cannot reach {target.url}: {error or 'no answer in time'}") from error
     if sys.stderr.isatty():
         print(file=sys.stderr)
     flushes = await Fleet.load().slow_flushes() if options.forgive_disk and failures else []
@@ -200,9 +198,7 @@ def describe(outcome: Outcome) -> str:
     ]
     lines += [f"    {error}: {number}" for error, number in report.errors.most_common()]
     if outcome.behind_flush:
-        lines.append(
-            f"  slow disk     {outcome.behind_flush} failed while Redis waited for its disk"
-        )
+        lines.append(f"  slow disk     {outcome.behind_flush} failed while Redis waited for its disk")
     lines += [
         "  latency from the intended send time, ms:"
         f" p50 {latency.p50:.2f}  p90 {latency.p90:.2f}  p99 {latency.p99:.2f}"

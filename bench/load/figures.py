@@ -54,6 +54,5 @@ class Spread(NamedTuple):
 
     def as_json(self) -> dict[str, float | None]:
         return {
-            name: None if math.isnan(value) else round(value, 3)
-            for name, value in self._asdict().items()
+            name: None if math.isnan(value) else round(value, 3) for name, value in self._asdict().items()
         }

@@ -108,9 +108,7 @@ class Ledger:
         self.size = width * height * len(CHANNELS)
         self.capacity = self.size - reserved * len(CHANNELS)
         if before is not None and len(before) != self.size:
-            raise ValueError(
-                f"a canvas of {width}x{height} has {self.size} bytes, not {len(before)}"
-            )
+            raise ValueError(f"a canvas of {width}x{height} has {self.size} bytes, not {len(before)}")
         self._before = before if before is not None else bytes(self.size)
         self._first = first
         self._step = SCATTER

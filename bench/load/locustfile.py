@@ -241,9 +241,7 @@ class Watcher(Person):
         heard = self.follow(opened_at, "/events", f"/events?after={opened_at}")
         self.follow(heard, "/events (resumed)", "/events", {"Last-Event-ID": heard})
 
-    def follow(
-        self, after: str, name: str, path: str, headers: dict[str, str] | None = None
-    ) -> str:
+    def follow(self, after: str, name: str, path: str, headers: dict[str, str] | None = None) -> str:
         """Reads the stream for some seconds; returns its last event.
 
         The stream begins after a known event, so it must contain what was painted since.

@@ -473,9 +473,7 @@ async def run_together(urls: Sequence[str], plan: Plan, processes: int) -> list[
     """
     if processes == 1:
         return await _run_each(urls, plan)
-    part = replace(
-        plan, rate=plan.rate / processes, connections=max(1, plan.connections // processes)
-    )
+    part = replace(plan, rate=plan.rate / processes, connections=max(1, plan.connections // processes))
     loop = asyncio.get_running_loop()
     # Spawned: a fork would inherit this loop and its sockets.
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:

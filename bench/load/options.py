@@ -43,7 +43,5 @@ def allow_files(wanted: int) -> None:
     needed = wanted + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
-            raise ImpossibleError(
-                f"{wanted} connections need `ulimit -n {needed}`; the limit is {hard}"
-            )
+            raise ImpossibleError(f"{wanted} connections need `ulimit -n {needed}`; the limit is {hard}")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -18,9 +18,7 @@ class UnreadableError(Exception):
     """The canvas cannot be read."""
 
 
-async def read_canvas(
-    target: Target, width: int, height: int, cells: Iterable[tuple[int, int]]
-) -> bytes:
+async def read_canvas(target: Target, width: int, height: int, cells: Iterable[tuple[int, int]]) -> bytes:
     """Returns the canvas as raw RGB bytes; only `cells` of it if there is no /canvas.rgb."""
     with closing(Client(target)) as client:
         answer = await client.get("/canvas.rgb")
@@ -37,9 +35,7 @@ async def read_canvas(
     return answer.body
 
 
-async def _read_cells(
-    target: Target, width: int, height: int, cells: Iterable[tuple[int, int]]
-) -> bytes:
+async def _read_cells(target: Target, width: int, height: int, cells: Iterable[tuple[int, int]]) -> bytes:
     """Returns a canvas with these cells, read some at a time; the others are black."""
     canvas = bytearray(width * height * len(CHANNELS))
     queue = iter(cells)

@@ -53,9 +53,7 @@ class ImpreciseError(Exception):
 Measure = Callable[[float], Awaitable[Step]]
 
 
-async def search(
-    measure: Measure, limits: Limits, first: float, most: float
-) -> tuple[Step, list[Step]]:
+async def search(measure: Measure, limits: Limits, first: float, most: float) -> tuple[Step, list[Step]]:
     """Returns the highest good rate, and all rates that were tried."""
     steps: list[Step] = []
 
@@ -150,9 +148,7 @@ async def calibrate(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "requests_per_second": round(best.rate),
         "p99_ms": round(best.p99_ms, 1),
-        "steps": [
-            {name: round(value, 4) for name, value in step._asdict().items()} for step in steps
-        ],
+        "steps": [{name: round(value, 4) for name, value in step._asdict().items()} for step in steps],
     }
 
 

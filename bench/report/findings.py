@@ -37,9 +37,7 @@ class Interval:
 def intervals(samples: Sequence[dict[str, Any]]) -> list[Interval]:
     """Returns the rates between a host's samples; a counter that went back has rate 0."""
 
-    def per_second(
-        old: dict[str, float], new: dict[str, float], seconds: float
-    ) -> dict[str, float]:
+    def per_second(old: dict[str, float], new: dict[str, float], seconds: float) -> dict[str, float]:
         return {
             name: value if name.endswith("_gauge") else max(0.0, value - old[name]) / seconds
             for name, value in new.items()
@@ -98,9 +96,7 @@ class Run:
         for path in sorted((folder / "hosts").glob("*.jsonl")):
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
             hosts[path.stem] = intervals([json.loads(line) for line in lines])
-        targets = {
-            name: target["stages"] for name, target in data["targets"].items() if target["stages"]
-        }
+        targets = {name: target["stages"] for name, target in data["targets"].items() if target["stages"]}
         if not targets:
             raise ValueError(f"{folder} has no results")
         meta_path = folder / "meta.json"
@@ -177,12 +173,9 @@ def sentences(run: Run) -> list[str]:
             continue
         end = f"; the next step: {row['why']}" if row["why"] else ", which was the last step tried"
         said.append(
-            f"{name} sustained {row['knee']:.0f} writes/s with a p99 of"
-            f" {row['p99_knee']:.1f} ms{end}."
+            f"{name} sustained {row['knee']:.0f} writes/s with a p99 of {row['p99_knee']:.1f} ms{end}."
         )
-    said += [
-        sentence for part in (_saturation, _steal, _weights, _errors) for sentence in part(run)
-    ]
+    said += [sentence for part in (_saturation, _steal, _weights, _errors) for sentence in part(run)]
     return said
 
 
@@ -198,8 +191,7 @@ def _saturation(run: Run) -> list[str]:
             break
     else:
         said.append(
-            f"No host used {SATURATED:.0%} of its CPU. The busiest was {host} with"
-            f" {_used(run, host, step)}."
+            f"No host used {SATURATED:.0%} of its CPU. The busiest was {host} with {_used(run, host, step)}."
         )
     generator = max(step["generator"]["cpu_share"] for step in steps)
     if generator > BUSY or any("generator" in step["verdict"] for step in steps):
@@ -308,9 +300,7 @@ def _errors(run: Run) -> list[str]:
             if stage["kind"] == "requests" or stage.get("rate", float("inf")) <= limit:
                 below.update(stage["errors"])
     said = []
-    if any(
-        "429" in error for stages in run.targets.values() for s in stages for error in s["errors"]
-    ):
+    if any("429" in error for stages in run.targets.values() for s in stages for error in s["errors"]):
         said.append(
             "The balancer limited this client (429): name its address in nginx_lb_limit_exempt"
             " while you measure."

@@ -149,8 +149,7 @@ def shares_over_time(run: Run, _: Run | None) -> Figure | None:
     base = [0.0] * len(seconds)
     for name in names:
         part = [
-            second["instances"].get(name, 0) / max(1, sum(second["instances"].values()))
-            for second in seconds
+            second["instances"].get(name, 0) / max(1, sum(second["instances"].values())) for second in seconds
         ]
         plot.bar(clock, part, 1, bottom=base, label=name, alpha=0.8)
         base = [one + other for one, other in zip(base, part, strict=True)]
@@ -168,9 +167,7 @@ def others_over_time(run: Run, _: Run | None) -> Figure | None:
 
     def draw(plot: Axes, host: str, label: str, value: Callable[[Any], float | None]) -> None:
         points = [
-            (each.time - start, found)
-            for each in run.hosts[host]
-            if (found := value(each)) is not None
+            (each.time - start, found) for each in run.hosts[host] if (found := value(each)) is not None
         ]
         if points:
             plot.plot(*zip(*points, strict=True), label=label, linewidth=1)

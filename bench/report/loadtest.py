@@ -153,9 +153,7 @@ async def spike(target: Target, calm: float, high: float) -> dict[str, Any]:
 
     began = time.time()
     reports = await asyncio.gather(sending(calm, SPIKE_SECONDS), on_top())
-    return stage_of(
-        "spike", samples, began, SPIKE_SECONDS, calm=calm, high=high, generator=effort(reports)
-    )
+    return stage_of("spike", samples, began, SPIKE_SECONDS, calm=calm, high=high, generator=effort(reports))
 
 
 def effort(reports: Sequence[Report]) -> dict[str, float]:
@@ -211,8 +209,7 @@ def say(stage: dict[str, Any]) -> None:
         "spike": lambda: f"{stage['calm']:.0f}/s, and {stage['high']:.0f}/s for 3 s",
     }[stage["kind"]]()
     shares = ", ".join(
-        f"{name} {count / stage['acknowledged']:.0%}"
-        for name, count in sorted(stage["instances"].items())
+        f"{name} {count / stage['acknowledged']:.0%}" for name, count in sorted(stage["instances"].items())
     )
     percentiles = " ".join(f"{name} {latency[name] or math.nan:.1f}" for name in ("p50", "p99"))
     print(

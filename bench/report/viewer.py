@@ -146,9 +146,7 @@ async def watch(page: Page, options: argparse.Namespace, rate: float) -> dict[st
     await page.evaluate("seen.changes = [], seen.frames = []")
     samples: list[Sample] = []
     to_wall = time.time() - time.monotonic()
-    report = await run(
-        target, Plan(rate, options.seconds, CONNECTIONS), ledger, watch=samples.append
-    )
+    report = await run(target, Plan(rate, options.seconds, CONNECTIONS), ledger, watch=samples.append)
     await asyncio.sleep(SETTLE)
     seen = await page.evaluate("seen")
     # Writes are issued in the order in which they are due.

@@ -128,9 +128,7 @@ class GroupCommit:
         self._task = self._loop.create_task(self._run(), name="group commit")
         self._count_queue()
 
-    def write(
-        self, changes: Sequence[Change], begin_by: float | None = None
-    ) -> asyncio.Future[EventId]:
+    def write(self, changes: Sequence[Change], begin_by: float | None = None) -> asyncio.Future[EventId]:
         """Done when Redis has acknowledged the changes, which are made in their order.
 
         Args:
@@ -261,9 +259,7 @@ class GroupCommit:
         """Send a batch and answer its requests; returns when all of them are answered."""
         while requests := self._in_time(batch):
             batch.requests = requests
-            commands = self._commands(
-                [change for request in requests for change in request.changes]
-            )
+            commands = self._commands([change for request in requests for change in request.changes])
             renewal = self._lease.renew(self._clock.now())
             asked, started = monotonic(), perf_counter()
             replies = connection.execute([*renewal, *self._lease.conditions, *commands])
@@ -307,9 +303,7 @@ class GroupCommit:
         rest = self._lease.end - self._clock.now()
         self._loop.call_later(max(rest, 0), batch.doubt, "Redis didn't answer")
 
-    def _settle(
-        self, batch: _Batch, commands: list[Command], queued: list[object], results: object
-    ) -> None:
+    def _settle(self, batch: _Batch, commands: list[Command], queued: list[object], results: object) -> None:
         """Answer a batch by Redis's replies."""
         if isinstance(results, ReplyError):
             # Redis wouldn't queue a command (it's out of memory, say), and dropped them all.

@@ -63,9 +63,7 @@ class Problem(Exception):
             written: what became of a write.
             elsewhere: whether another host may do better.
         """
-        problem = cls(
-            HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "1"}, written=written
-        )
+        problem = cls(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "1"}, written=written)
         problem.elsewhere = elsewhere
         return problem
 

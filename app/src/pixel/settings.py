@@ -65,12 +65,8 @@ class Settings(BaseSettings):
     )
     port: Annotated[int, Field(ge=1, le=65_535)] = 8000
     release: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")] = "dev"
-    bind: Annotated[str, Field(pattern=r"^(unix:/.+|[^:]+:\d{1,5}|\[.+\]:\d{1,5})$")] = (
-        "127.0.0.1:8000"
-    )
-    workers: Annotated[int, Field(ge=1, le=256)] = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0))
-    )
+    bind: Annotated[str, Field(pattern=r"^(unix:/.+|[^:]+:\d{1,5}|\[.+\]:\d{1,5})$")] = "127.0.0.1:8000"
+    workers: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
     redis_url: str = "redis://127.0.0.1:6379/0"
     redis_username: str | None = None

@@ -30,9 +30,7 @@ def test_every_variant_is_measured_at_the_connections_that_are_compared() -> Non
 def test_a_round_measures_each_thing_once() -> None:
     planned = jobs(set(VARIANTS), 4, quick=False)
     measured = [
-        (job.variant, job.fsync, step.connections, step.workload)
-        for job in planned
-        for step in job.steps
+        (job.variant, job.fsync, step.connections, step.workload) for job in planned for step in job.steps
     ]
     assert len(measured) == len(set(measured))
 

@@ -64,9 +64,7 @@ def test_children_are_counted_and_pinned(tmp_path: Path) -> None:
         assert program.cpu_seconds() < 1
 
 
-def test_what_does_not_want_to_end_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_want_to_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.3)
     with python(STUBBORN_WITH_A_CHILD, tmp_path) as program:
         wait_until(lambda: len(program.pids()) == 2)

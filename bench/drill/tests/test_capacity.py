@@ -16,9 +16,7 @@ Change = Callable[[Sample], Sample]
 def load(seconds: float, change: Change = lambda sample: sample) -> list[Sample]:
     """Answers of c5 and t2, 3 to 2, in 2 ms; with changes to all of them."""
     return [
-        change(
-            Sample(START + number / RATE, 0.002, None, ("c5", "t2", "c5", "t2", "c5")[number % 5])
-        )
+        change(Sample(START + number / RATE, 0.002, None, ("c5", "t2", "c5", "t2", "c5")[number % 5]))
         for number in range(round(seconds * RATE))
     ]
 
@@ -60,9 +58,7 @@ def test_nothing_is_short_when_nothing_happens(normal: Normal) -> None:
 
 
 def test_other_weights_are_no_shortage(normal: Normal) -> None:
-    even = [
-        sample._replace(instance=("c5", "t2")[number % 2]) for number, sample in enumerate(load(10))
-    ]
+    even = [sample._replace(instance=("c5", "t2")[number % 2]) for number, sample in enumerate(load(10))]
     assert spell(even, normal) is None
 
 

@@ -158,9 +158,7 @@ UNDO = {
         ("redis stopped", "--signal=STOP"),
     ],
 )
-def test_a_fault_is_ended_by_its_event_and_by_healing(
-    name: str, does: str, recorded: Recorded
-) -> None:
+def test_a_fault_is_ended_by_its_event_and_by_healing(name: str, does: str, recorded: Recorded) -> None:
     (event,) = (event for event in EVENTS if event.name == name)
     asyncio.run(event.act(Scene(recorded), 0))
     done = [" ".join(command) for command in recorded.commands]
@@ -190,9 +188,7 @@ def python(program: str, patience: float = 20) -> Any:
 
 
 def test_a_program_gets_its_input_and_its_words_come_back() -> None:
-    status, said = asyncio.run(
-        FLEET._run("sh", "-eu", text="echo one; echo two >&2; exit 3", patience=20)
-    )
+    status, said = asyncio.run(FLEET._run("sh", "-eu", text="echo one; echo two >&2; exit 3", patience=20))
     assert (status, said) == (3, "one\ntwo\n")
 
 

@@ -95,9 +95,7 @@ def test_where_nothing_is_excused_every_failure_counts() -> None:
         (8.0, "connection lost", False),
     ],
 )
-def test_a_write_that_waited_for_the_disk_is_told_apart(
-    due: float, error: str, waited: bool
-) -> None:
+def test_a_write_that_waited_for_the_disk_is_told_apart(due: float, error: str, waited: bool) -> None:
     flushes = [Flush(end=10.0, seconds=1.2), Flush(end=6.9, seconds=0.3)]  # the second is no matter
     assert behind_a_flush(Sample(due, 0.8, error, "c5"), flushes) is waited
 
@@ -109,10 +107,7 @@ def test_the_table_has_a_line_an_event_and_says_what_is_wrong() -> None:
         Outcome("deploy", [a_run(behind_flush=4), a_run(behind_flush=3)]),
     ]
     head, redis, frozen, _, *rest = table(outcomes).splitlines()
-    assert (
-        " ".join(redis.split())
-        == "redis killed 1 100 90 10 x 503 0 0 1.0/3.0 2.0/6.0 1.5 2.0 (2.0)"
-    )
+    assert " ".join(redis.split()) == "redis killed 1 100 90 10 x 503 0 0 1.0/3.0 2.0/6.0 1.5 2.0 (2.0)"
     assert frozen.endswith("never (never)")
     assert " 2       7 " in frozen
     assert len({len(head), len(redis), len(frozen)}) == 1

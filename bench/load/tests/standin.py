@@ -41,9 +41,7 @@ STORING = {
 class StandIn:
     """Serves on its own port, in its own thread."""
 
-    def __init__(
-        self, deed: Callable[[int], Deed] = lambda _: Deed.STORE, whole_canvas: bool = True
-    ) -> None:
+    def __init__(self, deed: Callable[[int], Deed] = lambda _: Deed.STORE, whole_canvas: bool = True) -> None:
         self.canvas = bytearray(WIDTH * HEIGHT * 3)
         self.deed = deed
         self.whole_canvas = whole_canvas
@@ -114,9 +112,7 @@ class StandIn:
             if method == "PUT":
                 colour = json.loads(body)
                 said = {"x": x, "y": y, **colour}
-                return await self._write(
-                    at, bytes(colour[c] for c in "RGB"), said, said | {"x": -1}
-                )
+                return await self._write(at, bytes(colour[c] for c in "RGB"), said, said | {"x": -1})
             pixel = dict(zip("RGB", self.canvas[at : at + 3], strict=True))
             return self._message(200, json.dumps(pixel).encode())
         if path == "/pixel":

@@ -11,9 +11,7 @@ from bench.load.http1 import Answer, AnswerReader, BadAnswerError, Client, Conne
 from bench.load.tests.standin import WIDTH, StandIn
 
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
-CHUNKED = (
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2;x=y\r\nlo\r\n0\r\n\r\n"
-)
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2;x=y\r\nlo\r\n0\r\n\r\n"
 EMPTY = b"HTTP/1.1 204 No Content\r\n\r\n"
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n" + PLAIN
 

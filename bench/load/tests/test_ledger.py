@@ -86,9 +86,7 @@ def test_unknown_may_be_either(ledger: Ledger, before: bytes, stored: bool) -> N
 
 
 @pytest.mark.parametrize("fate", [Fate.REFUSED, Fate.UNSENT])
-def test_what_was_refused_or_never_sent_must_not_be_there(
-    ledger: Ledger, before: bytes, fate: Fate
-) -> None:
+def test_what_was_refused_or_never_sent_must_not_be_there(ledger: Ledger, before: bytes, fate: Fate) -> None:
     ledger.close(ledger.open(), fate)
     assert ledger.check(before).clean
     assert len(ledger.check(canvas_of(ledger, before, {0})).wrong) == 1

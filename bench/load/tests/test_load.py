@@ -93,9 +93,7 @@ def test_requests_leave_on_time(service: StandIn) -> None:
         (Deed.ECHO_ANOTHER, Fate.UNKNOWN, "answer is not an acknowledgement", 0, 0),
     ],
 )
-def test_each_failure_is_told_apart(
-    deed: Deed, fate: Fate, error: str | None, lost: int, wrong: int
-) -> None:
+def test_each_failure_is_told_apart(deed: Deed, fate: Fate, error: str | None, lost: int, wrong: int) -> None:
     with every_tenth(deed).serving() as service:
         report, verdict = drive(service, connections=32, timeout=0.3)
     assert (len(verdict.lost), len(verdict.wrong)) == (lost, wrong)
@@ -173,9 +171,7 @@ def command(service: StandIn, *more: str) -> list[str]:
     return ["--url", service.url, "--canvas", f"{WIDTH}x{HEIGHT}", *load_for_a_moment, *more]
 
 
-def test_exit_0_and_a_summary(
-    service: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exit_0_and_a_summary(service: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert load.main(command(service, "--strict", "--json", str(tmp_path / "a" / "b.json"))) == 0
     assert "0 lost, 0 wrong" in capsys.readouterr().out
     seen = json.loads((tmp_path / "a" / "b.json").read_text())
@@ -265,9 +261,7 @@ def test_an_unreachable_service_is_said_in_one_line(capsys: pytest.CaptureFixtur
         assert error.count("\n") == 1
 
 
-def test_a_canvas_of_another_size_is_said(
-    service: StandIn, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_canvas_of_another_size_is_said(service: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     assert load.main(["--url", service.url]) == 2
     assert "--canvas" in capsys.readouterr().err
 

@@ -37,13 +37,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def drive(service: StandIn, folder: Path, *stages: str) -> list[dict[str, Any]]:
     arguments = [argument for stage in stages for argument in ("--stage", stage)]
-    assert (
-        loadtest.main(["--url", service.url, "--target", "all", "--out", str(folder), *arguments])
-        == 0
-    )
-    found: list[dict[str, Any]] = json.loads((folder / "load.json").read_text())["targets"]["all"][
-        "stages"
-    ]
+    assert loadtest.main(["--url", service.url, "--target", "all", "--out", str(folder), *arguments]) == 0
+    found: list[dict[str, Any]] = json.loads((folder / "load.json").read_text())["targets"]["all"]["stages"]
     return found
 
 
@@ -79,9 +74,7 @@ def test_a_target_that_nobody_serves(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_any_certificate_can_be_taken(
-    wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_certificate_can_be_taken(wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def drive(target: Target, stage: str, before: object) -> list[Any]:
         assert target.tls is not None
         assert target.tls.check_hostname is not wanted
@@ -189,8 +182,7 @@ def test_findings_follow_from_the_data(tmp_path: Path) -> None:
         " step tried.",
         "c5 is the first host to saturate: 90% of its CPU at 1000 writes/s; app used 75%"
         " of its services' CPU time.",
-        "Up to 20% of the CPU of t2 was steal: a burstable host out of credits, or a busy host"
-        " machine.",
+        "Up to 20% of the CPU of t2 was steal: a burstable host out of credits, or a busy host machine.",
         "The weights fit: shares were c5 60%, t2 40%; by each knee alone c5 60%, t2 40%.",
         "No request failed at rates up to the knees.",
     ]
@@ -198,24 +190,18 @@ def test_findings_follow_from_the_data(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     said = sentences(reference(tmp_path / "run", {"c5": 0.4, "t2": 0.6}))
-    assert any(
-        line.startswith("The weights don't fit: t2 gets more than its part") for line in said
-    )
+    assert any(line.startswith("The weights don't fit: t2 gets more than its part") for line in said)
 
 
 def test_shares_of_instances_are_those_of_their_clusters(tmp_path: Path) -> None:
     shares = {"c5-1": 0.3, "c5-8001": 0.3, "t2-1": 0.4}
     said = sentences(reference(tmp_path / "run", shares))
-    assert (
-        "The weights fit: shares were c5 60%, t2 40%; by each knee alone c5 60%, t2 40%."
-    ) in said
+    assert ("The weights fit: shares were c5 60%, t2 40%; by each knee alone c5 60%, t2 40%.") in said
 
 
 def test_a_cluster_that_gets_nothing_is_named(tmp_path: Path) -> None:
     said = sentences(reference(tmp_path / "run", {"c5-1": 1.0, "t2-1": 0.0}))
-    assert any(
-        line.startswith("The weights don't fit: t2 gets less than its part") for line in said
-    )
+    assert any(line.startswith("The weights don't fit: t2 gets less than its part") for line in said)
 
 
 @pytest.mark.parametrize(
@@ -230,9 +216,7 @@ def test_a_cluster_that_gets_nothing_is_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_weights_that_can_not_be_judged_are_told(
-    tmp_path: Path, others: dict[str, Any], why: str
-) -> None:
+def test_weights_that_can_not_be_judged_are_told(tmp_path: Path, others: dict[str, Any], why: str) -> None:
     targets = {
         "c5": [step(600, {"c5": 1}, NOON)],
         **others,
@@ -251,9 +235,7 @@ def test_a_throttled_host_is_full_although_not_busy(tmp_path: Path) -> None:
         " app used 75% of its services' CPU time."
     ) in said
     shared = sentences(write(tmp_path / "shared", targets, hosts, shared_processors=True))
-    assert any(
-        line.startswith("No host used 85% of its CPU. The busiest was c5") for line in shared
-    )
+    assert any(line.startswith("No host used 85% of its CPU. The busiest was c5") for line in shared)
 
 
 @pytest.mark.parametrize("answered_within", [None, 5.0, 7.5])
@@ -295,9 +277,7 @@ def test_hosts_that_share_a_machine_say_little_of_weights_and_credits(tmp_path: 
 
 def test_limits_and_failures_are_named(tmp_path: Path) -> None:
     failed = step(100, {"c5": 1}, NOON, errors={"status 429": 20}, acknowledged=480)
-    late = step(
-        150, {"c5": 1}, NOON + 6, errors={"status 503": 400}, verdict="53% failed (status 503)"
-    )
+    late = step(150, {"c5": 1}, NOON + 6, errors={"status 503": 400}, verdict="53% failed (status 503)")
     said = sentences(write(tmp_path / "run", {"all": [failed, late]}, {}))
     assert "20 requests failed at rates up to the knees: status 429 (20)." in said
     assert any("nginx_lb_limit_exempt" in line for line in said)

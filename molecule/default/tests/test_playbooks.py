@@ -54,10 +54,25 @@ def test_a_fleet_whose_redis_is_managed_is_the_same_fleet(play: Any, tmp_path: P
 def test_a_wrong_variable_stops_the_play_before_anything_is_done(play: Any) -> None:
     done = play("site.yml", "--tags", "nginx_lb", nginx_lb_weight=-3)
     assert done.returncode != 0
-    assert "c5 needs an IPv4 private_address" in done.words
-    assert "nginx_lb_weight of 1 to 1000" in done.words
+    assert "Invalid variables of c5:" in done.words
+    assert "nginx_lb_weight -3 is out of range: 1 to 1000, or 0" in done.words
     assert "changed=0" in done.stdout
     assert not any(f"changed={count}" in done.stdout for count in range(1, 10))
+
+
+def test_faults_of_all_roles_stop_the_first_play(play: Any) -> None:
+    done = play("site.yml", nginx_lb_method="leastconn", redis_port=80, nginx_lb_limit_rat=20)
+    assert done.returncode != 0
+    assert (
+        "nginx_lb_method 'leastconn' is invalid: least_conn, round_robin, random, ip_hash or hash."
+        in done.words
+    )
+    assert "redis_port 80 is out of range: 1024 to 65535." in done.words
+    assert (
+        "nginx_lb_limit_rat is not a variable of role nginx_lb: did you mean nginx_lb_limit_rate?"
+        in done.words
+    )
+    assert "PLAY [Redis]" not in done.stdout
 
 
 def test_the_state_of_all_hosts_is_one_table(play: Any) -> None:
@@ -267,6 +282,9 @@ WRONG = [
     ("firewall_fleet_ports", [80]),
     ("firewall_admin_networks", ["10.0.0.0/40"]),
     ("firewall_ssh_networks", ["everywhere"]),
+    ("firewall_fleet_udp_ports", [0]),
+    ("firewall_fleet_protocols", ["VRRP"]),
+    ("firewall_connections", 5),
     ("firewall_rollback", 1),
     ("logs_journal_max_mb", 1),
     ("logs_forward_to", "collector"),

@@ -25,7 +25,8 @@ def seen(shell: Any, address: str) -> Any:
 @pytest.fixture
 def firewall(play: Any, host: Any) -> Any:
     """Run its playbook for the host under test."""
-    return lambda **variables: play("playbooks/firewall.yml", "--limit", host.backend.hostname, **variables)
+    limit = ("--limit", host.backend.hostname)
+    return lambda *arguments, **variables: play("playbooks/firewall.yml", *limit, *arguments, **variables)
 
 
 def test_everything_listens(host: Any) -> None:
@@ -77,16 +78,31 @@ def test_who_locks_himself_out_gets_in_again(host: Any, firewall: Any, seen: Any
         time.sleep(1)
     assert host.check_output("nft list table inet pixel") == rules
     assert "203.0.113" not in host.file("/etc/pixel-firewall/rules.nft").content_string
-    # The next run mends what is staged.
+    # The next run corrects what is staged.
     assert firewall().returncode == 0
     assert "203.0.113" not in host.file("/etc/pixel-firewall/staged.nft").content_string
 
 
 def test_it_can_be_taken_away(firewall: Any, seen: Any) -> None:
-    assert firewall(firewall_enabled=False).returncode == 0
+    # As the manual has it: text, not a boolean.
+    assert firewall("-e", "firewall_enabled=false").returncode == 0
+    assert seen("stranger") == [*PUBLIC, *FLEET, UNKNOWN]
+    done = firewall()
+    assert done.returncode == 0
+    assert "reset_connection" not in done.stdout + done.stderr
+    assert seen("stranger") == PUBLIC
+
+
+def test_rules_that_were_changed_by_hand_are_repaired(host: Any, firewall: Any, seen: Any) -> None:
+    host.run_expect([0], "nft delete table inet pixel")
+    host.run_expect([0], "sed -i 's/policy drop/policy accept/' /etc/pixel-firewall/staged.nft")
+    shown = firewall("--check", "--diff")
+    assert shown.changes() == {host.backend.hostname: 1}
+    assert "policy accept" in shown.stdout
     assert seen("stranger") == [*PUBLIC, *FLEET, UNKNOWN]
     assert firewall().returncode == 0
     assert seen("stranger") == PUBLIC
+    assert firewall().changes() == {host.backend.hostname: 0}
 
 
 def test_connections_of_one_client_are_bounded_before_they_have_sent_a_request(

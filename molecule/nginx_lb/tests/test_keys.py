@@ -81,11 +81,11 @@ def test_a_hash_key_decides(host: Any) -> None:
         ({"nginx_lb_weights": "measured"}, "run playbooks/calibrate.yml"),
         (
             {"nginx_lb_backup": "{{ inventory_hostname == 'debian13' }}", "nginx_lb_method": "hash"},
-            "nginx_lb_method hash knows no backups, and debian13 has nginx_lb_backup",
+            "nginx_lb_method hash has no backups, and debian13 has nginx_lb_backup",
         ),
         (
             {"nginx_lb_backup": "{{ inventory_hostname == 'debian13' }}", "nginx_lb_sticky": True},
-            "nginx_lb_sticky knows no backups",
+            "nginx_lb_sticky has no backups",
         ),
         ({"nginx_lb_backup": True}, "at least one host must not be a backup"),
     ],

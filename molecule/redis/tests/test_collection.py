@@ -17,7 +17,7 @@ PLAY = """
 
 def test_an_installed_collection_converges_to_the_same_state(inventory: str, tmp_path: Path) -> None:
     collections = tmp_path / "collections"
-    install = ["collection", "install", "--force", ROOT, "-p", collections]
+    install = ["collection", "install", "--force", str(ROOT), "-p", str(collections)]
     subprocess.run(["ansible-galaxy", *install], check=True)
     (tmp_path / "play.yml").write_text(PLAY)
     where = {"ANSIBLE_COLLECTIONS_PATH": str(collections), "ANSIBLE_ROLES_PATH": str(tmp_path)}

@@ -1,0 +1,54 @@
+#!/usr/bin/python
+"""Documentation of the action plugin of this name, which runs on the control node."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: check_arguments
+short_description: Check the arguments of roles, and report all faults at once
+description:
+  - >-
+    Types and choices are those of the role's C(meta/argument_specs.yml). Ranges, formats and rules that
+    concern several variables are in C(meta/checks.yml) beside it. No host is asked, but rules may use facts.
+  - >-
+    Values that Ansible would convert are accepted, such as C(-e redis_port=6380). Lists and mappings given as
+    text are refused.
+  - A variable with the prefix of one of the roles that no role has is refused, with the most similar name.
+options:
+  roles:
+    description: Roles that run on this host. All their variables are checked, with their defaults.
+    type: list
+    elements: str
+    default: []
+  others:
+    description: Roles that don't run on this host. Their variables that are set are checked one by one.
+    type: list
+    elements: str
+    default: []
+attributes:
+  check_mode: {support: full}
+  diff_mode: {support: none}
+author: Pixel Endpoint contributors
+notes:
+  - >-
+    C(ranges) are phrases that the variable's description has too: V(1 to 60 seconds), V(at least 2),
+    V(1 to 9, or 0), V(above 0, at most 1), V(above 0, below 1).
+  - C(formats) are V(ipv4), V(network) and V(user). For a list, both hold for each element.
+  - >-
+    A rule has C(that), a condition, and C(message). With C(each), an expression, it is checked for every
+    C(item). Values are converted to their types before.
+"""
+
+EXAMPLES = r"""
+- name: Check the arguments
+  check_arguments:
+    roles: [redis]
+"""
+
+RETURN = r"""
+faults:
+  description: What is wrong, one sentence each.
+  returned: always
+  type: list
+  elements: str
+"""

@@ -1,0 +1,238 @@
+"""check_arguments refuses wrong variables of roles, all of them at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
+# The module of this name, which is documentation, comes first in the path.
+_SPEC = importlib.util.spec_from_file_location(
+    "check_arguments_action", ROOT / "plugins/action/check_arguments.py"
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+plugin = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(plugin)
+
+
+def load(role: str, name: str) -> Any:
+    return yaml.safe_load((ROOT / "roles" / role / name).read_text())
+
+
+def options(role: str) -> dict[str, Any]:
+    found: dict[str, Any] = load(role, "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("phrase", "inside", "outside"),
+    [
+        ("1 to 60", (1, 60), (0, 61)),
+        ("-5 to 5 seconds", (-5, 5), (-6, 6)),
+        ("at least 2", (2, 1000), (1,)),
+        ("above 0, at most 1", (0.001, 1), (0, 1.1)),
+        ("above 0, below 1", (0.5,), (0, 1)),
+        ("1 to 9 requests a second, or 0 for no limit", (0, 1, 9), (-1, 10)),
+    ],
+)
+def test_a_range_is_what_its_words_say(
+    phrase: str, inside: tuple[float, ...], outside: tuple[float, ...]
+) -> None:
+    assert all(plugin.in_range(value, phrase) for value in inside)
+    assert not any(plugin.in_range(value, phrase) for value in outside)
+
+
+@pytest.mark.parametrize("phrase", ["1-60", "up to 3", "above 1", "1 to 60; 70", ""])
+def test_what_is_no_range_is_refused(phrase: str) -> None:
+    with pytest.raises(ValueError, match="is no range"):
+        plugin.in_range(1, phrase)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_number_has_a_range_and_its_description_says_the_same(role: str) -> None:
+    checks = load(role, "meta/checks.yml")
+    described = options(role)
+    numbers = {
+        name
+        for name, option in described.items()
+        if {option["type"], option.get("elements")} & {"int", "float"}
+    }
+    assert set(checks.get("ranges", {})) == numbers
+    for name, phrase in checks.get("ranges", {}).items():
+        plugin.in_range(1, phrase)
+        bounds = re.match(r"(\S+ to \S+?|at least \S+|above \S+, (at most|below) \S+?)(?= |,|$)", phrase)
+        assert bounds is not None
+        assert bounds[0] in described[name]["description"], name
+    for name, format_name in checks.get("formats", {}).items():
+        assert name in described
+        assert format_name in plugin.FORMATS
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_message_names_its_variable(role: str) -> None:
+    known = "|".join(sorted(name for other in ROLES for name in options(other)))
+    for rule in load(role, "meta/checks.yml").get("rules", []):
+        assert rule.keys() <= {"each", "that", "message"}
+        assert re.match(rf"({known}|private_address)\b", rule["message"]), rule
+
+
+@pytest.mark.parametrize(
+    ("value", "option", "converted"),
+    [
+        ("5", {"type": "int"}, 5),
+        ("false", {"type": "bool"}, False),
+        ("0.5", {"type": "float"}, 0.5),
+        (6, {"type": "str"}, "6"),
+        (["80"], {"type": "list", "elements": "int"}, [80]),
+        (False, {"type": "str", "choices": ["off", "on"]}, "off"),
+    ],
+)
+def test_what_ansible_would_convert_is_accepted(value: Any, option: dict[str, Any], converted: Any) -> None:
+    assert plugin.convert("redis_x", value, option) == (converted, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "option", "fault"),
+    [
+        ("many", {"type": "int"}, "redis_x 'many' is not an integer."),
+        ("maybe", {"type": "bool"}, "redis_x 'maybe' is not true or false."),
+        ("on", {"type": "str", "choices": ["a", "b", "c"]}, "redis_x 'on' is invalid: a, b or c."),
+        (["a"], {"type": "list", "elements": "int"}, "redis_x ['a'] is not a list, each element an integer."),
+        (
+            "80,443",
+            {"type": "list"},
+            "redis_x is text, not a list: write it as JSON, -e '{\"redis_x\": […]}'.",
+        ),
+        (
+            "a=b",
+            {"type": "dict"},
+            "redis_x is text, not a mapping: write it as JSON, -e '{\"redis_x\": {…}}'.",
+        ),
+        (None, {"type": "str"}, "redis_x has no value: remove it or give it one."),
+        (["word"], {"type": "int", "no_log": True}, "redis_x is not an integer."),
+    ],
+)
+def test_what_it_would_not_is_refused(value: Any, option: dict[str, Any], fault: str) -> None:
+    assert plugin.convert("redis_x", value, option) == (value, fault)
+
+
+def test_a_variable_that_no_role_has_is_refused_with_the_nearest_one() -> None:
+    known = {"redis": {"redis_port"}, "redis_node": {"redis_node_count"}}
+    names = [
+        "redis_port",
+        "redis_prot",
+        "redis_node_cuont",
+        "redis_zzzzzz",
+        "other_port",
+        "redis",
+        "_redis_x",
+    ]
+    assert list(plugin.unknown(names, known)) == [
+        "redis_node_cuont is not a variable of role redis_node: did you mean redis_node_count?",
+        "redis_prot is not a variable of role redis: did you mean redis_port?",
+        "redis_zzzzzz is not a variable of role redis: roles/redis/README.md lists them.",
+    ]
+
+
+@pytest.mark.parametrize("text", ["10.0.0.0/8", "10.1.2.3", "::1", "2001:db8::/32", "10.0.0.5/8"])
+def test_a_network_is_accepted(text: str) -> None:
+    assert plugin.is_network(text)
+
+
+@pytest.mark.parametrize("text", ["10.0.0.0/33", "10.0.0.300", "everywhere", "", "::/129"])
+def test_what_is_no_network_is_refused(text: str) -> None:
+    assert not plugin.is_network(text)
+
+
+def check(tmp_path: Path, task: dict[str, Any], *arguments: str, **variables: Any) -> str:
+    """Check the arguments of the local fleet's host c5, which needn't be there. Returns what is printed."""
+    facts = {
+        "all_ipv4_addresses": ["10.0.0.11"],
+        "memtotal_mb": 8000,
+        "processor_vcpus": 4,
+        "architecture": "x86_64",
+        "cacheable": True,
+    }
+    playbook = tmp_path / "play.yml"
+    tasks = [{"ansible.builtin.set_fact": facts}, {"name": "Check", "pixel.endpoint.check_arguments": task}]
+    playbook.write_text(json.dumps([{"hosts": "c5", "gather_facts": False, "tasks": tasks}]))
+    own: dict[str, Any] = {"private_address": "10.0.0.11", "fleet_state": str(tmp_path)}
+    own |= {f"redis_{user}_password": "0123456789abcdefghij" for user in ("app", "admin", "monitor")}
+    own |= {"nginx_lb_admin_networks": ["10.0.0.0/8"], "firewall_admin_networks": []} | variables
+    command = [sys.executable, "-m", "ansible", "playbook", f"--inventory={ROOT / 'inventory' / 'local'}"]
+    done = subprocess.run(
+        [*command, f"--extra-vars={json.dumps(own)}", *arguments, str(playbook)],
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "PIXEL_FLEET": "none"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 0) == ("failed=0" in done.stdout), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_all_faults_of_all_roles_are_reported_at_once(tmp_path: Path) -> None:
+    wrong = {
+        "redis_port": 80,
+        "redis_appendfsync": "sometimes",
+        "redis_app_password": "short-word",
+        "redis_monitor_password": "0123456789abcdefghij\x07",
+        "pixel_app_workers": "many",
+        "pixel_app_canvas_width": 65536,
+        "pixel_app_redis_username": "o'brien",
+        "pixel_app_redis_password": "back\tslash",
+        "firewall_connections": 5,
+        "firewall_fleet_udp_ports": [0],
+        "firewall_fleet_protocols": ["VRRP"],
+        "nginx_lb_limit_rat": 20,
+        "nginx_lb_weight": -3,
+        "firewall_ssh_networks": ["everywhere"],
+        "logs_forward_to": "collector",
+    }
+    said = check(tmp_path, {"roles": ROLES}, **wrong)
+    assert "failed=1" in said
+    for line in (
+        "redis_port 80 is out of range: 1024 to 65535.",
+        "redis_appendfsync 'sometimes' is invalid: always or everysec.",
+        "redis_app_password is invalid: it needs at least 20 characters",
+        "redis_monitor_password is invalid: it needs at least 20 characters, and neither white space",
+        "monitoring_redis_password is invalid: it needs at least 20 characters, and neither white space",
+        "pixel_app_workers 'many' is not an integer.",
+        "is out of range: at most 16777216 pixels, as in 4096 times 4096.",
+        "pixel_app_redis_url and pixel_app_redis_username must contain neither white space",
+        "pixel_app_redis_password is invalid: it must contain neither white space nor control characters.",
+        "firewall_connections 5 is out of range: 100 to 65535, or 0 for no limit.",
+        "firewall_fleet_udp_ports 0 is out of range: 1 to 65535.",
+        "firewall_fleet_protocols VRRP is invalid: names of protocols such as vrrp.",
+        "nginx_lb_limit_rat is not a variable of role nginx_lb: did you mean nginx_lb_limit_rate?",
+        "nginx_lb_weight -3 is out of range: 1 to 1000, or 0 for one that follows from its vCPUs.",
+        "firewall_ssh_networks 'everywhere' is not a network such as 10.0.0.0/8.",
+        "logs_forward_to 'collector' is invalid: host:port, or empty.",
+    ):
+        assert line in " ".join(said.split()), said
+    assert "short-word" not in said
+
+
+def test_variables_of_roles_that_run_elsewhere_are_checked_if_they_are_set(tmp_path: Path) -> None:
+    said = check(tmp_path, {"others": ROLES}, nginx_lb_weight=-3, redis_app_password="")
+    assert "nginx_lb_weight -3 is out of range" in said
+    # Which passwords are needed is for the hosts that need them.
+    assert "redis_app_password" not in said
+
+
+def test_arguments_on_the_command_line_are_text(tmp_path: Path) -> None:
+    given = ("-e", "redis_port=6380 firewall_enabled=false monitoring_p99_seconds=0.5 nginx_lb_tls=off")
+    assert "failed=0" in check(tmp_path, {"roles": ROLES}, *given)
+    said = check(tmp_path, {"roles": ROLES}, "-e", "firewall_public_ports=80,443")
+    assert "firewall_public_ports is text, not a list" in said
