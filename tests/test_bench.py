@@ -30,7 +30,7 @@ def part(name: str, pattern: str) -> str:
 
 
 def test_the_benchs_nginx_passes_writes_on_as_the_roles_does() -> None:
-    wanted = directives((ROLE / "templates" / "proxy.conf.j2").read_text())
+    wanted = directives((ROLE / "templates" / "proxy_common.conf.j2").read_text())
     macro = part("server.conf.j2", r"{% macro attempt\(number\).*?{%-? endmacro %}")
     wanted |= directives(macro + "{{ attempt(1) }}")
     wanted |= directives("keepalive {{ nginx_lb_keepalive }};")

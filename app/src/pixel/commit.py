@@ -6,7 +6,6 @@ import secrets
 from collections import deque
 from collections.abc import Container, Sequence
 from time import monotonic, perf_counter
-from typing import NamedTuple
 
 from pixel import metrics
 from pixel.canvas import TILE_BYTES, locate, tile_key
@@ -38,14 +37,13 @@ _SAMPLING = 1.0  # seconds between two measurements of the queue's length
 log = logging.getLogger(__name__)
 
 
-class _Request(NamedTuple):
-    changes: Sequence[Change]
-    future: asyncio.Future[EventId]
-    begin_by: float  # Redis's time
+# Its changes, who waits for them, and until when they may be sent, by Redis's clock.
+_Request = tuple[Sequence[Change], asyncio.Future[EventId], float]
 
-    def fail(self, problem: Problem) -> None:
-        if not self.future.done():
-            self.future.set_exception(problem)
+
+def _fail(request: _Request, problem: Problem) -> None:
+    if not request[1].done():
+        request[1].set_exception(problem)
 
 
 class _Batch:
@@ -59,12 +57,12 @@ class _Batch:
     def refuse(self, reason: str) -> None:
         """Answer 503: nothing was written."""
         for request in self.requests:
-            request.fail(Problem.not_written(reason))
+            _fail(request, Problem.not_written(reason))
 
     def doubt(self, reason: str) -> None:
         """Answer 503: the writes may have been made."""
         for request in self.requests:
-            request.fail(Problem.in_doubt(reason))
+            _fail(request, Problem.in_doubt(reason))
 
 
 class _Lease:
@@ -151,7 +149,7 @@ class GroupCommit:
         future: asyncio.Future[EventId] = self._loop.create_future()
         if begin_by is None:
             begin_by = self._clock.now() + self._patience
-        batch.requests.append(_Request(changes, future, begin_by))
+        batch.requests.append((changes, future, begin_by))
         batch.size += len(changes)
         self._depth += len(changes)
         return future
@@ -259,7 +257,7 @@ class GroupCommit:
         """Send a batch and answer its requests; returns when all of them are answered."""
         while requests := self._in_time(batch):
             batch.requests = requests
-            commands = self._commands([change for request in requests for change in request.changes])
+            commands = self._commands([change for request in requests for change in request[0]])
             renewal = self._lease.renew(self._clock.now())
             asked, started = monotonic(), perf_counter()
             replies = connection.execute([*renewal, *self._lease.conditions, *commands])
@@ -288,9 +286,9 @@ class GroupCommit:
         now = self._clock.now()
         requests = []
         for request in batch.requests:
-            if request.begin_by < now:
-                request.fail(Problem.not_written("Redis was too slow for this write to begin"))
-            elif not request.future.done():
+            if request[2] < now:
+                _fail(request, Problem.not_written("Redis was too slow for this write to begin"))
+            elif not request[1].done():
                 requests.append(request)
         return requests
 
@@ -311,7 +309,7 @@ class GroupCommit:
             self._health.fails(reasons[0] if reasons else results)
             self._grown.clear()
             for request in batch.requests:
-                request.fail(Problem.unavailable("Redis refuses writes", "no"))
+                _fail(request, Problem.unavailable("Redis refuses writes", "no"))
             return
         assert isinstance(results, list)
         # A tile can fail by itself: somebody has put something else under its key.
@@ -334,7 +332,7 @@ class GroupCommit:
         for request in requests:
             changes, future, _ = request
             if refused and any(locate(x, y)[0] in refused for x, y, _, _ in changes):
-                request.fail(Problem.unavailable("Redis refuses writes to this tile."))
+                _fail(request, Problem.unavailable("Redis refuses writes to this tile."))
             else:
                 written += len(changes)
                 if not future.done():
