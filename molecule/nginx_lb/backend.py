@@ -2,7 +2,8 @@
 """A backend that says who it is and what it was sent: backend.py NAME HOST:PORT SOCKET.
 
 It echoes, but /work is done one at a time, 10 ms each, /hold takes half a second, and /live and /events have
-headers of their own.
+headers of their own. What it does with /pixel is in /run/behaviour: `no` and `maybe` refuse a write as the app
+does, `break` closes the connection, `hang` doesn't answer in time.
 """
 
 import json
@@ -63,7 +64,21 @@ class Echo(BaseHTTPRequestHandler):
                 time.sleep(0.01)
         if self.path == "/hold":
             time.sleep(0.5)
+        behaviour = ""
+        if self.path == "/pixel" and os.path.exists("/run/behaviour"):
+            with open("/run/behaviour") as file:
+                behaviour = file.read().strip()
+        if behaviour == "break":
+            self.close_connection = True
+            return
+        if behaviour == "hang":
+            time.sleep(5)
+        if behaviour in ("no", "maybe"):
+            status = 503
         self.send_response(status)
+        if behaviour in ("no", "maybe"):
+            self.send_header("X-Accel-Redirect", "@again")
+            self.send_header("X-Pixel-Written", behaviour)
         self.send_header("Content-Type", "application/json")
         self.send_header("X-Pixel-Instance", NAME)
         self.send_header("X-Seen", json.dumps(seen))

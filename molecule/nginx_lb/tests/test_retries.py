@@ -1,0 +1,114 @@
+"""Attempts at a write: each has a stamp of its own, and the next one goes to another host."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+testinfra_hosts = ["debian12", "debian13"]
+
+Ask = Callable[..., tuple[int, dict[str, str], str]]
+
+
+@pytest.fixture
+def ask(host: Any) -> Ask:
+    """Send a request through the balancer on its own host; returns status, headers (lower case) and body."""
+
+    def run(
+        path: str = "/pixel", method: str = "POST", body: str = "a body"
+    ) -> tuple[int, dict[str, str], str]:
+        done = host.run(f"client one '{path}' {method} '{body}' 'X-Request-Start: 1 6.6.6.6:80'")
+        assert done.rc == 0, done.stderr
+        status, headers, answer = json.loads(done.stdout)
+        return status, headers, answer
+
+    return run
+
+
+@pytest.fixture
+def behave(shell: Any, fleet: dict[str, Any]) -> Iterator[Callable[[str, str], None]]:
+    """Make a backend treat writes in a certain way."""
+
+    def run(name: str, behaviour: str) -> None:
+        shell(f"echo {behaviour} >/run/behaviour", on=name)
+
+    yield run
+    for name in fleet["hosts"]:
+        shell("rm -f /run/behaviour", on=name)
+    # Nginx forgets a backend's failures after `fail_timeout`.
+    time.sleep(2)
+
+
+def test_the_balancer_says_its_time(ask: Ask) -> None:
+    status, _, body = ask("/lb/clock", "GET", "")
+    assert status == 200
+    assert abs(float(body) - time.time()) < 5
+
+
+def test_an_attempt_is_stamped_and_a_client_can_not_stamp(ask: Ask, address: str) -> None:
+    status, headers, body = ask()
+    assert status == 200
+    stamp = json.loads(body)["headers"]["X-Request-Start"].split()
+    assert abs(float(stamp[0]) - time.time()) < 5
+    assert stamp[1:] == [f"{address}:80"]
+    assert "x-accel-redirect" not in headers
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "mark", "seconds"),
+    [("no", [], 0), ("maybe", ["maybe"], 0), ("break", ["wait"], 0), ("hang", ["maybe"], 2)],
+)
+def test_what_one_host_does_not_serve_goes_to_the_other_with_a_new_stamp(
+    ask: Ask, behave: Callable[[str, str], None], behaviour: str, mark: list[str], seconds: float
+) -> None:
+    behave("debian13", behaviour)
+    marks = []
+    for _ in range(8):
+        began = time.time()
+        status, headers, body = ask()
+        assert (status, headers["x-pixel-instance"]) == (200, "debian12")
+        seen = json.loads(body)
+        assert (seen["method"], seen["body"]) == ("POST", "a body")
+        stamp = seen["headers"]["X-Request-Start"].split()
+        marks.append(stamp[2:])
+        if marks[-1] or (not mark and float(stamp[0]) > began + seconds):
+            assert float(stamp[0]) >= began + seconds - 0.1
+        assert "x-pixel-written" not in headers
+    if mark:
+        # Some were tried at the other host first, and some were not.
+        assert {tuple(each) for each in marks} == {(), tuple(mark)}
+    else:
+        assert marks == [[]] * 8
+
+
+def test_a_refusal_of_every_host_goes_to_the_client(
+    ask: Ask, behave: Callable[[str, str], None], fleet: dict[str, Any]
+) -> None:
+    for name in fleet["hosts"]:
+        behave(name, "no")
+    status, headers, body = ask()
+    assert status == 503
+    assert "x-accel-redirect" not in headers
+    stamp = json.loads(body)["headers"]["X-Request-Start"].split()
+    assert len(stamp) == 2
+
+
+def test_a_connection_that_breaks_twice_is_tried_once_more(
+    ask: Ask, behave: Callable[[str, str], None], fleet: dict[str, Any]
+) -> None:
+    for name in fleet["hosts"]:
+        behave(name, "break")
+    status, headers, body = ask()
+    assert (status, json.loads(body)["title"]) == (502, "Bad Gateway")
+    assert headers["retry-after"] == "1"
+
+
+def test_a_request_to_a_cluster_stays_there(ask: Ask, behave: Callable[[str, str], None]) -> None:
+    behave("debian13", "no")
+    for _ in range(4):
+        status, headers, _ = ask("/cluster/t2/pixel")
+        assert (status, headers["x-pixel-instance"]) == (503, "debian13")
