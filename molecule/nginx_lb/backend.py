@@ -2,8 +2,8 @@
 """A backend that says who it is and what it was sent: backend.py NAME HOST:PORT SOCKET.
 
 It echoes, but /work is done one at a time, 10 ms each, /hold takes half a second, and /live and /events
-have headers of their own. What it does with /pixel is in /run/behaviour: `no` and `maybe` refuse a write as the app
-does, `break` closes the connection, `hang` doesn't answer in time.
+have headers of their own. What it does with /pixel is in /run/behaviour: `no` and `maybe` refuse a write
+as the app does, `break` closes the connection, `hang` doesn't answer in time.
 """
 
 import json
