@@ -31,7 +31,7 @@ def test_files_and_services_are_repaired(host: Any, shell: Any, run: Callable[..
         "-mode: 0666",
         "+++ after: /etc/sysctl.d/60-redis.conf",
         "+++ after: /usr/local/sbin/redis-trim-log",
-        "TASK [redis : Start and enable Redis]",
+        "TASK [pixel.endpoint.redis : Start and enable Redis]",
     ):
         assert part in shown.stdout, shown.stdout
     # The users' file is secret.
@@ -42,7 +42,7 @@ def test_files_and_services_are_repaired(host: Any, shell: Any, run: Callable[..
     done = run()
     assert done.changes()["debian12"] > 0
     # However many files ask for it.
-    assert done.stdout.count("RUNNING HANDLER [redis : Restart Redis]") == 1
+    assert done.stdout.count("RUNNING HANDLER [pixel.endpoint.redis : Restart Redis]") == 1
     assert host.file("/etc/redis/redis.conf").content_string == before
     assert host.file("/etc/redis/users.acl").mode == 0o640
     assert host.file("/etc/sysctl.d/60-redis.conf").exists
