@@ -255,7 +255,9 @@ def answers(shell: Any, address: str) -> Any:
 
     def ping(password: str) -> str:
         script = f"redis-cli -h {address} --user pixel --askpass PING 2>&1 <<'END'\n{password}\nEND\n"
-        return str(shell(script)).strip().splitlines()[-1]
+        lines = str(shell(script)).strip().splitlines()
+        # A refused login is told before the refused command.
+        return "PONG" if lines[-1] == "PONG" else " ".join(lines)
 
     return ping
 
