@@ -71,7 +71,7 @@ KEPT_HEADERS = ("Content-Type", "smithy-protocol")
 
 
 class Front(BaseHTTPRequestHandler):
-    """Hands requests on to moto; notes their actions, and refuses what it is told to."""
+    """Hands requests on to moto; notes their actions, and refuses those that a test names."""
 
     server: Aws
 

@@ -187,7 +187,7 @@ def worker_pids(service: Service) -> set[int]:
     return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
-# Puts the two sockets where systemd does, 3 and 4, and becomes what it is told to.
+# Puts the two sockets where systemd does, 3 and 4, and executes the given command.
 _AS_SYSTEMD = """
 import os, sys
 for source, aside in zip(sys.argv[1:3], (100, 101)):

@@ -457,7 +457,7 @@ def test_a_lost_connection_heals_without_a_reload_and_without_a_missing_pixel(
         time.sleep(0.5)
     heal()
 
-    # Redis has forgotten what came before: the pages have to begin anew.
+    # Redis has forgotten what came before: the pages must load the canvas again.
     with fragile_redis.admin() as admin:
         admin.delete(EVENTS)
     heal()

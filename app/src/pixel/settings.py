@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     write_queue: Annotated[int, Field(ge=MAX_BATCH)] = 5 * MAX_BATCH
     body_limit: Annotated[int, Field(ge=128, le=65_536)] = 1024
 
-    # NoDecode: pydantic reads the JSON, so that a fault in it is told like any other.
+    # NoDecode: pydantic reads the JSON, so that a fault in it is reported like any other.
     peers: Annotated[Json[tuple[BaseUrl, ...]], NoDecode] = ()
 
     graceful_timeout: Annotated[int, Field(ge=2, le=3600)] = 30
@@ -161,7 +161,7 @@ def _unknown_variables() -> list[str]:
 
 
 def _bad_values(error: ValidationError) -> list[str]:
-    """A line for each bad setting: its variable, what is wrong, how to mend it."""
+    """A line for each bad setting: its variable, what is wrong, how to fix it."""
     lines = []
     for item in error.errors(include_input=False, include_url=False):
         message = item["msg"].removeprefix("Value error, ")

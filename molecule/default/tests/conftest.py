@@ -116,7 +116,7 @@ class Viewer:
 
     def _hear(self, fields: dict[str, str]) -> None:
         if "event" in fields:
-            self.faults.append(f"told to fetch the canvas anew at {fields['id']}")
+            self.faults.append(f"got a resync at {fields['id']}")
         for x, y, channel, value in json.loads(fields["data"]):
             self.canvas[(y * self._width + x) * 3 + "RGB".index(channel)] = value
         self.event = fields["id"]

@@ -1,4 +1,4 @@
-"""What a client may do to the balancer, and what it is told; it comes from a third host."""
+"""Limits of what a client may do, and the answers beyond them; the client is a third host."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def answers(shell: Any, address: str) -> Any:
     def ping(password: str) -> str:
         script = f"redis-cli -h {address} --user pixel --askpass PING 2>&1 <<'END'\n{password}\nEND\n"
         lines = str(shell(script)).strip().splitlines()
-        # A refused login is told before the refused command.
+        # redis-cli reports a refused login before the refused command.
         return "PONG" if lines[-1] == "PONG" else " ".join(lines)
 
     return ping
