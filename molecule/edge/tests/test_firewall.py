@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 testinfra_hosts = ["debian12", "debian13"]
 
@@ -26,7 +28,14 @@ def seen(shell: Any, address: str) -> Any:
 def firewall(play: Any, host: Any) -> Any:
     """Run its playbook for the host under test."""
     limit = ("--limit", host.backend.hostname)
-    return lambda *arguments, **variables: play("playbooks/firewall.yml", *limit, *arguments, **variables)
+    # As the scenario configures it.
+    scenario = yaml.safe_load((Path(__file__).parents[1] / "vars" / "main.yml").read_text())
+    own = {name: value for name, value in scenario.items() if name.startswith("firewall_")}
+
+    def run(*arguments: str, **variables: Any) -> Any:
+        return play("playbooks/firewall.yml", *limit, *arguments, **(own | variables))
+
+    return run
 
 
 def test_everything_listens(host: Any) -> None:
