@@ -173,7 +173,8 @@ def test_the_backends_own_headers_stay(visitor: Any) -> None:
 
 def test_every_line_of_the_log_is_json_in_utf_8(visitor: Any, host: Any) -> None:
     """Whatever bytes agents and URIs have."""
-    texts = [b"bad\xff\xfe", b"\xed\xa0\x80", "grün".encode(), b'quote"\\']
+    # (Python's http.server, which answers here, takes other bytes for white space.)
+    texts = [b"bad\xff\xfe", b"\xed\xa1\x82", "grün".encode(), b'quote"\\']
     assert visitor("agents", *(text.hex() for text in texts)) == [200] * 4
     check = (
         "import json; lines = open('/var/log/nginx/access.log', 'rb').read().splitlines();"
