@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import httpx2 as httpx
@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 
 from pixel.app import create_app
 from pixel.settings import Settings
+from pixel.store import Store
 
 # The same examples in every run, however busy the machine is.
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -120,6 +121,15 @@ def fragile_redis() -> Iterator[RedisServer]:
     server = RedisServer()
     yield server
     server.remove()
+
+
+@pytest.fixture
+async def fragile(fragile_redis: RedisServer) -> AsyncIterator[Store]:
+    """A store that is connected to a Redis that will be hurt."""
+    store = Store(fragile_redis.settings())
+    await store.probe()
+    yield store
+    store.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 from conftest import RedisServer, Service, wait_until, worker_pids
@@ -23,14 +23,6 @@ from pixel.problems import Problem
 from pixel.resp import Connection, Server
 from pixel.settings import Settings
 from pixel.store import Store
-
-
-@pytest.fixture
-async def fragile(fragile_redis: RedisServer) -> AsyncIterator[Store]:
-    store = Store(fragile_redis.settings())
-    await store.probe()
-    yield store
-    store.close()
 
 
 async def given_up(write: Awaitable[object]) -> Problem:

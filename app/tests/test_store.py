@@ -28,15 +28,6 @@ async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
     store.close()
 
 
-@pytest.fixture
-async def fragile(fragile_redis: RedisServer) -> AsyncIterator[Store]:
-    """A store that is connected to a Redis that will be hurt."""
-    store = Store(fragile_redis.settings())
-    await store.probe()
-    yield store
-    store.close()
-
-
 async def outcomes(writes: Iterable[Awaitable[EventId]]) -> list[str]:
     """What became of writes made at once: "ok", or the problem."""
     results = await asyncio.gather(*writes, return_exceptions=True)

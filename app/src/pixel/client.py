@@ -9,7 +9,7 @@ MOST_BYTES = 64 * 1024
 
 
 class AnswerError(Exception):
-    """The answer is not HTTP, or too large."""
+    """The answer is not the expected one."""
 
 
 async def get(url: str) -> tuple[int, bytes]:
@@ -20,7 +20,8 @@ async def get(url: str) -> tuple[int, bytes]:
 
     Raises:
         OSError: the host can't be reached.
-        AnswerError: it answered with more than 64 kB, or something else than HTTP.
+        h11.RemoteProtocolError: it did not answer with HTTP.
+        AnswerError: it answered with more than 64 kB.
     """
     parts = urlsplit(url)
     tls = parts.scheme == "https"
@@ -42,8 +43,6 @@ async def get(url: str) -> tuple[int, bytes]:
                 body += event.data
                 if len(body) > MOST_BYTES:
                     raise AnswerError("answered too much")
-    except h11.RemoteProtocolError as error:
-        raise AnswerError("did not answer with HTTP") from error
     finally:
         writer.close()
     return status, body

@@ -10,6 +10,8 @@ import re
 from math import inf
 from time import monotonic, time
 
+import h11
+
 from pixel.client import AnswerError, get
 from pixel.problems import Problem
 from pixel.settings import Settings
@@ -149,7 +151,7 @@ class StartLimit:
                 raise AnswerError(f"answered with status {status}")
             self._differences[balancer] = asked - float(body)
             self._silent.pop(balancer, None)
-        except (OSError, AnswerError, ValueError) as error:
+        except (OSError, h11.RemoteProtocolError, AnswerError, ValueError) as error:
             if balancer not in self._differences:
                 self._assume(balancer, str(error) or "no answer in time")
 

@@ -6,20 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import h11
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
 
 from pixel import metrics, openapi
+from pixel.client import AnswerError, get
 from pixel.problems import Problem
 from pixel.requests import State, json_response, state_of
 
 router = APIRouter(prefix="/fleet", tags=["fleet"])
-
-MOST_BYTES = 65_536
-"""Most bytes of a peer's answer."""
 
 FAN_OUTS = 8
 """Requests to all peers that a worker makes at the same time; further ones get a 503."""
@@ -160,41 +157,16 @@ async def _status(state: State) -> Status:
 async def _ask(peer: str) -> Status:
     """Status of the instance at a base URL. Raises PeerError."""
     try:
-        code, body = await _get(f"{peer}/fleet/self")
+        code, body = await get(f"{peer}/fleet/self")
         if code != HTTPStatus.OK:
             raise PeerError(f"answered with status {code}")
         return msgspec.json.decode(body, type=Status)
+    except AnswerError as error:
+        raise PeerError(str(error)) from error
     except OSError as error:
         raise PeerError(f"can't be reached: {error.strerror or error}") from error
     except (h11.RemoteProtocolError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PeerError("answered something else than its status") from error
-
-
-async def _get(url: str) -> tuple[int, bytes]:
-    """Status and body of an answer. Raises OSError, h11.RemoteProtocolError, PeerError."""
-    parts = urlsplit(url)
-    tls = parts.scheme == "https"
-    reader, writer = await asyncio.open_connection(
-        parts.hostname, parts.port or (443 if tls else 80), ssl=tls or None
-    )
-    try:
-        connection = h11.Connection(h11.CLIENT)
-        headers = [("Host", parts.netloc), ("Connection", "close")]
-        request = h11.Request(method="GET", target=parts.path, headers=headers)
-        writer.write(connection.send(request) or b"")
-        status, body = 0, b""
-        while not isinstance(event := connection.next_event(), h11.EndOfMessage):
-            if event is h11.NEED_DATA:
-                connection.receive_data(await reader.read(MOST_BYTES))
-            elif isinstance(event, h11.Response):
-                status = event.status_code
-            elif isinstance(event, h11.Data):
-                body += event.data
-                if len(body) > MOST_BYTES:
-                    raise PeerError("answered too much")
-    finally:
-        writer.close()
-    return status, body
 
 
 async def _cancel(tasks: list[asyncio.Task[Status]]) -> None:
