@@ -181,4 +181,5 @@ def test_every_line_of_the_log_is_json_in_utf_8(visitor: Any, host: Any) -> None
         "print(json.dumps([json.loads(line.decode())['agent'] for line in lines]))"
     )
     agents = json.loads(host.check_output(f'sleep 1.2; python3 -c "{check}"'))
-    assert agents[-4:] == ["bad…", "…", "grün", 'quote"\\']
+    # Each worker writes what it buffered when its own second ends.
+    assert sorted(agents[-4:]) == sorted(["bad…", "…", "grün", 'quote"\\'])
