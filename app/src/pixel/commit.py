@@ -5,6 +5,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Container, Sequence
+from math import inf
 from time import monotonic, perf_counter
 
 from pixel import metrics
@@ -52,6 +53,7 @@ class _Batch:
     def __init__(self) -> None:
         self.timer: asyncio.TimerHandle
         self.size = 0  # channel writes
+        self.begin_by = inf  # the earliest of its requests
         self.requests: list[_Request] = []
 
     def refuse(self, reason: str) -> None:
@@ -149,6 +151,8 @@ class GroupCommit:
         future: asyncio.Future[EventId] = self._loop.create_future()
         if begin_by is None:
             begin_by = self._clock.now() + self._patience
+        if begin_by < batch.begin_by:
+            batch.begin_by = begin_by
         batch.requests.append((changes, future, begin_by))
         batch.size += len(changes)
         self._depth += len(changes)
@@ -284,6 +288,8 @@ class GroupCommit:
     def _in_time(self, batch: _Batch) -> list[_Request]:
         """The requests that may still begin; the others are refused."""
         now = self._clock.now()
+        if batch.begin_by >= now:
+            return [request for request in batch.requests if not request[1].done()]
         requests = []
         for request in batch.requests:
             if request[2] < now:

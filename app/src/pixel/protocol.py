@@ -27,12 +27,14 @@ log = logging.getLogger(__name__)
 class Write:
     """A write that is under way, in the place of Uvicorn's cycle: what the protocol asks of it."""
 
+    __slots__ = ("disconnected", "headers", "keep_alive", "pixel", "response_complete", "started")
+
     message_event = asyncio.Event()  # which nobody waits for
 
-    def __init__(self, pixel: Pixel, headers: Headers) -> None:
+    def __init__(self, pixel: Pixel, headers: Headers, started: float) -> None:
         self.pixel = pixel
         self.headers = headers
-        self.started = perf_counter()
+        self.started = started
         self.disconnected = False
         self.keep_alive = True
         self.response_complete = False
@@ -60,7 +62,7 @@ class PixelProtocol(HttpToolsProtocol):
             self.timeout_keep_alive_task.cancel()
 
     def data_received(self, data: bytes) -> None:
-        self._active = self.loop.time()
+        self._active = perf_counter()
         super().data_received(data)
         if self._held is not None and not self.transport.is_closing():
             self._hand_on()
@@ -68,7 +70,9 @@ class PixelProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self.url = b""
         self.headers = []
-        self.expect_100_continue = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         parser = self.parser
@@ -78,7 +82,6 @@ class PixelProtocol(HttpToolsProtocol):
             and parser.get_method() == b"POST"
             and (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused
-            and not self.expect_100_continue
             and parser.get_http_version() == "1.1"
             and parser.should_keep_alive()
             and not parser.should_upgrade()
@@ -99,10 +102,11 @@ class PixelProtocol(HttpToolsProtocol):
 
     def _hand_on(self) -> None:
         """Let Uvicorn serve the request, as far as it has come."""
-        url, headers, expect = self.url, self.headers, self.expect_100_continue
+        url, headers = self.url, self.headers
         super().on_message_begin()
-        self.url, self.expect_100_continue = url, expect
-        self.headers += headers
+        self.url = url
+        for name, value in headers:
+            super().on_header(name, value)  # which looks for an expectation, too
         super().on_headers_complete()
         if self._held:
             super().on_body(self._held)
@@ -121,7 +125,7 @@ class PixelProtocol(HttpToolsProtocol):
             self._hand_on()
             return False
         self._held = None
-        write = Write(pixel, self.headers)
+        write = Write(pixel, self.headers, self._active)
         self.cycle = write  # type: ignore[assignment]
         written.add_done_callback(partial(self._answer, write))
         return True
@@ -145,13 +149,13 @@ class PixelProtocol(HttpToolsProtocol):
                 self.transport.close()
         write.response_complete = True
         self.on_response_complete()
-        seconds = perf_counter() - write.started
+        seconds = self._active - write.started
         metrics.observe("POST", "/pixel", status, seconds)
         if problem is not None:
             logs.answered(logging.WARNING, "POST", "/pixel", status, seconds, write.headers)
 
     def on_response_complete(self) -> None:
-        self._active = self.loop.time()
+        self._active = perf_counter()
         if self.pipeline or self.timeout_keep_alive_task is None:
             super().on_response_complete()
         else:
@@ -163,7 +167,7 @@ class PixelProtocol(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         busy = self.cycle is not None and not self.cycle.response_complete
-        rest = self.timeout_keep_alive - (0 if busy else self.loop.time() - self._active)
+        rest = self.timeout_keep_alive - (0 if busy else perf_counter() - self._active)
         if rest > 0:
             again = self.timeout_keep_alive_handler
             self.timeout_keep_alive_task = self.loop.call_later(rest, again)

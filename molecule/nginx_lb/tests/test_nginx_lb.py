@@ -13,20 +13,6 @@ testinfra_hosts = ["debian12", "debian13"]
 
 
 @pytest.fixture
-def curl(host: Any) -> Any:
-    """Ask the balancer on its own host; gives status, headers (lower case) and body."""
-
-    def run(path: str, *options: str) -> tuple[int, dict[str, str], str]:
-        words = " ".join(f"'{word}'" for word in options)
-        done = host.run(f"client one '{path}' {words}")
-        assert done.rc == 0, done.stderr
-        status, headers, body = json.loads(done.stdout)
-        return status, headers, body
-
-    return run
-
-
-@pytest.fixture
 def many(host: Any) -> Any:
     """The instances (or the statuses of failures) that answer so many requests in a row."""
     return lambda count, path="/who": json.loads(host.check_output(f"client many {count} {path}"))
