@@ -1,4 +1,4 @@
-"""What all scenarios' tests share: the fleet's own facts, and the journal of a failure."""
+"""Fixtures of all scenarios: fleet facts, playbook runs, and the hosts' journals after a failure."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Molecule asks for colours where it has a terminal; the playbooks that tests run are read by tests.
+# Molecule enables colours on a terminal; the tests parse the playbooks' output, so turn them off.
 os.environ.pop("ANSIBLE_FORCE_COLOR", None)
 os.environ["ANSIBLE_NOCOLOR"] = "1"
 
 
 @pytest.fixture(scope="session")
 def state() -> Path:
-    """The folder of the fleet that this scenario made."""
+    """The state directory of this scenario's fleet."""
     return ROOT / ".fleet" / os.environ["PIXEL_FLEET"]
 
 
@@ -41,7 +41,7 @@ def address(host: Any, fleet: dict[str, Any]) -> str:
 
 @pytest.fixture
 def shell(host: Any, state: Path) -> Any:
-    """Run a script as root; unlike `host.run`, it leaves no trace of its words on the host."""
+    """Run a script as root. Unlike `host.run`, it leaves no arguments in the process list or journal."""
 
     def run(script: str, on: str = host.backend.hostname) -> str:
         command = ["ssh", "-F", str(state / "ssh_config"), on, "sudo sh -s"]
@@ -52,13 +52,13 @@ def shell(host: Any, state: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def password(state: Path) -> Any:
-    """The password of a Redis user, as the inventory keeps it."""
+    """Return the password of a Redis user from the inventory's credentials."""
     return lambda user: (state / "credentials" / f"redis_{user}").read_text().split()[0]
 
 
 @dataclass(frozen=True)
 class Played:
-    """What a playbook said."""
+    """The exit status and output of a playbook."""
 
     returncode: int
     stdout: str
@@ -66,26 +66,26 @@ class Played:
 
     @property
     def words(self) -> str:
-        """All of it in one line, so that a message is found however it was folded."""
+        """The whole output on one line, so that line breaks do not split a message."""
         return " ".join((self.stdout + self.stderr).split())
 
     def changes(self) -> dict[str, int]:
-        """How much it changed on each host; it has to have succeeded."""
+        """Assert success; return the number of changed tasks by host."""
         assert self.returncode == 0, self.stdout + self.stderr
         recap = re.findall(r"^(\S+)\s+: .*changed=(\d+)", self.stdout, re.M)
-        # The control node is in the recap too, where the first play checks it; it has nothing to change.
+        # The recap also lists localhost, where the first play checks the control node.
         return {host: int(count) for host, count in recap if host != "localhost" or count != "0"}
 
 
 @pytest.fixture(scope="session")
 def inventory() -> str:
-    """The inventory that the scenario's playbooks are run with."""
+    """The inventory of the scenario's playbooks."""
     return ".config/molecule/inventory"
 
 
 @pytest.fixture(scope="session")
 def play(inventory: str) -> Callable[..., Played]:
-    """Run a playbook of the repository as an operator does, with variables of the test's choice."""
+    """Run a playbook as an operator does; keyword arguments become extra variables."""
 
     def run(playbook: str, *arguments: str, hosts: str = inventory, **variables: Any) -> Played:
         command = ["ansible-playbook", "--inventory", hosts, playbook, *arguments]

@@ -1,17 +1,17 @@
 #!/usr/bin/python3
-"""A client somewhere outside, over TLS. What it sees it prints as JSON.
+"""A test client outside the fleet, over TLS. Prints its result as JSON.
 
 visitor.py ask HOST PATH [METHOD [HEADER…]]     [status, headers, body]
 visitor.py paths HOST PATH…                     [status, …]
 visitor.py rate HOST PATH SOURCE RATE SECONDS [METHOD]
                                                 {"statuses": {status or error: count}, "p99_ms": …}
-visitor.py limited HOST [HEADER]                of 100 the first refusal: [status, headers, body], and then
-                                                the status after the wait. HEADER may hold {}, a number
-visitor.py together HOST PATH COUNT             {status: count} of so many requests at the same time
-visitor.py ports HOST PORT…                     [port that answers, …]
-visitor.py half HOST SOURCE COUNT               how many connections with half a header are accepted
-visitor.py agents HOST HEX…                     [status, …] of requests with these bytes as agent and in URI
-visitor.py slow HOST header|body                seconds until the server loses its patience
+visitor.py limited HOST [HEADER]                [status, headers, body] of the first refusal of 100 requests,
+                                                and the status after Retry-After; {} in HEADER is a number
+visitor.py together HOST PATH COUNT             {status: count} of COUNT concurrent requests
+visitor.py ports HOST PORT…                     [open port, …]
+visitor.py half HOST SOURCE COUNT               number of connections with an incomplete header that stay open
+visitor.py agents HOST HEX…                     [status, …] with these bytes in User-Agent and URI
+visitor.py slow HOST header|body                seconds until the server closes the connection
 """
 
 import collections
@@ -26,7 +26,7 @@ import threading
 import time
 from typing import Any
 
-# Whose the certificate is, is another test's business.
+# Other tests verify the certificate.
 TLS = ssl.create_default_context()
 TLS.check_hostname = False
 TLS.verify_mode = ssl.CERT_NONE
@@ -54,7 +54,7 @@ def paths(host: str, *paths: str) -> Any:
 
 
 def half(host: str, source: str, count: str) -> int:
-    """Connections that stay open together, each with the beginning of a request."""
+    """Open connections that each send an incomplete request header; return how many were accepted."""
     taken = []
     for _ in range(int(count)):
         try:
@@ -76,7 +76,7 @@ def agents(host: str, *encoded: str) -> list[int]:
 
 
 def rate(host: str, path: str, source: str, rate: str, seconds: str, method: str = "GET") -> Any:
-    """An open loop: what is slow doesn't keep the next from being sent. Connections are kept."""
+    """Send at a constant rate over keep-alive connections; a slow answer does not delay the next request."""
     own = threading.local()
 
     def one(due: float) -> tuple[int | str, float]:

@@ -1,9 +1,9 @@
 #!/usr/bin/python3
-"""A backend that says who it is and what it was sent: backend.py NAME HOST:PORT SOCKET.
+"""A backend that answers with its name and the request that it received: backend.py NAME HOST:PORT SOCKET.
 
-It echoes, but /work is done one at a time, 10 ms each, /hold takes half a second, and /live and /events
-have headers of their own. What it does with /pixel is in /run/behaviour: `no` and `maybe` refuse a write
-as the app does, `break` closes the connection, `hang` doesn't answer in time.
+Special paths: /work takes 10 ms, one request at a time; /hold takes half a second; /live and /events set
+headers. /run/behaviour controls /pixel: `no` and `maybe` refuse a write as the app does, `break` closes the
+connection, `hang` answers after the balancer's timeout.
 """
 
 import json
@@ -19,14 +19,14 @@ WORK = threading.Lock()
 
 
 def cpu() -> bytes:
-    """The CPU counters that were recorded as long after the record's start as this is after its own."""
+    """Replay recorded CPU counters from /run/stat: its samples are 2 s apart, and begin at its mtime."""
     try:
         began = os.stat("/run/stat").st_mtime
         with open("/run/stat") as file:
             lines = file.read().split("\n\n")
     except FileNotFoundError:
         return b""
-    # At its end it goes on as it went on last.
+    # After the last sample, continue at the rate of the last interval.
     at = (time.time() - began) / 2
     first, last = (list(map(int, line.split()[1:9])) for line in lines[-2:])
     if at < len(lines) - 1:

@@ -1,9 +1,9 @@
 #!/usr/bin/python3
-"""Ask the balancer on this host; curl isn't part of a minimal Debian.
+"""Send requests to the balancer on this host; a minimal Debian has no curl.
 
 client.py one PATH [METHOD [BODY [HEADER…]]]   prints [status, headers, body] as JSON
-client.py many COUNT PATH [AT_ONCE]            prints who answered each of so many GETs, or the status
-client.py each PATH…                           prints who answered each of these
+client.py many COUNT PATH [AT_ONCE]            prints the instance (or error status) of each of COUNT GETs
+client.py each PATH…                           prints the instance (or error status) for each path
 """
 
 import http.client
@@ -17,7 +17,7 @@ def connect() -> http.client.HTTPConnection:
 
 
 def ask(paths: list[str]) -> list[str]:
-    """Who answers each of these, asked on one connection."""
+    """GET the paths over one connection; return the instance that answered, or the status."""
     connection = connect()
     seen = []
     for path in paths:

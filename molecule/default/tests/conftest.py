@@ -1,4 +1,4 @@
-"""A user of the fleet."""
+"""HTTP and stream clients that reach the fleet through the balancer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import pytest
 
 
 class Client:
-    """Asks over HTTP, and takes refusals as answers."""
+    """An HTTP client that returns error statuses instead of raising."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     def ask(self, path: str, body: bytes | None = None) -> tuple[int, Any, str]:
-        """Status, headers and body; POST if there is a body."""
+        """Send a GET, or a POST if there is a body; return status, headers and body."""
         request = urllib.request.Request(
             self.url + path, data=body, headers={"Content-Type": "application/json"} if body else {}
         )
@@ -33,7 +33,7 @@ class Client:
             return error.code, error.headers, error.read().decode()
 
     def read_from(self, instance: str, path: str) -> Any:
-        """What this instance answers, by its own path: open streams have a say in whose turn it is."""
+        """GET a path from one instance through `/cluster/<instance>`, whatever the balancer would choose."""
         status, headers, body = self.ask(f"/cluster/{instance}{path}")
         assert (status, headers["X-Pixel-Instance"]) == (200, instance)
         return json.loads(body)
@@ -41,18 +41,18 @@ class Client:
 
 @pytest.fixture(scope="session")
 def inventory() -> str:
-    """As a user has it."""
+    """The default inventory."""
     return "inventory/local"
 
 
 @pytest.fixture(scope="session")
 def client(fleet: dict[str, Any]) -> Client:
-    """A user somewhere outside, who knows the balancer's address only."""
+    """A client outside the fleet that knows only the balancer's address."""
     return Client(fleet["url"])
 
 
 class Viewer:
-    """Keeps the canvas by what the balancer streams to it, as the live page does."""
+    """A stream client that keeps a copy of the canvas, as the live page does."""
 
     def __init__(self, url: str) -> None:
         self._address = url.removeprefix("http://")
@@ -66,11 +66,11 @@ class Viewer:
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def channel(self, x: int, y: int, channel: str) -> int:
-        """What it believes a channel of a pixel to be."""
+        """The value of a channel in the viewer's copy."""
         return self.canvas[(y * self._width + x) * 3 + "RGB".index(channel)]
 
     def sees(self, true: Callable[[Viewer], bool], seconds: float) -> None:
-        """Return when something is true of it; fail after some seconds."""
+        """Wait until a condition on the viewer holds; fail after `seconds`."""
         end = time.monotonic() + seconds
         while not true(self):
             assert time.monotonic() < end, f"not within {seconds} s; streams came from {self.instances}"
@@ -89,7 +89,7 @@ class Viewer:
         while not self._stop.is_set():
             connection = http.client.HTTPConnection(self._address, timeout=10)
             try:
-                # A client of the stream sends the id that it heard last.
+                # Resume after the last event received.
                 connection.request("GET", "/events", headers={"Last-Event-ID": self.event})
                 answer = connection.getresponse()
                 if answer.status != 200:
@@ -98,7 +98,7 @@ class Viewer:
                 else:
                     self._read(answer)
             except (OSError, http.client.HTTPException) as error:
-                # A stream that ends cleanly ends with its last chunk, and is no fault.
+                # A clean end of the stream (a last chunk) raises nothing and is no fault.
                 self.faults.append(f"broken: {error!r}")
             finally:
                 connection.close()
@@ -106,17 +106,17 @@ class Viewer:
     def _read(self, answer: http.client.HTTPResponse) -> None:
         self.instances.append(answer.headers["X-Pixel-Instance"])
         rest = b""
-        # It never waits for long: every two seconds a status comes.
+        # Reads are short: a status event arrives every two seconds.
         while not self._stop.is_set() and (part := answer.read1()):
             *frames, rest = (rest + part).split(b"\n\n")
             for frame in frames:
                 fields = dict(line.split(": ", 1) for line in frame.decode().splitlines() if line != ":")
                 if "id" in fields:
-                    self._hear(fields)
+                    self._apply(fields)
 
-    def _hear(self, fields: dict[str, str]) -> None:
+    def _apply(self, fields: dict[str, str]) -> None:
         if "event" in fields:
-            self.faults.append(f"got a resync at {fields['id']}")
+            self.faults.append(f"resync at {fields['id']}")
         for x, y, channel, value in json.loads(fields["data"]):
             self.canvas[(y * self._width + x) * 3 + "RGB".index(channel)] = value
         self.event = fields["id"]
@@ -124,13 +124,13 @@ class Viewer:
 
 @pytest.fixture
 def viewer(fleet: dict[str, Any]) -> Callable[[], Viewer]:
-    """Opens a stream through the balancer."""
+    """Return a factory of viewers that stream through the balancer."""
     return lambda: Viewer(fleet["url"])
 
 
 @pytest.fixture
 def watched(client: Client, viewer: Callable[[], Viewer]) -> Any:
-    """Somebody watches meanwhile, and in the end has missed nothing."""
+    """A context in which a viewer follows the stream; at its end the viewer's canvas equals the server's."""
 
     @contextmanager
     def watch() -> Iterator[Viewer]:

@@ -1,4 +1,4 @@
-"""The API through the balancer, as its users see it."""
+"""The API through the balancer."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ PIXEL = {"x": 10, "y": 20, "channel": "R", "value": 255}
         ({"y": None}, 422, "y"),
     ],
 )
-def test_a_bad_pixel_is_refused_and_nothing_is_written(
+def test_an_invalid_pixel_is_refused_and_nothing_is_written(
     client: Any, change: dict[str, Any], status: int, field: str
 ) -> None:
     before = client.ask("/pixel/10/20")[2]
-    wrong = {name: value for name, value in (PIXEL | change).items() if value is not None}
-    got, headers, body = client.ask("/pixel", json.dumps(wrong).encode())
-    assert got == status
+    invalid = {name: value for name, value in (PIXEL | change).items() if value is not None}
+    answered, headers, body = client.ask("/pixel", json.dumps(invalid).encode())
+    assert answered == status
     assert headers["Content-Type"] == "application/problem+json"
     assert field in [error["field"] for error in json.loads(body)["errors"]]
     assert client.ask("/pixel/10/20")[2] == before
 
 
-def test_what_is_not_json_is_refused(client: Any) -> None:
+def test_a_body_that_is_not_json_is_refused(client: Any) -> None:
     status, headers, body = client.ask("/pixel", b"x=1&y=2")
     assert (status, json.loads(body)["title"]) == (400, "Bad Request")
     assert headers["Content-Type"] == "application/problem+json"
@@ -56,7 +56,7 @@ def test_requests_are_shared_by_weight(client: Any) -> None:
     assert seen["c5"] + seen["t2"] == 100
 
 
-def test_the_upstream_is_the_inventorys(host: Any, fleet: dict[str, Any]) -> None:
+def test_the_upstream_follows_the_inventory(host: Any, fleet: dict[str, Any]) -> None:
     config = host.check_output("nginx -T 2>/dev/null")
     assert "server unix:/run/pixel.sock weight=3 max_fails=10 fail_timeout=1s; # c5" in config
     address = fleet["hosts"]["t2"]["address"]
@@ -64,7 +64,7 @@ def test_the_upstream_is_the_inventorys(host: Any, fleet: dict[str, Any]) -> Non
 
 
 def test_two_thousand_connections_are_held_and_served(fleet: dict[str, Any]) -> None:
-    """The open loop uses all connections in turn; status 1 if a write failed, was lost or undone."""
+    """bench.load uses all connections in turn, and exits with 1 if a write failed, was lost or was undone."""
     load = [sys.executable, "-m", "bench.load", "--url", fleet["url"], "--writers", "16"]
     plan = ["--strict", "--forgive-disk", "--connections", "2000", "--rate", "500", "--seconds", "10"]
     done = subprocess.run([*load, *plan], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
@@ -72,19 +72,19 @@ def test_two_thousand_connections_are_held_and_served(fleet: dict[str, Any]) -> 
     assert "2000 opened, 0 closed by the service" in done.stdout
 
 
-def test_the_operator_sees_the_metrics(client: Any) -> None:
-    """That others don't is tested in scenario edge, where there are others."""
+def test_an_operators_address_may_read_the_metrics(client: Any) -> None:
+    """Scenario edge tests that other addresses may not."""
     status, _, body = client.ask("/metrics")
     assert (status, body[:6]) == (200, "# HELP")
 
 
-def test_the_documentation_is_there(client: Any) -> None:
+def test_the_documentation_is_served(client: Any) -> None:
     assert client.ask("/docs")[0] == 200
     assert "/pixel" in json.loads(client.ask("/openapi.json")[2])["paths"]
 
 
-def test_a_pixel_is_seen_at_once_through_the_other_host(client: Any, viewer: Any) -> None:
-    """Posted through the balancer to one host, seen through the balancer in the stream of the other."""
+def test_a_pixel_posted_to_one_host_appears_in_the_stream_of_the_other(client: Any, viewer: Any) -> None:
+    """Both the write and the stream go through the balancer."""
     with ExitStack() as stack:
         viewers: dict[str, Any] = {}
         for _ in range(20):
@@ -95,13 +95,13 @@ def test_a_pixel_is_seen_at_once_through_the_other_host(client: Any, viewer: Any
         for number in range(20):
             before = time.monotonic()
             pixel = PIXEL | {"x": 200, "y": number, "value": 1 + time.time_ns() % 255}
-            # By turns: a stream is a request in flight, by which the balancer would choose one host.
+            # Name the host: streams count as requests in flight, so least_conn would favour one.
             poster, other_host = ("c5", "t2") if number % 2 else ("t2", "c5")
             status, headers, _ = client.ask(f"/cluster/{poster}/pixel", json.dumps(pixel).encode())
             assert (status, headers["X-Pixel-Instance"]) == (200, poster)
             other = viewers[other_host]
             other.sees(lambda it, y=number, to=pixel["value"]: it.channel(200, y, "R") == to, 3)
-            # It takes hundredths of a second; a proxy that buffers would hold it back for good.
+            # Usual: hundredths of a second. A buffering proxy would delay the event without end.
             assert time.monotonic() - before < 3
 
 
@@ -119,10 +119,10 @@ def test_the_live_page_is_the_same_from_all_hosts(client: Any) -> None:
     assert 'id="board"' in page
 
 
-def test_a_restart_ends_streams_cleanly_and_they_go_on_elsewhere(
+def test_a_restart_ends_streams_cleanly_and_they_resume_on_the_other_host(
     client: Any, watched: Any, state: Path
 ) -> None:
-    """As in a deploy: host by host, while others write. The viewer misses nothing, and is never cut off."""
+    """As in a deploy: host by host, during writes. The viewer misses no event, and no connection breaks."""
     number = 0
     with watched() as viewer:
         for name in ("c5", "t2"):

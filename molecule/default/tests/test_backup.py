@@ -1,4 +1,4 @@
-"""Backup and restore, as an operator runs them while the fleet is in use."""
+"""Backup and restore while the fleet is in use."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ testinfra_hosts = ["c5"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where these tests keep their backups."""
+    """The backup directory of these tests."""
     return tmp_path_factory.mktemp("backups")
 
 
 @pytest.fixture(scope="module")
 def play(play: Any, folder: Path) -> Callable[..., Any]:
-    """As everywhere, with the backups in that folder."""
+    """Run a playbook with `redis_backup_dir` set to that directory."""
 
     def run(playbook: str, *arguments: str, **variables: Any) -> Any:
         return play(playbook, *arguments, **{"redis_backup_dir": str(folder)} | variables)
@@ -33,19 +33,19 @@ def play(play: Any, folder: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def redis(shell: Any, address: str, password: Any) -> Callable[[str], str]:
-    """Run shell words in which `$redis` asks as the admin."""
+    """Run a shell script in which `$redis` is redis-cli as the admin user."""
 
     def run(script: str) -> str:
         login = f"export REDISCLI_AUTH={password('admin')}; redis='redis-cli -h {address} --user admin'"
-        said: str = shell(f"{login}\n{script}").strip()
-        return said
+        output: str = shell(f"{login}\n{script}").strip()
+        return output
 
     return run
 
 
 @pytest.fixture
 def contents(redis: Any) -> Callable[[], list[str]]:
-    """Every key that stays with a digest, taken another way than the role takes it."""
+    """Return each key without a TTL and its digest, computed differently from the role."""
     script = (
         'for key in $($redis keys "*"); do [ "$($redis ttl $key)" != -1 ]'
         " || echo $key $($redis dump $key | sha256sum); done | sort"
@@ -61,7 +61,7 @@ def contents(redis: Any) -> Callable[[], list[str]]:
 
 @pytest.fixture
 def former(shell: Any) -> Iterator[Callable[[], list[str]]]:
-    """The former data that restores have left on the host; none is left from test to test."""
+    """List the former data that restores keep on the host; remove it before and after the test."""
     shell("rm -rf /var/lib/redis/former-*")
     yield lambda: shell("ls -d /var/lib/redis/former-*").splitlines()
     shell("rm -rf /var/lib/redis/former-*")
@@ -69,7 +69,7 @@ def former(shell: Any) -> Iterator[Callable[[], list[str]]]:
 
 @pytest.fixture
 def paint(client: Any) -> Callable[[int], None]:
-    """Give a cell a value; the app must have found Redis again by then."""
+    """Set a pixel; fails unless the app is connected to Redis."""
 
     def set_cell(value: int) -> None:
         pixel = {"x": 700, "y": 300, "channel": "B", "value": value}
@@ -90,7 +90,7 @@ def with_checksum(path: Path, data: bytes) -> Path:
 
 @pytest.fixture(scope="module")
 def backup(folder: Path, play: Any, client: Any) -> Path:
-    """One backup of a canvas with something on it."""
+    """A backup of a canvas that is not empty."""
     pixel = {"x": 700, "y": 300, "channel": "B", "value": 77}
     assert client.ask("/pixel", json.dumps(pixel).encode())[0] == 200
     done = play("playbooks/backup.yml", "-vvv")
@@ -100,7 +100,7 @@ def backup(folder: Path, play: Any, client: Any) -> Path:
     return made
 
 
-def test_a_backup_is_whole_and_its_owners(backup: Path, folder: Path) -> None:
+def test_a_backup_is_complete_and_readable_by_its_owner_only(backup: Path, folder: Path) -> None:
     checksum = Path(f"{backup}.sha256")
     assert checksum.read_text() == f"{hashlib.sha256(backup.read_bytes()).hexdigest()}  {backup.name}\n"
     assert {oct(path.stat().st_mode & 0o777) for path in (backup, checksum)} == {"0o600"}
@@ -116,7 +116,7 @@ def test_a_backup_leaves_no_password_and_no_file_behind(
     assert shell("ls -d /var/tmp/pixel-backup.*") == ""
 
 
-def test_another_backup_is_made_though_nothing_changed_and_the_oldest_goes(
+def test_a_second_backup_is_made_without_changes_and_the_oldest_is_removed(
     backup: Path, tmp_path: Path, play: Any
 ) -> None:
     for name in ("pixel-20200101T000000Z.rdb", "pixel-20210101T000000Z.rdb", backup.name):
@@ -131,10 +131,10 @@ def test_another_backup_is_made_though_nothing_changed_and_the_oldest_goes(
     assert len(list(tmp_path.glob("*.sha256"))) == 3
 
 
-def test_a_backup_never_removes_itself_nor_files_that_it_did_not_name(
+def test_a_backup_never_removes_itself_or_files_with_other_names(
     backup: Path, tmp_path: Path, play: Any
 ) -> None:
-    """A clock that was ahead has left names that sort behind the new one's."""
+    """Files named while the clock was ahead sort after the new backup."""
     ahead = [f"pixel-20990101T00000{second}Z.rdb" for second in range(7)]
     for name in (*ahead, "pixel-20200101T000000Z.rdb", "pixel-before-launch.rdb"):
         with_checksum(tmp_path / name, backup.read_bytes())
@@ -152,7 +152,7 @@ def test_a_backup_never_removes_itself_nor_files_that_it_did_not_name(
     assert f"the newest backup is unknown: {ahead[1]}" in done.words
 
 
-def test_a_missing_backup_is_one_clear_line(play: Any, tmp_path: Path) -> None:
+def test_a_missing_backup_is_reported_in_one_line(play: Any, tmp_path: Path) -> None:
     done = play("playbooks/restore.yml", backup="1999.rdb", redis_backup_dir=str(tmp_path / "none"))
     assert done.returncode != 0
     assert "No backup matches '1999.rdb'. Nothing was changed." in done.words
@@ -160,7 +160,7 @@ def test_a_missing_backup_is_one_clear_line(play: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--check",)])
-def test_a_canvas_with_something_on_it_is_not_overwritten(
+def test_a_canvas_that_is_not_empty_is_not_overwritten(
     backup: Path, play: Any, contents: Any, arguments: tuple[str, ...]
 ) -> None:
     before = contents()
@@ -181,7 +181,7 @@ def test_a_canvas_with_something_on_it_is_not_overwritten(
         ("foreign", "was not restored to c5: redis-server says: Wrong signature"),
     ],
 )
-def test_a_bad_backup_is_refused_and_nothing_changes(
+def test_an_invalid_backup_is_refused_and_nothing_changes(
     backup: Path, tmp_path: Path, play: Any, host: Any, contents: Any, fault: str, message: str
 ) -> None:
     file = with_checksum(tmp_path / "pixel.rdb", backup.read_bytes())
@@ -204,7 +204,7 @@ def test_a_bad_backup_is_refused_and_nothing_changes(
     assert not host.file("/var/lib/redis/restore").exists
 
 
-def test_a_restore_brings_back_every_byte_and_the_log_stays_on(
+def test_a_restore_restores_every_byte_and_the_append_only_log_stays_enabled(
     backup: Path, play: Any, redis: Any, contents: Any, client: Any, paint: Any, host: Any, former: Any
 ) -> None:
     paint(77)
@@ -216,7 +216,7 @@ def test_a_restore_brings_back_every_byte_and_the_log_stays_on(
     assert done.returncode == 0, done.words
     assert contents() == saved
     assert json.loads(client.ask("/pixel/700/300")[2])["B"] == 77
-    # The log holds what comes after, and the former data lies beside it.
+    # The log contains writes made after the restore; the former data is kept beside it.
     paint(79)
     assert "aof_enabled:1" in redis("$redis info persistence")
     host.run_expect([0], "systemctl kill --signal=KILL redis-server")
@@ -229,7 +229,7 @@ def test_a_restore_brings_back_every_byte_and_the_log_stays_on(
 def test_an_empty_redis_is_restored_while_requests_come_in(
     backup: Path, play: Any, redis: Any, client: Any, former: Any
 ) -> None:
-    """Those that come while Redis is away are answered 503; the app finds it again by itself."""
+    """Requests while Redis is stopped are answered 503; the app reconnects without a restart."""
     redis("$redis flushall")
     answers: list[tuple[float, int]] = []
     done = threading.Event()
@@ -253,16 +253,16 @@ def test_an_empty_redis_is_restored_while_requests_come_in(
     assert answers[-1][1] == 200
     assert max(seconds for seconds, _ in answers) < 3
     assert json.loads(client.ask("/pixel/700/300")[2])["B"] == 77
-    # Nothing was there before, so nothing is kept of it.
+    # There was no former data to keep.
     assert former() == []
 
 
-def test_a_restore_that_fails_midway_puts_the_former_data_back(
+def test_a_failed_restore_puts_the_former_data_back(
     backup: Path, play: Any, contents: Any, paint: Any, client: Any, host: Any, former: Any
 ) -> None:
     paint(80)
     before = contents()
-    # A log that Redis refuses, as if the disk had spoiled it.
+    # A log that Redis refuses, as after a disk error.
     missing = "file missing.rdb seq 1 type b\n"
     done = play("playbooks/restore.yml", restore_overwrite=True, _redis_log_manifest=missing)
     assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""Hosts are measured, and the balancer can go by that."""
+"""Calibration: measure a host, and use the result for weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ P99_MS = 250
 
 @pytest.fixture
 def inventory_copy(tmp_path: Path) -> Path:
-    """The fleet's inventory, to be written to."""
+    """A copy of the inventory that the playbook may write to."""
     copy = tmp_path / "inventory"
     shutil.copytree(ROOT / "inventory" / "local", copy)
     return copy
@@ -31,9 +31,9 @@ def inventory_copy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def throttled() -> Iterator[None]:
-    """t2 has little CPU meanwhile, so that it is full long before what measures it.
+    """Limit t2's CPU, so that it saturates long before the load generator does.
 
-    It gets that in slices of a tenth of a second, hence the p99 that it is allowed.
+    The quota is granted in periods of 100 ms, hence the high limit for p99.
     """
 
     def cpus(number: str) -> None:
@@ -45,7 +45,7 @@ def throttled() -> Iterator[None]:
     cpus("all")
 
 
-def test_a_host_is_measured_and_takes_requests_again(
+def test_a_host_is_measured_and_then_undrained(
     host: Any, play: Any, client: Any, inventory_copy: Path, throttled: None
 ) -> None:
     done = play("playbooks/calibrate.yml", hosts=str(inventory_copy), host="t2", seconds=1, p99=P99_MS)
@@ -56,17 +56,17 @@ def test_a_host_is_measured_and_takes_requests_again(
     assert 0 < measured["p99_ms"] <= P99_MS
     assert measured["date"] == datetime.datetime.now(datetime.UTC).date().isoformat()
     assert f"t2 {measured['requests_per_second']} {measured['p99_ms']} 100 150" in done.words
-    # It is where it was, and nothing is left of the measurement.
+    # The host is back in the upstream, and the measurement left nothing behind.
     assert client.read_from("t2", "/ping")["instance"] == "t2"
     assert host.run("systemctl list-timers --all | grep undrain").stdout == ""
     assert not host.file("/var/tmp/pixel-calibrate").exists
-    # Weights can't go by one host's figures alone.
+    # Measured weights need the figures of all hosts.
     refused = play("playbooks/nginx_lb.yml", hosts=str(inventory_copy), nginx_lb_weights="measured")
     assert refused.returncode != 0
     assert "run playbooks/calibrate.yml" in refused.words
 
 
-def test_the_last_host_is_not_measured_unawares(host: Any, play: Any, inventory_copy: Path) -> None:
+def test_measuring_the_last_active_host_is_refused(host: Any, play: Any, inventory_copy: Path) -> None:
     assert play("playbooks/drain.yml", host="c5").returncode == 0
     try:
         refused = play("playbooks/calibrate.yml", hosts=str(inventory_copy), host="t2")

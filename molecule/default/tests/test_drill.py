@@ -1,4 +1,4 @@
-"""The quick drill: deploys and crashes under load, against the ledger of what was acknowledged."""
+"""The quick drill: deploys and crashes under load, checked against the ledger of acknowledged writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_users_notice_no_more_than_they_may(fleet: dict[str, Any], tmp_path: Path) -> None:
+def test_faults_stay_within_the_drills_limits(fleet: dict[str, Any], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench.drill", "--quick", "--json", str(tmp_path / "drill.json")],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Every host of the fleet, as an operator and an attacker see it."""
+"""Every host of the fleet: releases, processes, listening sockets, secrets and sandboxes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ testinfra_hosts = ["c5", "t2"]
 PIXEL = {"x": 10, "y": 20, "channel": "R", "value": 255}
 
 
-def test_a_pixel_written_through_the_other_host_is_read_from_this_one(host: Any, client: Any) -> None:
+def test_a_pixel_written_through_the_other_host_can_be_read_from_this_one(host: Any, client: Any) -> None:
     for _ in range(20):
         status, headers, body = client.ask("/pixel", json.dumps(PIXEL).encode())
         assert (status, body) == (
@@ -28,7 +28,7 @@ def test_a_pixel_written_through_the_other_host_is_read_from_this_one(host: Any,
     assert (pixel["x"], pixel["y"], pixel["R"]) == (10, 20, 255)
 
 
-def test_workers_are_as_many_as_vcpus(host: Any) -> None:
+def test_there_is_one_worker_per_vcpu(host: Any) -> None:
     master = int(host.service("pixel").systemd_properties["MainPID"])
     workers = host.process.filter(ppid=master)
     assert len(workers) == int(host.check_output("nproc"))
@@ -37,12 +37,14 @@ def test_workers_are_as_many_as_vcpus(host: Any) -> None:
 
 def test_both_hosts_run_the_same_release(host: Any, client: Any) -> None:
     current = host.check_output("readlink /opt/pixel/current")
-    said = client.read_from(host.backend.hostname, "/ping")
-    assert current.endswith("/" + said["release"])
+    ping = client.read_from(host.backend.hostname, "/ping")
+    assert current.endswith("/" + ping["release"])
 
 
 @pytest.mark.parametrize("user", ["app", "admin", "monitor"])
-def test_passwords_leak_nowhere(host: Any, shell: Any, password: Any, user: str) -> None:
+def test_passwords_are_not_in_units_processes_or_logs(
+    host: Any, shell: Any, password: Any, user: str
+) -> None:
     secret = password(user)
     for place in (
         "systemctl show pixel redis-server nginx 'prometheus*'",
@@ -61,14 +63,14 @@ def test_an_unprivileged_user_cannot_read_the_password(host: Any) -> None:
     assert "Permission denied" in done.stderr
 
 
-def test_redis_and_the_app_listen_where_they_are_needed(host: Any, address: str) -> None:
+def test_redis_and_the_app_listen_on_private_addresses_only(host: Any, address: str) -> None:
     listening = {line.split()[3] for line in host.check_output("ss -Hltn").splitlines()}
     redis = {one for one in listening if one.endswith(":6379")}
     assert redis == ({f"{address}:6379", "127.0.0.1:6379"} if host.backend.hostname == "c5" else set())
     assert {one for one in listening if one.endswith(":8000")} == {f"{address}:8000"}
 
 
-def test_redis_refuses_a_stranger_on_the_network(host: Any, fleet: dict[str, Any]) -> None:
+def test_redis_refuses_an_unauthenticated_client(host: Any, fleet: dict[str, Any]) -> None:
     program = (
         "import socket, sys\n"
         "connection = socket.create_connection((sys.argv[1], 6379), 3)\n"
@@ -79,8 +81,8 @@ def test_redis_refuses_a_stranger_on_the_network(host: Any, fleet: dict[str, Any
     assert "NOAUTH" in host.check_output(f'python3 -c "{program}" {address}')
 
 
-def test_root_writes_only_where_nobody_else_can_plant_a_link(host: Any) -> None:
-    """Directories that root's own programs write to: the agent, pixel-watch, backups, the firewall."""
+def test_directories_that_root_writes_to_are_writable_by_root_only(host: Any) -> None:
+    """Otherwise a symbolic link could redirect the agent, pixel-watch, backups or the firewall."""
     places = [
         "/etc/nginx/pixel",
         "/var/lib/pixel-lb",
@@ -88,16 +90,16 @@ def test_root_writes_only_where_nobody_else_can_plant_a_link(host: Any) -> None:
         "/var/lib/pixel-metrics",
         "/etc/pixel-firewall",
     ]
-    there = [place for place in places if host.file(place).exists]
-    assert {"/var/lib/pixel-metrics", "/etc/pixel-firewall"} <= set(there)
-    for place in there:
+    existing = [place for place in places if host.file(place).exists]
+    assert {"/var/lib/pixel-metrics", "/etc/pixel-firewall"} <= set(existing)
+    for place in existing:
         for directory in (Path(place), *Path(place).parents):
             facts = host.file(str(directory))
             assert (facts.user, facts.group, facts.mode & 0o022) == ("root", "root", 0), directory
 
 
 def test_every_unit_is_sandboxed(host: Any) -> None:
-    """Exposure as systemd-analyze rates it, 0 to 10."""
+    """systemd-analyze rates the exposure from 0 to 10; the limit is 3."""
     exposure = {}
     for unit in (
         "nginx",
@@ -113,7 +115,7 @@ def test_every_unit_is_sandboxed(host: Any) -> None:
         "redis-server",
     ):
         if host.run(f"systemctl cat {unit}.service").rc == 0:
-            said = host.run(f"systemd-analyze security --no-pager {unit}.service").stdout
-            exposure[unit] = float(said.strip().splitlines()[-1].split(":")[1].split()[0])
+            rating = host.run(f"systemd-analyze security --no-pager {unit}.service").stdout
+            exposure[unit] = float(rating.strip().splitlines()[-1].split(":")[1].split()[0])
     assert len(exposure) == {"c5": 11, "t2": 3}[host.backend.hostname]
     assert {unit: value for unit, value in exposure.items() if value > 3} == {}

@@ -1,4 +1,4 @@
-"""Users of all kinds at once: lookers, painters and watchers, and not one wrong answer."""
+"""Locust's users (readers, writers and stream viewers) run at the same time without a failed request."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# The tasks of bench/load/locustfile.py, named here so that a task that never runs is noticed.
-DEEDS = {
+# The requests of bench/load/locustfile.py, listed here so that the test fails if a task never runs.
+REQUESTS = {
     *("GET /", "GET /live/{name}", "GET /canvas.rgb", "GET /canvas.png", "GET /pixel/{x}/{y}"),
     *("GET / (again)", "GET /live/{name} (again)", "GET /canvas.rgb (again)", "GET /canvas.png (again)"),
     *("POST /pixel", "PUT /pixel/{x}/{y}", "POST /pixels", "GET /events", "GET /events (resumed)"),
@@ -19,7 +19,7 @@ DEEDS = {
 
 
 def test_forty_users_see_no_failure(fleet: dict[str, Any], tmp_path: Path) -> None:
-    # In a process of its own, as Locust exchanges parts of Python's library.
+    # Locust (gevent) patches Python's library, so it runs in a separate process.
     command = [sys.executable, "-m", "locust", "--locustfile", "bench/load/locustfile.py", "--headless"]
     plan = ["--users", "40", "--spawn-rate", "10", "--run-time", "20s", "--only-summary"]
     done = subprocess.run(
@@ -33,4 +33,4 @@ def test_forty_users_see_no_failure(fleet: dict[str, Any], tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "locust_stats.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["Name"] != "Aggregated"]
-    assert {f"{row['Type']} {row['Name']}" for row in rows if int(row["Request Count"])} == DEEDS
+    assert {f"{row['Type']} {row['Name']}" for row in rows if int(row["Request Count"])} == REQUESTS

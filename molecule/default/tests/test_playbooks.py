@@ -1,4 +1,4 @@
-"""site.yml as an operator uses it, and what it says to wrong variables."""
+"""site.yml and the operator's playbooks: unchanged runs, invalid variables, documented arguments."""
 
 from __future__ import annotations
 
@@ -29,14 +29,12 @@ ROOT = Path(__file__).resolve().parents[3]
         (("--tags", "nginx_lb"), {"c5", "t2"}),
     ],
 )
-def test_a_run_that_has_nothing_to_do_changes_nothing(
-    play: Any, arguments: tuple[str, ...], hosts: set[str]
-) -> None:
+def test_a_second_run_changes_nothing(play: Any, arguments: tuple[str, ...], hosts: set[str]) -> None:
     assert play("site.yml", *arguments).changes() == dict.fromkeys(hosts, 0)
 
 
-def test_a_fleet_whose_redis_is_managed_is_the_same_fleet(play: Any, tmp_path: Path) -> None:
-    """An inventory without group redis, whose endpoint is where this fleet has its own."""
+def test_a_managed_redis_needs_no_change_on_the_hosts(play: Any, tmp_path: Path) -> None:
+    """An inventory without group redis, whose endpoint is this fleet's own Redis."""
     inventory = tmp_path / "managed"
     shutil.copytree(ROOT / "inventory" / "local", inventory)
     hosts = yaml.safe_load((inventory / "hosts.yml").read_text())
@@ -44,14 +42,14 @@ def test_a_fleet_whose_redis_is_managed_is_the_same_fleet(play: Any, tmp_path: P
     endpoint = f"redis://{{{{ hostvars['{own}'].private_address }}}}:6379/0"
     hosts["fleet"]["vars"] = {"pixel_app_redis_url": endpoint}
     (inventory / "hosts.yml").write_text(json.dumps(hosts))
-    # Of a managed Redis there is less to watch.
+    # Monitoring would change: a managed Redis has no exporters.
     done = play("site.yml", "--skip-tags", "monitoring", hosts=str(inventory))
     assert done.changes() == {"c5": 0, "t2": 0}
     assert "PLAY [Redis] *" in done.words
     assert "skipping: no hosts matched" in done.words
 
 
-def test_a_wrong_variable_stops_the_play_before_anything_is_done(play: Any) -> None:
+def test_an_invalid_variable_stops_the_play_before_any_change(play: Any) -> None:
     done = play("site.yml", "--tags", "nginx_lb", nginx_lb_weight=-3)
     assert done.returncode != 0
     assert "Invalid variables of c5:" in done.words
@@ -60,7 +58,7 @@ def test_a_wrong_variable_stops_the_play_before_anything_is_done(play: Any) -> N
     assert not any(f"changed={count}" in done.stdout for count in range(1, 10))
 
 
-def test_faults_of_all_roles_stop_the_first_play(play: Any) -> None:
+def test_invalid_variables_of_all_roles_are_reported_by_the_first_play(play: Any) -> None:
     done = play("site.yml", nginx_lb_method="leastconn", redis_port=80, nginx_lb_limit_rat=20)
     assert done.returncode != 0
     assert (
@@ -75,7 +73,7 @@ def test_faults_of_all_roles_stop_the_first_play(play: Any) -> None:
     assert "PLAY [Redis]" not in done.stdout
 
 
-def test_the_state_of_all_hosts_is_one_table(play: Any) -> None:
+def test_status_prints_all_hosts_in_one_table(play: Any) -> None:
     done = play("playbooks/status.yml")
     assert done.returncode == 0
     for host, weight in (("c5", 3), ("t2", 2)):
@@ -83,7 +81,7 @@ def test_the_state_of_all_hosts_is_one_table(play: Any) -> None:
     assert "balancer c5:" in done.stdout
 
 
-def test_hosts_that_do_not_answer_are_in_the_table_too(play: Any) -> None:
+def test_status_includes_hosts_that_do_not_answer(play: Any) -> None:
     done = play("playbooks/status.yml", ansible_port=9, ansible_ssh_retries=0)
     for host in ("c5", "t2"):
         assert re.search(rf"^ *{host} +– +unreachable +– +– +", done.stdout, re.M), done.stdout
@@ -92,7 +90,7 @@ def test_hosts_that_do_not_answer_are_in_the_table_too(play: Any) -> None:
 
 @pytest.fixture
 def writes(client: Any) -> Callable[[], Any]:
-    """Writes one pixel after another meanwhile; gives how often each status was answered."""
+    """A context in which four threads write pixels; returns a counter of the statuses answered."""
 
     @contextmanager
     def write() -> Iterator[Counter[int]]:
@@ -120,7 +118,7 @@ def writes(client: Any) -> Callable[[], Any]:
 
 
 def test_a_redis_password_is_rotated_without_a_failed_write(play: Any, writes: Any) -> None:
-    """To one with all characters that could trip something, and back."""
+    """The new password contains every character that needs quoting somewhere; then change it back."""
     odd = r"""'"quo\ted"\\#%$&{-ü-€-'""" + "x" * 8
     with writes() as statuses:
         assert play("site.yml", "--tags", "redis,pixel_app", redis_app_password=odd).returncode == 0
@@ -152,7 +150,7 @@ def test_a_host_that_leaves_a_group_is_cleaned_up_without_a_failed_write(
         assert play("site.yml", "--tags", "pixel_app,nginx_lb").returncode == 0
 
 
-def test_a_host_that_is_away_does_not_stop_work_on_the_others(play: Any, tmp_path: Path) -> None:
+def test_an_unreachable_host_outside_the_limit_does_not_stop_the_run(play: Any, tmp_path: Path) -> None:
     inventory = tmp_path / "away"
     shutil.copytree(ROOT / "inventory" / "local", inventory)
     hosts = yaml.safe_load((inventory / "hosts.yml").read_text())
@@ -162,7 +160,7 @@ def test_a_host_that_is_away_does_not_stop_work_on_the_others(play: Any, tmp_pat
     assert done.changes() == {"c5": 0}
 
 
-def test_a_proxy_in_the_hosts_environment_is_not_asked(play: Any, shell: Any) -> None:
+def test_a_proxy_in_the_hosts_environment_is_not_used_for_local_checks(play: Any, shell: Any) -> None:
     line = "http_proxy=http://127.0.0.1:9"
     for host in ("c5", "t2"):
         shell(f"echo {line} >>/etc/environment", on=host)
@@ -175,26 +173,26 @@ def test_a_proxy_in_the_hosts_environment_is_not_asked(play: Any, shell: Any) ->
             shell(f"sed -i '\\|^{line}|d' /etc/environment", on=host)
 
 
-def test_an_unknown_host_is_named_as_typed(play: Any) -> None:
+def test_the_error_for_an_unknown_host_repeats_its_name(play: Any) -> None:
     done = play("playbooks/drain.yml", "-e", "host=t3")
     assert done.returncode != 0
     assert "There is no app host 't3'. Name one of c5, t2: -e host=t2" in done.words
 
 
-def test_an_unknown_request_is_one_clear_line(play: Any) -> None:
+def test_an_unknown_request_id_is_reported_in_one_line(play: Any) -> None:
     done = play("playbooks/logs.yml", "-e", "id=0123456789abcdef")
     assert done.returncode != 0
     assert "No host has logged request 0123456789abcdef" in done.words
     assert "[]" not in done.words
 
 
-# Playbooks whose arguments need AWS, minutes of load, or a backup; their own tests give them.
-ELSEWHERE = {"provision", "teardown", "loadtest", "calibrate", "restore"}
+# Playbooks that need AWS, minutes of load, or a backup; other tests run them.
+TESTED_ELSEWHERE = {"provision", "teardown", "loadtest", "calibrate", "restore"}
 PLACEHOLDERS = {"<X-Request-ID>": "0123456789abcdef"}
 
 
 def documented() -> list[tuple[str, str]]:
-    """Playbooks and their `-e` arguments, as the manuals and the playbooks' comments give them."""
+    """Return the playbooks and `-e` arguments in the manuals and in the playbooks' comments."""
     found = set()
     manuals = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")]
     for path in [*manuals, *ROOT.glob("playbooks/*.yml")]:
@@ -210,11 +208,11 @@ def documented() -> list[tuple[str, str]]:
     return sorted(
         (playbook, argument)
         for playbook, argument in found
-        if playbook not in {*ELSEWHERE, ""} and not re.search("[<…]", argument)
+        if playbook not in {*TESTED_ELSEWHERE, ""} and not re.search("[<…]", argument)
     )
 
 
-def test_the_documents_have_arguments() -> None:
+def test_documented_arguments_are_found() -> None:
     assert {("firewall", "firewall_enabled=false"), ("drain", "host=t2")} <= set(documented())
 
 
@@ -228,7 +226,7 @@ def test_documented_arguments_work_as_typed(play: Any, client: Any, playbook: st
     assert done.returncode == 0, done.words
 
 
-WRONG = [
+INVALID = [
     ("redis_port", 80),
     ("redis_address", "10.255.255.1"),
     ("redis_appendfsync", "sometimes"),
@@ -293,30 +291,30 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def refusals(play: Any, state: Path) -> dict[str, Any]:
-    """What each wrong variable's role failed with, by variable. One run asks for all of them."""
+    """The failure of the role for each invalid variable. One run tries all of them."""
     always = {"tags": ["always"]}
-    keep = "{{ refusals | default({}) | combine({wrong: ansible_failed_result}) }}"
+    keep = "{{ refusals | default({}) | combine({variable: ansible_failed_result}) }}"
     tasks = [
         {
-            "vars": {"wrong": variable},
+            "vars": {"variable": variable},
             "block": [
                 {"ansible.builtin.include_role": {"name": role_of(variable)}, "vars": {variable: value}}
                 | always
             ],
             "rescue": [{"ansible.builtin.set_fact": {"refusals": keep}} | always],
         }
-        for variable, value in WRONG
+        for variable, value in INVALID
     ]
-    told = {"content": "{{ refusals | to_json }}", "dest": str(state / "refusals.json"), "mode": "0600"}
-    write = {"ansible.builtin.copy": told, "delegate_to": "localhost", "become": False} | always
-    playbook = state / "wrong.yml"
+    file = {"content": "{{ refusals | to_json }}", "dest": str(state / "refusals.json"), "mode": "0600"}
+    write = {"ansible.builtin.copy": file, "delegate_to": "localhost", "become": False} | always
+    playbook = state / "invalid.yml"
     playbook.write_text(json.dumps([{"hosts": "c5", "tasks": [*tasks, write]}]))
-    # Only what is tagged `always` runs: the preflights.
+    # Only tasks tagged `always` run: the preflights.
     done = play(str(playbook), "--tags", "preflight")
-    # The file that tells of them is the one change.
+    # The only change is the file with the refusals.
     assert done.changes() == {"c5": 1}
-    said: dict[str, Any] = json.loads((state / "refusals.json").read_text())
-    return said
+    found: dict[str, Any] = json.loads((state / "refusals.json").read_text())
+    return found
 
 
 def role_of(variable: str) -> str:
@@ -324,8 +322,8 @@ def role_of(variable: str) -> str:
     return next(role for role in roles if variable.startswith(role))
 
 
-@pytest.mark.parametrize("variable", [variable for variable, _ in WRONG])
-def test_a_wrong_variable_is_named(refusals: dict[str, Any], variable: str) -> None:
+@pytest.mark.parametrize("variable", [variable for variable, _ in INVALID])
+def test_an_invalid_variable_is_named(refusals: dict[str, Any], variable: str) -> None:
     failed = refusals[variable]
     messages = [one["msg"] for one in failed.get("results", [failed]) if one.get("failed")]
     assert any(variable in message for message in messages), failed

@@ -1,4 +1,4 @@
-"""A reboot and a power cut of every host; after them all comes back by itself."""
+"""A reboot and a power cut of every host: all services recover without an operator."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def ask(url: str, body: dict[str, Any] | None = None) -> tuple[str, Any]:
 
 @pytest.mark.parametrize("name", ["c5", "t2"])
 @pytest.mark.parametrize("states", [("reboot",), ("off", "on")], ids=["reboot", "power cut"])
-def test_all_comes_back_by_itself(fleet: dict[str, Any], name: str, states: tuple[str, ...]) -> None:
+def test_services_recover_by_themselves(fleet: dict[str, Any], name: str, states: tuple[str, ...]) -> None:
     url = fleet["url"]
-    # Another value than it has: a lost write would be seen.
+    # The value differs from the current one, so a lost write is detected.
     value = (ask(f"{url}/pixel/1/2")[1]["G"] + 1) % 256
     ask(f"{url}/pixel", {"x": 1, "y": 2, "channel": "G", "value": value})
     for state in states:

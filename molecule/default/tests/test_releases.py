@@ -23,13 +23,13 @@ testinfra_hosts = ["c5"]
 
 @pytest.fixture
 def releases(client: Any) -> Any:
-    """The release that each host answers with."""
+    """Return the release that each host reports at /ping."""
     return lambda: {host: client.read_from(host, "/ping")["release"] for host in ("c5", "t2")}
 
 
 @contextmanager
 def requests(fleet: dict[str, Any], tmp_path: Path) -> Iterator[None]:
-    """A load meanwhile: no write may fail (except for a slow disk), be lost or be undone."""
+    """A context under load: no write may fail (except for a slow disk), be lost or be undone."""
     report = tmp_path / "load.json"
     load = subprocess.Popen(
         [
@@ -43,7 +43,7 @@ def requests(fleet: dict[str, Any], tmp_path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # It stops sending, waits, reads the canvas and judges.
+        # On SIGINT, bench.load stops sending, waits for answers, and compares the canvas with its ledger.
         load.send_signal(2)
         output, _ = load.communicate(timeout=60)
     assert load.returncode == 0, output
@@ -61,7 +61,7 @@ def never_ready(folder: Path) -> Path:
     return source
 
 
-def test_a_release_that_fails_its_trial_is_not_switched_to_and_holds_nothing_against_its_name(
+def test_a_release_that_fails_its_trial_is_not_switched_to_and_its_name_can_be_used_again(
     fleet: dict[str, Any], host: Any, play: Any, releases: Any, watched: Any, tmp_path: Path
 ) -> None:
     before = releases()
@@ -87,9 +87,7 @@ def test_a_release_that_fails_its_trial_is_not_switched_to_and_holds_nothing_aga
     assert releases() == before
 
 
-def test_a_release_that_was_rolled_back_is_announced_before_it_is_deployed_again(
-    play: Any, releases: Any
-) -> None:
+def test_deploying_a_rolled_back_release_again_prints_a_warning_first(play: Any, releases: Any) -> None:
     own = releases()["c5"]
     assert play("playbooks/pixel_app.yml", "-e", "pixel_app_release=stable").returncode == 0
     assert play("playbooks/pixel_app.yml").returncode == 0
@@ -110,7 +108,7 @@ def test_a_release_that_was_rolled_back_is_announced_before_it_is_deployed_again
 
 
 def interrupt(task: str, signum: int, name: str, *arguments: str) -> None:
-    """Start a playbook, and end it and all that it started as soon as it comes to a task."""
+    """Start a playbook, and signal its process group when it reaches a task."""
     with subprocess.Popen(
         ["ansible-playbook", f"playbooks/{name}.yml", *arguments],
         cwd=ROOT,
@@ -123,8 +121,8 @@ def interrupt(task: str, signum: int, name: str, *arguments: str) -> None:
             if task in line:
                 break
         else:
-            raise AssertionError(f"it never came to {task!r}")
-        # Python may lose a Ctrl-C: it is sent again then, as an operator would.
+            raise AssertionError(f"the playbook never reached {task!r}")
+        # Python may lose a Ctrl-C, so send it until the process ends.
         while playing.poll() is None:
             os.killpg(playing.pid, signum)
             with suppress(subprocess.TimeoutExpired):
@@ -137,10 +135,10 @@ before=$(readlink /opt/pixel/current)
 while [ "$(readlink /opt/pixel/current)" = "$before" ]; do :; done
 kill -KILL "$(cat /opt/pixel/lock)"
 """
-"""Ends the module on a host between making another release the current one and restarting the service."""
+"""Kills the release module between changing `current` and restarting the service."""
 
 
-def test_an_interrupted_deploy_is_finished_by_the_next(
+def test_the_next_deploy_completes_an_interrupted_one(
     fleet: dict[str, Any], host: Any, play: Any, releases: Any, watched: Any, shell: Any, tmp_path: Path
 ) -> None:
     before = releases()
@@ -148,7 +146,7 @@ def test_an_interrupted_deploy_is_finished_by_the_next(
     with watched(), requests(fleet, tmp_path):
         interrupt("Build it from the wheelhouse alone", signal.SIGINT, "pixel_app", *release)
         interrupt("Try the release with its settings", signal.SIGKILL, "pixel_app", *release)
-        # On the first host, settings, units and `current` are the new ones then, and what runs is not.
+        # The first host then has the new settings, units and `current`, and still runs the old release.
         shell(
             f"cat >/run/cut-off <<'END'\n{CUT_OFF}\nEND\nsystemd-run --unit=cut-off --collect sh /run/cut-off"
         )
@@ -158,7 +156,7 @@ def test_an_interrupted_deploy_is_finished_by_the_next(
         half_way = releases()
         finished = play("playbooks/pixel_app.yml", *release)
         after = releases()
-        # The deployment that ran before was saved before the interruption, not after it.
+        # The rollback target is the release that served before the interruption.
         back = play("playbooks/rollback.yml")
     assert half_way == before
     assert finished.returncode == 0, finished.stdout
@@ -167,10 +165,10 @@ def test_an_interrupted_deploy_is_finished_by_the_next(
     assert releases() == before
 
 
-def test_one_host_alone_is_deployed_to_without_a_refusal(
+def test_a_deploy_to_a_single_host_refuses_no_request(
     fleet: dict[str, Any], play: Any, client: Any, releases: Any, tmp_path: Path
 ) -> None:
-    """As in a fleet of one: requests that arrive during its restart wait in the sockets."""
+    """As in a fleet of one: requests during the restart wait in the listening sockets."""
     assert play("playbooks/drain.yml", "-e", "host=t2").returncode == 0
     try:
         with requests(fleet, tmp_path):
@@ -183,7 +181,7 @@ def test_one_host_alone_is_deployed_to_without_a_refusal(
     assert len(set(releases().values())) == 1
 
 
-def test_a_second_operator_is_refused_with_the_name_of_the_first(host: Any, play: Any, shell: Any) -> None:
+def test_a_concurrent_deploy_is_refused_and_names_the_lock_holder(host: Any, play: Any, shell: Any) -> None:
     holder = {"node": "elsewhere", "user": "somebody", "process": "42", "since": "2026-01-01T00:00:00Z"}
     shell(f"cat >/run/pixel-deploy.lock <<'END'\n{json.dumps(holder)}\nEND\n")
     try:
@@ -198,11 +196,11 @@ def test_a_second_operator_is_refused_with_the_name_of_the_first(host: Any, play
         shell("rm -f /run/pixel-deploy.lock")
 
 
-def test_a_host_is_drained_and_returned_by_name(play: Any, client: Any) -> None:
+def test_a_host_can_be_drained_and_undrained_by_name(play: Any, client: Any) -> None:
     assert play("playbooks/drain.yml", "-e", "host=t2").returncode == 0
     assert {client.ask("/ping")[1]["X-Pixel-Instance"] for _ in range(20)} == {"c5"}
     assert play("playbooks/drain.yml", "-e", "host=c5").returncode != 0
     assert play("playbooks/undrain.yml", "-e", "host=t2").returncode == 0
     assert {client.ask("/ping")[1]["X-Pixel-Instance"] for _ in range(20)} == {"c5", "t2"}
-    wrong = play("playbooks/drain.yml", "-e", "host=t3")
-    assert "Name one of c5, t2" in wrong.stdout
+    unknown = play("playbooks/drain.yml", "-e", "host=t3")
+    assert "Name one of c5, t2" in unknown.stdout

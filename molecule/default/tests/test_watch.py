@@ -1,4 +1,4 @@
-"""What watches the fleet. The last file: it ends with the removal of all that."""
+"""Monitoring and logs. Keep this file last: its last test removes monitoring."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ TOKEN = "a-token-that-nobody-may-see"
 def wait_until(found: Callable[[], Any], seconds: float = 60) -> Any:
     end = time.monotonic() + seconds
     while not (result := found()):
-        assert time.monotonic() < end, "it didn't come true in time"
+        assert time.monotonic() < end, f"not within {seconds:.0f} s"
         time.sleep(0.5)
     return result
 
 
 @pytest.fixture
 def ask(address: str) -> Any:
-    """Ask Prometheus' API."""
+    """Query Prometheus' HTTP API."""
 
     def get(path: str) -> Any:
         with urllib.request.urlopen(f"http://{address}:9090/api/v1/{path}", timeout=10) as answer:
@@ -52,7 +52,7 @@ def ask(address: str) -> Any:
 
 @pytest.fixture
 def query(ask: Any) -> Any:
-    """The values of an expression by their instance, as numbers."""
+    """Evaluate an expression; return its values by instance."""
 
     def get(expression: str) -> dict[str, float]:
         found = ask("query?query=" + quote(expression))["result"]
@@ -61,7 +61,7 @@ def query(ask: Any) -> Any:
     return get
 
 
-def test_everything_is_looked_at(ask: Any) -> None:
+def test_prometheus_scrapes_every_target(ask: Any) -> None:
     def healthy() -> set[tuple[str, str]]:
         targets = ask("targets?state=active")["activeTargets"]
         return {
@@ -74,7 +74,7 @@ def test_everything_is_looked_at(ask: Any) -> None:
     wait_until(lambda: healthy() == on_c5 | {("pixel", "t2"), ("node", "t2")})
 
 
-def test_exporters_have_answers_and_not_only_ports(query: Any, client: Any) -> None:
+def test_exporters_report_values(query: Any, client: Any) -> None:
     assert wait_until(lambda: query("redis_up")) == {"c5": 1}
     assert query("nginx_up") == {"c5": 1}
     before = sum(query("pixel_writes_total").values())
@@ -83,7 +83,7 @@ def test_exporters_have_answers_and_not_only_ports(query: Any, client: Any) -> N
     wait_until(lambda: sum(query("pixel_writes_total").values()) >= before + 20)
     assert query("redis_aof_enabled") == {"c5": 1}
     wait_until(lambda: query('pixel_lb_backend_weight{backend="c5"}'))
-    # Made by the tests of backups.
+    # test_backup.py made the backup.
     assert time.time() - 3600 < query("pixel_backup_timestamp_seconds")["c5"] < time.time()
 
 
@@ -109,34 +109,36 @@ def test_every_panel_of_the_dashboard_has_data(ask: Any, client: Any) -> None:
             break
         time.sleep(1)
     assert left == []
-    # Where a panel says 0 for nothing, a misspelt metric has data too.
+    # Panels with `or vector(0)` show data even for a misspelt metric, so check the names.
     assert {name for query in queries for name in metrics(query)} <= {
         *ask("label/__name__/values"),
-        "ALERTS",  # is there only while something is wrong
+        "ALERTS",  # exists only while an alert is pending or firing
     }
 
 
 def metrics(query: str) -> set[str]:
-    """The metrics that a query names: words that are neither functions nor labels."""
+    """Return the metric names in a query: words that are neither functions nor labels."""
     rest = re.sub(r"\{.*?\}|\[.*?\]|\bby \(.*?\)", "", query)
     return set(re.findall(r"\b[a-zA-Z_]\w*\b(?! *\()", rest)) - {"or"}
 
 
-def test_the_rules_are_loaded_and_work(ask: Any) -> None:
+def test_the_alert_rules_are_loaded_and_healthy(ask: Any) -> None:
     names = {rule["name"] for group in ask("rules")["groups"] for rule in group["rules"]}
     cases = yaml.safe_load((ROOT / "tests" / "alerts.yml").read_text())["tests"]
     assert names == {case["name"] for case in cases}
     wait_until(lambda: all(r["health"] == "ok" for g in ask("rules")["groups"] for r in g["rules"]))
 
 
-def test_it_listens_at_the_private_address_only(host: Any, address: str) -> None:
+def test_monitoring_listens_on_the_private_address_only(host: Any, address: str) -> None:
     listening = host.socket.get_listening_sockets()
     for port in PACKAGES.values():
         assert [place for place in listening if place.endswith(f":{port}")] == [f"tcp://{address}:{port}"]
     assert "tcp://127.0.0.1:8090" in listening
 
 
-def test_the_exporter_may_ask_how_redis_is_and_read_no_pixel(shell: Any, address: str, password: Any) -> None:
+def test_the_exporters_redis_user_may_run_info_and_read_no_pixel(
+    shell: Any, address: str, password: Any
+) -> None:
     def ask(words: str) -> str:
         login = f"REDISCLI_AUTH={password('monitor')} redis-cli --user monitor -h {address}"
         answer: str = shell(f"{login} {words}")
@@ -153,7 +155,7 @@ def test_the_exporter_may_ask_how_redis_is_and_read_no_pixel(shell: Any, address
         assert ask(words).startswith("NOPERM"), words
 
 
-def test_units_are_confined_and_do_not_run_as_root(host: Any) -> None:
+def test_exporters_are_sandboxed_and_do_not_run_as_root(host: Any) -> None:
     for package in PACKAGES:
         service = host.service(package)
         assert service.is_running, package
@@ -164,7 +166,7 @@ def test_units_are_confined_and_do_not_run_as_root(host: Any) -> None:
 
 @pytest.fixture
 def webhook(fleet: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Where alerts are posted to, and what was: on this machine, as the hosts' network sees it."""
+    """A webhook receiver on the test machine: its URL as the hosts reach it, and the posted alerts."""
     posted: list[dict[str, Any]] = []
 
     class Receiver(http.server.BaseHTTPRequestHandler):
@@ -194,18 +196,18 @@ def test_an_alert_reaches_the_operators(
     host.run_expect([0], "systemctl stop prometheus-nginx-exporter")
     host.run_expect([0], "systemctl stop redis-server")
 
-    def told() -> dict[str, Any]:
-        """What was posted; a slow machine may have caused other alerts before."""
+    def firing() -> dict[str, Any]:
+        """The firing alerts posted so far, by name; a slow machine may cause others."""
         alerts = [alert for each in posted for alert in each["alerts"]]
         return {each["labels"]["alertname"]: each for each in alerts if each["status"] == "firing"}
 
-    redis_down = wait_until(lambda: told().get("RedisDown"), 120)
-    noticed = {(each["labels"]["alertname"], each["labels"].get("job")) for each in ask("alerts")["alerts"]}
+    redis_down = wait_until(lambda: firing().get("RedisDown"), 120)
+    active = {(each["labels"]["alertname"], each["labels"].get("job")) for each in ask("alerts")["alerts"]}
     host.run_expect([0], "systemctl start redis-server prometheus-nginx-exporter")
     assert {each["authorization"] for each in posted} == {f"Bearer {TOKEN}"}
     assert redis_down["labels"]["instance"] == "c5"
     assert "journalctl -u redis-server" in redis_down["annotations"]["summary"]
-    assert ("ExporterDown", "nginx") in noticed  # which nobody hears of before five minutes
+    assert ("ExporterDown", "nginx") in active  # pending: it fires after five minutes
     file = host.file("/etc/prometheus/alertmanager.yml")
     assert (file.user, file.group, oct(file.mode)) == ("root", "prometheus", "0o640")
     for place in ("ps -eo args", "journalctl --no-pager", "systemctl show 'prometheus*'"):
@@ -221,13 +223,13 @@ echo PIXEL_LOG_LEVEL=debug >/run/pixel-debug.env
 printf '[Service]\\nEnvironmentFile=/run/pixel-debug.env\\n' >/run/systemd/system/pixel.service.d/debug.conf
 systemctl daemon-reload && systemctl restart pixel
 """
-AS_BEFORE = """
+RESTORE_LOG_LEVEL = """
 rm /run/pixel-debug.env /run/systemd/system/pixel.service.d/debug.conf
 systemctl daemon-reload && systemctl restart pixel
 """
 
 
-def test_a_request_is_followed_over_the_hosts(play: Any, client: Any, shell: Any) -> None:
+def test_logs_shows_a_request_on_all_hosts(play: Any, client: Any, shell: Any) -> None:
     def ask() -> tuple[str, str]:
         status, headers, _ = client.ask("/pixels", json.dumps([{"x": SECRET}]).encode())
         assert status == 422
@@ -237,14 +239,14 @@ def test_a_request_is_followed_over_the_hosts(play: Any, client: Any, shell: Any
     try:
         request_id = wait_until(lambda: found[1] if (found := ask())[0] == "t2" else None)
         wait_until(lambda: request_id in shell("cat /var/log/nginx/access.log"))
-        said = play("playbooks/logs.yml", id=request_id).stdout
+        output = play("playbooks/logs.yml", id=request_id).stdout
     finally:
-        shell(AS_BEFORE, on="t2")
-    of_nginx, of_the_app = re.findall(r"^ok: \[(?:c5|t2)\] => \n((?:    .*\n)+)", said, re.M)[-2:]
-    assert f"id: {request_id}" in of_nginx
-    assert "uri: /pixels" in of_nginx
-    assert f"request_id: {request_id}" in of_the_app
-    assert "POST /pixels was answered 422" in of_the_app
+        shell(RESTORE_LOG_LEVEL, on="t2")
+    nginx, app = re.findall(r"^ok: \[(?:c5|t2)\] => \n((?:    .*\n)+)", output, re.M)[-2:]
+    assert f"id: {request_id}" in nginx
+    assert "uri: /pixels" in nginx
+    assert f"request_id: {request_id}" in app
+    assert "POST /pixels was answered 422" in app
     for host in ("c5", "t2"):
         for place in ("cat /var/log/nginx/*.log", "journalctl --no-pager"):
             assert SECRET not in shell(place, on=host), (host, place)
@@ -274,14 +276,14 @@ def test_logs_reach_a_collector(host: Any, play: Any, shell: Any, fleet: dict[st
                 received += connection.recv(65536)
     play(*logs).changes()
     assert not host.service("rsyslog").is_running
-    # One that isn't ours is left alone.
+    # An rsyslog configuration that the role did not write is left alone.
     shell("echo '*.* /dev/null' >/etc/rsyslog.conf; systemctl start rsyslog")
     assert play(*logs).changes() == {"c5": 0}
     assert host.service("rsyslog").is_running
     shell("systemctl stop rsyslog")
 
 
-def test_it_can_be_removed(host: Any, play: Any) -> None:
+def test_monitoring_can_be_removed(host: Any, play: Any) -> None:
     remove = ("playbooks/monitoring.yml", "--tags", "monitoring")
     assert all(play(*remove, monitoring_state="absent").changes().values())
     assert not any(

@@ -1,4 +1,4 @@
-"""What a stranger sees of a host; it believes the authority, pebble, that is there."""
+"""Requests to a host from the client outside the fleet, which trusts pebble's root certificate."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ def name(host: Any) -> str:
 
 @pytest.fixture
 def stranger(shell: Any) -> Any:
-    """Run something there."""
+    """Run a script on the client outside the fleet."""
     return lambda script: shell(script, on="stranger")
 
 
 @pytest.fixture
 def curl(stranger: Any) -> Any:
-    """Ask from the stranger, who believes the authority; gives what --write-out asks for."""
+    """Run curl on that client; return what `--write-out` prints."""
 
     def run(url: str, write_out: str, options: str = "") -> str:
         stranger("[ -e /tmp/root.pem ] || curl -sk https://localhost:15000/roots/0 -o /tmp/root.pem")
         command = f"curl -s --cacert /tmp/root.pem -o /dev/null -w '{write_out}' {options} '{url}' 2>&1"
-        said: str = stranger(command)
-        return said
+        output: str = stranger(command)
+        return output
 
     return run
 
 
 @pytest.fixture
 def certificate(stranger: Any, address: str, name: str) -> Any:
-    """Issuer and serial number of what the host shows."""
+    """Return issuer and serial number of the certificate that the host presents."""
     command = f"openssl s_client -connect {address}:443 -servername {name} </dev/null 2>/dev/null"
     return lambda: stranger(f"{command} | openssl x509 -noout -issuer -serial").split("\n")[:2]
 

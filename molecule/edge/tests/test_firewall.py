@@ -1,4 +1,4 @@
-"""What of a host is open, to strangers and to the fleet; on every port something listens."""
+"""Ports open to outside clients and to the fleet. A service listens on every port tested."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ UNKNOWN = 5000
 
 @pytest.fixture
 def seen(shell: Any, address: str) -> Any:
-    """The ports of the host under test that answer another host."""
+    """Return the ports of the host under test that another host can connect to."""
     ports = " ".join(map(str, [*PUBLIC, *FLEET, UNKNOWN]))
     return lambda other: json.loads(shell(f"visitor ports {address} {ports}", on=other))
 
 
 @pytest.fixture
 def firewall(play: Any, host: Any) -> Any:
-    """Run its playbook for the host under test."""
+    """Run playbooks/firewall.yml for the host under test, with the scenario's variables."""
     limit = ("--limit", host.backend.hostname)
-    # As the scenario configures it.
+
     scenario = yaml.safe_load((Path(__file__).parents[1] / "vars" / "main.yml").read_text())
     own = {name: value for name, value in scenario.items() if name.startswith("firewall_")}
 
@@ -38,23 +38,23 @@ def firewall(play: Any, host: Any) -> Any:
     return run
 
 
-def test_everything_listens(host: Any) -> None:
+def test_every_port_has_a_listener(host: Any) -> None:
     listening = {
         int(line.split()[3].rsplit(":", 1)[1]) for line in host.check_output("ss -Hltn").splitlines()
     }
     assert listening >= {*PUBLIC, *FLEET, UNKNOWN}
 
 
-def test_a_stranger_reaches_what_is_public(seen: Any) -> None:
+def test_outside_clients_reach_public_ports_only(seen: Any) -> None:
     assert seen("stranger") == PUBLIC
 
 
-def test_the_fleet_reaches_its_own(seen: Any, host: Any) -> None:
+def test_fleet_hosts_reach_the_fleets_ports(seen: Any, host: Any) -> None:
     (other,) = {"debian12", "debian13"} - {host.backend.hostname}
     assert seen(other) == PUBLIC + FLEET
 
 
-def test_the_rules_are_there_after_a_boot(host: Any, seen: Any) -> None:
+def test_the_rules_are_loaded_at_boot(host: Any, seen: Any) -> None:
     unit = host.service("pixel-firewall")
     assert unit.is_enabled
     assert "network-pre.target" in unit.systemd_properties["Before"]
@@ -73,12 +73,12 @@ def test_other_tables_are_left_alone(host: Any) -> None:
         host.run_expect([0], "nft delete table inet others")
 
 
-def test_who_locks_himself_out_gets_in_again(host: Any, firewall: Any, seen: Any) -> None:
-    """The rules come back by themselves, without a connection."""
+def test_rules_that_lock_the_operator_out_are_rolled_back(host: Any, firewall: Any, seen: Any) -> None:
+    """The host restores the former rules without a connection."""
     rules = host.check_output("nft list table inet pixel")
     done = firewall(firewall_ssh_networks=["203.0.113.0/24"], firewall_rollback=20)
     assert done.returncode != 0
-    # It was locked out; where a try takes long, it gets in by the former rules, which are back by then.
+    # The reconnect fails, or, if it takes long, succeeds by the rules restored meanwhile.
     last = done.stdout.split("fatal:")[0].rsplit("TASK", 1)[-1]
     assert "Reconnect under the new rules" in last or "The former rules have been restored." in done.stdout
     for _ in range(30):
@@ -92,8 +92,8 @@ def test_who_locks_himself_out_gets_in_again(host: Any, firewall: Any, seen: Any
     assert "203.0.113" not in host.file("/etc/pixel-firewall/staged.nft").content_string
 
 
-def test_it_can_be_taken_away(firewall: Any, seen: Any) -> None:
-    # As the manual has it: text, not a boolean.
+def test_the_firewall_can_be_removed(firewall: Any, seen: Any) -> None:
+    # As in the manual: a string, not a boolean.
     assert firewall("-e", "firewall_enabled=false").returncode == 0
     assert seen("stranger") == [*PUBLIC, *FLEET, UNKNOWN]
     done = firewall()
@@ -117,13 +117,13 @@ def test_rules_that_were_changed_by_hand_are_repaired(host: Any, firewall: Any, 
 def test_connections_of_one_client_are_bounded_before_they_have_sent_a_request(
     shell: Any, host: Any, address: str, fleet: dict[str, Any]
 ) -> None:
-    """What vars/main.yml sets: 500. Nginx counts complete headers only."""
+    """The limit of 500 is set in vars/main.yml. Nginx counts only requests with a complete header."""
     network = fleet["hosts"]["stranger"]["address"].rsplit(".", 1)[0]
     assert json.loads(shell(f"visitor half {address} {network}.200 600", on="stranger")) == 500
     assert json.loads(shell(f"visitor half {address} {network}.201 50", on="stranger")) == 50
 
 
-def test_the_fleet_speaks_further_protocols(host: Any) -> None:
+def test_further_protocols_are_open_between_fleet_hosts(host: Any) -> None:
     rules = host.check_output("nft list table inet pixel")
     assert "ip saddr @fleet udp dport 5001 accept" in rules
     assert "ip saddr @fleet meta l4proto vrrp accept" in rules or "l4proto 112" in rules

@@ -1,4 +1,4 @@
-"""Limits of what a client may do, and the answers beyond them; the client is a third host."""
+"""Limits for clients, and the answers beyond them. The client is the host outside the fleet."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import pytest
 testinfra_hosts = ["debian12"]
 
 RATE, BURST, CONNECTIONS = 20, 20, 10
-"""What vars/main.yml sets."""
+"""As set in vars/main.yml."""
 
 
 @pytest.fixture
 def visitor(shell: Any, address: str) -> Any:
-    """Ask the host under test from the stranger; see molecule/edge/visitor.py."""
+    """Send requests from the outside client to the host under test; see molecule/edge/visitor.py."""
 
     def run(command: str, *words: object) -> Any:
         quoted = " ".join(f"'{word}'" for word in (address, *words))
         return json.loads(shell(f"visitor {command} {quoted}", on="stranger"))
 
-    # Each test begins with a full allowance.
+    # Wait until the rate limit has recovered from the previous test.
     time.sleep(BURST / RATE)
     return run
 
 
 @pytest.fixture
 def local(host: Any) -> Any:
-    """Ask from the balancer's own host."""
+    """Send requests from the balancer's own host."""
 
     def run(command: str, *words: str) -> Any:
         quoted = " ".join(f"'{word}'" for word in words)
@@ -41,23 +41,23 @@ def local(host: Any) -> Any:
 
 @pytest.fixture
 def sources(fleet: dict[str, Any]) -> tuple[str, str]:
-    """The stranger's two addresses."""
+    """Two addresses of the outside client."""
     own: str = fleet["hosts"]["stranger"]["address"]
     return own, own.rsplit(".", 1)[0] + ".200"
 
 
 def logged(host: Any, word: str) -> list[dict[str, Any]]:
-    """The access log's lines with this word; it is flushed once a second."""
+    """Return the access log's lines that contain a word. Nginx flushes the log once a second."""
     return [
         json.loads(line)
         for line in host.check_output(f"sleep 1.2; grep {word} /var/log/nginx/access.log").splitlines()
     ]
 
 
-def test_a_flood_from_one_client_leaves_another_served(
+def test_a_flood_from_one_client_does_not_affect_another(
     visitor: Any, sources: tuple[str, str], shell: Any, address: str
 ) -> None:
-    """Unhindered, the flood would be twice what both backends can do, and most of it would get through."""
+    """The flood is twice what both backends can serve."""
     flooder, other = sources
     shell(f"visitor rate {address} /work {flooder} 400 5 >/tmp/flood 2>&1 &", on="stranger")
     time.sleep(1)
@@ -65,25 +65,25 @@ def test_a_flood_from_one_client_leaves_another_served(
     time.sleep(2)
     flood = json.loads(shell("cat /tmp/flood", on="stranger"))
     assert beside["statuses"] == {"200": 30}
-    # The p99 that a client is promised here, however busy the machine is that runs these hosts.
+    # Generous, because the test hosts share one machine.
     assert beside["p99_ms"] < 1000
     assert set(flood["statuses"]) == {"200", "429"}
     assert flood["statuses"]["200"] <= RATE * 7 + BURST
 
 
-def test_too_much_is_told_when_to_come_again(visitor: Any) -> None:
+def test_a_rate_limited_client_gets_retry_after(visitor: Any) -> None:
     status, headers, body, after = visitor("limited")
     assert (status, headers["retry-after"], headers["content-type"]) == (429, "1", "application/problem+json")
     assert json.loads(body)["title"] == "Too Many Requests"
     assert after == 200
 
 
-def test_a_client_has_so_many_requests_in_flight(visitor: Any) -> None:
-    """Twenty at once are within the rate; each takes half a second."""
+def test_the_requests_in_flight_of_one_client_are_limited(visitor: Any) -> None:
+    """Twenty concurrent requests of half a second each are within the rate limit."""
     assert visitor("together", "/hold", 2 * CONNECTIONS) == {"200": CONNECTIONS, "429": CONNECTIONS}
 
 
-def test_a_dry_run_refuses_nobody_and_logs_whom_it_would(host: Any, visitor: Any) -> None:
+def test_a_dry_run_refuses_no_request_and_logs_its_verdicts(host: Any, visitor: Any) -> None:
     config = "/etc/nginx/pixel/edge.conf"
     before = host.file(config).content_string
     assert "dry_run off;" in before
@@ -99,7 +99,7 @@ def test_a_dry_run_refuses_nobody_and_logs_whom_it_would(host: Any, visitor: Any
 
 
 @pytest.mark.parametrize("part", ["header", "body"])
-def test_a_slow_client_is_not_waited_for(visitor: Any, part: str) -> None:
+def test_a_slow_client_is_disconnected(visitor: Any, part: str) -> None:
     assert 1 < visitor("slow", part) < 6
 
 
@@ -114,7 +114,7 @@ def test_a_large_header_is_refused(visitor: Any) -> None:
     assert json.loads(body)["title"] == "Request Header Fields Too Large"
 
 
-def test_the_operators_paths_are_closed(visitor: Any, local: Any) -> None:
+def test_operator_paths_are_closed_to_outside_clients(visitor: Any, local: Any) -> None:
     paths = (
         *("/metrics", "/metrics?x=1", "//metrics", "/x/../metrics", "/%6Detrics"),
         *("/fleet/all", "/fleet/first", "/./fleet/all", "/fleet/../fleet/all"),
@@ -127,8 +127,8 @@ def test_the_operators_paths_are_closed(visitor: Any, local: Any) -> None:
     assert "nginx_lb_admin_networks" in json.loads(body)["detail"]
 
 
-def test_a_trusted_proxy_is_believed(host: Any, local: Any) -> None:
-    """vars/main.yml trusts 127.0.0.1; the last address that isn't a trusted proxy's is the client's."""
+def test_forwarding_headers_of_a_trusted_proxy_are_used(host: Any, local: Any) -> None:
+    """vars/main.yml trusts 127.0.0.1; the client is the last address that is not a trusted proxy."""
     chain = "X-Forwarded-For: 6.6.6.6, 203.0.113.9, 127.0.0.1"
     status, headers, body = local("ask", "/who", "GET", chain, "X-Forwarded-Proto: http")
     sent = json.loads(body)["headers"]
@@ -139,7 +139,7 @@ def test_a_trusted_proxy_is_believed(host: Any, local: Any) -> None:
     assert local("ask", "/metrics", "GET", chain)[0] == 403
 
 
-def test_a_stranger_is_not(visitor: Any, sources: tuple[str, str]) -> None:
+def test_forwarding_headers_of_other_clients_are_ignored(visitor: Any, sources: tuple[str, str]) -> None:
     claims = ("X-Forwarded-For: 127.0.0.1", "X-Forwarded-Proto: http", "X-Real-IP: 127.0.0.1")
     sent = json.loads(visitor("ask", "/who", "GET", *claims)[2])["headers"]
     assert sent["X-Forwarded-For"] == sent["X-Real-IP"] == sources[0]
@@ -147,8 +147,8 @@ def test_a_stranger_is_not(visitor: Any, sources: tuple[str, str]) -> None:
     assert visitor("ask", "/metrics", "GET", *claims)[0] == 403
 
 
-def test_an_ipv6_client_is_its_network(local: Any) -> None:
-    """Each request comes from an address of its own, and the allowance ends all the same."""
+def test_ipv6_clients_are_limited_by_their_64_network(local: Any) -> None:
+    """Addresses of one /64 share a limit; different /64 networks do not."""
     assert local("limited", "X-Forwarded-For: 2001:db8:0:a0a::{}")[0] == 429
     assert local("limited", "X-Forwarded-For: 2001:db8:0:{}::1")[0] == 200
 
@@ -164,7 +164,7 @@ def test_every_answer_has_security_headers(visitor: Any) -> None:
     assert headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
 
 
-def test_the_backends_own_headers_stay(visitor: Any) -> None:
+def test_security_headers_of_the_backend_are_kept(visitor: Any) -> None:
     headers = visitor("ask", "/live")[1]
     assert headers["content-security-policy"] == "default-src 'self'"
     assert headers["referrer-policy"] == "no-referrer"
@@ -172,8 +172,8 @@ def test_the_backends_own_headers_stay(visitor: Any) -> None:
 
 
 def test_every_line_of_the_log_is_json_in_utf_8(visitor: Any, host: Any) -> None:
-    """Whatever bytes agents and URIs have."""
-    # (Python's http.server, which answers here, takes other bytes for white space.)
+    """User agents and URIs contain invalid UTF-8, surrogates and quotes."""
+    # Python's http.server, the backend, takes some other bytes for white space.
     texts = [b"bad\xff\xfe", b"\xed\xa1\x82", "grün".encode(), b'quote"\\']
     assert visitor("agents", *(text.hex() for text in texts)) == [200] * 4
     check = (
@@ -181,5 +181,5 @@ def test_every_line_of_the_log_is_json_in_utf_8(visitor: Any, host: Any) -> None
         "print(json.dumps([json.loads(line.decode())['agent'] for line in lines]))"
     )
     agents = json.loads(host.check_output(f'sleep 1.2; python3 -c "{check}"'))
-    # Each worker writes what it buffered when its own second ends.
+    # Each worker flushes its own buffer, so the order varies.
     assert sorted(agents[-4:]) == sorted(["bad…", "…", "grün", 'quote"\\'])

@@ -1,4 +1,4 @@
-"""Certificates and what is spoken over them. The authority is pebble, on the stranger; see prepare.yml."""
+"""TLS with certificates from the authority pebble on host `stranger`; see prepare.yml."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ import pytest
 testinfra_hosts = ["debian12", "debian13"]
 
 
-def test_the_authoritys_certificate_is_in_force(curl: Any, name: str, address: str) -> None:
+def test_the_hosts_present_the_authoritys_certificate(curl: Any, name: str, address: str) -> None:
     assert curl(f"https://{name}/ping", "%{http_code}") == "200"
-    # Both have this name, and the authority could ask debian12 only, which asked debian13.
+    # Both serve this name. The authority reached debian12 only, which passed the challenge on to debian13.
     resolve = f"--resolve canvas.example:443:{address}"
     assert curl("https://canvas.example/ping", "%{http_code}", resolve) == "200"
 
 
-def test_http_2_and_1_are_spoken(curl: Any, name: str) -> None:
+def test_http_2_and_http_1_1_are_served(curl: Any, name: str) -> None:
     assert curl(f"https://{name}/ping", "%{http_version}") == "2"
     assert curl(f"https://{name}/ping", "%{http_version}", "--http1.1") == "1.1"
 
 
-def test_plain_http_leads_to_tls(curl: Any, name: str, host: Any) -> None:
-    asked = "%{http_code} %{redirect_url}"
-    assert curl(f"http://{name}/pixel/1/2?x=%20", asked) == f"308 https://{name}/pixel/1/2?x=%20"
-    # Not wherever the client likes.
-    assert curl(f"http://{name}/", asked, "-H 'Host: evil.example'") == f"308 https://{name}/"
+def test_plain_http_redirects_to_https(curl: Any, name: str, host: Any) -> None:
+    write_out = "%{http_code} %{redirect_url}"
+    assert curl(f"http://{name}/pixel/1/2?x=%20", write_out) == f"308 https://{name}/pixel/1/2?x=%20"
+    # The target does not depend on the client's Host header.
+    assert curl(f"http://{name}/", write_out, "-H 'Host: evil.example'") == f"308 https://{name}/"
     assert curl(f"http://{name}/.well-known/acme-challenge/none", "%{http_code}") == "404"
-    # This host itself is served in clear.
+    # Requests from the host itself are served over plain HTTP.
     assert json.loads(host.check_output("client one /ping"))[0] == 200
 
 
 @pytest.mark.parametrize(("scheme", "status"), [("https", "200"), ("http", "308")])
-def test_what_a_trusted_proxy_has_received_by_https_is_served(
+def test_requests_that_a_trusted_proxy_received_over_https_are_not_redirected(
     curl: Any, name: str, fleet: dict[str, Any], scheme: str, status: str
 ) -> None:
-    """The proxy itself asks by plain HTTP, and a redirect would come back to it for ever."""
+    """The proxy connects over plain HTTP; a redirect would loop."""
     proxy = fleet["hosts"]["stranger"]["address"].rsplit(".", 1)[0] + ".202"
-    said = f"-H 'X-Forwarded-Proto: {scheme}'"
-    assert curl(f"http://{name}/ping", "%{http_code}", f"--interface {proxy} {said}") == status
-    assert curl(f"http://{name}/ping", "%{http_code}", said) == "308"
+    header = f"-H 'X-Forwarded-Proto: {scheme}'"
+    assert curl(f"http://{name}/ping", "%{http_code}", f"--interface {proxy} {header}") == status
+    assert curl(f"http://{name}/ping", "%{http_code}", header) == "308"
 
 
-def test_plain_http_on_the_port_of_tls_is_told(curl: Any, name: str) -> None:
-    said = curl(f"http://{name}:443/", "%{http_code} %{content_type}")
-    assert said == "400 application/problem+json"
+def test_plain_http_on_the_tls_port_is_answered_with_a_problem(curl: Any, name: str) -> None:
+    answer = curl(f"http://{name}:443/", "%{http_code} %{content_type}")
+    assert answer == "400 application/problem+json"
 
 
-def test_browsers_are_told_to_stay(stranger: Any, name: str) -> None:
+def test_answers_have_the_hsts_header(stranger: Any, name: str) -> None:
     answer = stranger(f"curl -sk -D - -o /dev/null https://{name}/metrics").lower()
     assert "403" in answer.splitlines()[0]
     assert "strict-transport-security: max-age=3600" in answer
@@ -66,13 +66,13 @@ def test_browsers_are_told_to_stay(stranger: Any, name: str) -> None:
         ("-tls1_1 -cipher ALL@SECLEVEL=0", False),
     ],
 )
-def test_protocols_and_ciphers_are_the_intermediate_profiles(
+def test_protocols_and_ciphers_match_mozillas_intermediate_profile(
     handshake: Any, options: str, works: bool
 ) -> None:
-    said = handshake(options)
-    assert ("Cipher is (NONE)" not in said and "Cipher is " in said) is works
-    # It is the server that refuses.
-    assert ("alert" in said) is not works
+    output = handshake(options)
+    assert ("Cipher is (NONE)" not in output and "Cipher is " in output) is works
+    # The server refuses, not the client.
+    assert ("alert" in output) is not works
 
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
@@ -81,7 +81,7 @@ def test_sessions_are_resumed(stranger: Any, handshake: Any, address: str, versi
     assert "Reused, TLSv1" in handshake(f"{version} -sess_in /tmp/session")
 
 
-def test_keys_are_roots_alone(host: Any, shell: Any) -> None:
+def test_private_keys_are_readable_by_root_only(host: Any, shell: Any) -> None:
     for folder in ("/etc/nginx/tls", "/etc/nginx/staged/tls"):
         assert host.file(folder).mode == 0o700
         assert host.file(f"{folder}/privkey.pem").mode == 0o600
@@ -93,11 +93,11 @@ def test_keys_are_roots_alone(host: Any, shell: Any) -> None:
 def test_a_renewal_fails_no_request(
     host: Any, shell: Any, stranger: Any, certificate: Any, fleet: dict[str, Any], address: str
 ) -> None:
-    """As certbot's timer does it: 200 writes a second meanwhile, over connections that are kept."""
+    """Renew as certbot's timer does, under 200 writes a second over keep-alive connections."""
     master = host.service("nginx").systemd_properties["MainPID"]
     before = certificate()
     exempt = fleet["hosts"]["stranger"]["address"].rsplit(".", 1)[0] + ".201"
-    # Every certificate is due.
+    # Make every certificate due for renewal.
     renewal = "/etc/letsencrypt/renewal/pixel.conf"
     host.run_expect([0], f"sed -i '1i renew_before_expiry = 9999 days' {renewal}")
     stranger("rm -f /tmp/load")
@@ -121,6 +121,6 @@ def test_a_renewal_fails_no_request(
     assert host.service("nginx").systemd_properties["MainPID"] == master
 
 
-def test_renewals_have_a_timer(host: Any) -> None:
+def test_the_renewal_timer_is_enabled(host: Any) -> None:
     assert host.service("certbot.timer").is_running
     assert host.service("certbot.timer").is_enabled

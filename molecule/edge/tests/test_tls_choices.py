@@ -1,4 +1,4 @@
-"""Other choices of a certificate, one after the other, on one host; at the end it is as it was."""
+"""The other values of nginx_lb_tls, in order, on one host. The last test restores the scenario's setting."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ testinfra_hosts = ["debian12"]
 
 @pytest.fixture
 def balancer(play: Any) -> Any:
-    """Run its playbook for this host."""
+    """Run playbooks/nginx_lb.yml for this host, with the scenario's variables."""
     edge = ("--limit", "debian12", "--extra-vars", "@molecule/edge/vars/main.yml")
     return lambda **variables: play("playbooks/nginx_lb.yml", *edge, **variables)
 
 
 @pytest.fixture
 def pair(stranger: Any, tmp_path: Path) -> Any:
-    """A certificate for these names and its key, as files here."""
+    """Create a certificate for these names and its key on the control node."""
 
     def make(label: str, *names: str) -> dict[str, str]:
         alternatives = ",".join(f"DNS:{name}" for name in names)
@@ -38,7 +38,9 @@ def pair(stranger: Any, tmp_path: Path) -> Any:
     return make
 
 
-def test_a_wrong_one_is_refused_and_the_former_stays(balancer: Any, pair: Any, certificate: Any) -> None:
+def test_an_unsuitable_certificate_is_refused_and_the_former_one_is_kept(
+    balancer: Any, pair: Any, certificate: Any
+) -> None:
     before = certificate()
     one, other = pair("one", "debian12.example", "canvas.example"), pair("other", "debian12.example")
     refused = balancer(nginx_lb_tls="provided", **other)
@@ -50,13 +52,13 @@ def test_a_wrong_one_is_refused_and_the_former_stays(balancer: Any, pair: Any, c
     assert certificate() == before
 
 
-def test_a_provided_one_is_shown(balancer: Any, pair: Any, certificate: Any) -> None:
+def test_a_provided_certificate_is_used(balancer: Any, pair: Any, certificate: Any) -> None:
     chosen = {"nginx_lb_tls": "provided"} | pair("own", "debian12.example", "canvas.example")
     assert balancer(**chosen).returncode == 0
     assert "CN = own" in certificate()[0]
 
 
-def test_one_of_the_hosts_own_is_shown_and_kept(balancer: Any, certificate: Any) -> None:
+def test_a_self_signed_certificate_is_created_once(balancer: Any, certificate: Any) -> None:
     assert balancer(nginx_lb_tls="selfsigned").returncode == 0
     shown = certificate()
     assert "CN = pixel-lb" in shown[0]
@@ -64,13 +66,13 @@ def test_one_of_the_hosts_own_is_shown_and_kept(balancer: Any, certificate: Any)
     assert certificate() == shown
 
 
-def test_without_tls_nothing_is_spoken_there(balancer: Any, stranger: Any, handshake: Any) -> None:
+def test_without_tls_port_443_is_closed(balancer: Any, stranger: Any, handshake: Any) -> None:
     assert balancer(nginx_lb_tls=False, nginx_lb_hsts=0).returncode == 0
     assert "Connection refused" in handshake("")
     assert stranger("curl -s -o /dev/null -w '%{http_code}' http://debian12.example/ping") == "200"
 
 
-def test_the_authoritys_is_not_asked_for_twice(balancer: Any, host: Any, certificate: Any) -> None:
+def test_an_issued_certificate_is_reused(balancer: Any, host: Any, certificate: Any) -> None:
     issued = host.check_output("ls /etc/letsencrypt/archive/pixel")
     assert balancer().returncode == 0
     assert "Pebble" in certificate()[0]

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def curl(host: Any) -> Any:
-    """Ask the balancer on its own host; gives status, headers (lower case) and body."""
+    """Send a request to the balancer on its own host; returns status, headers (lower case) and body."""
 
     def run(path: str, *options: str) -> tuple[int, dict[str, str], str]:
         words = " ".join(f"'{word}'" for word in options)

@@ -1,4 +1,4 @@
-"""The controller on both balancers, before two backends that are as ready and busy as they are told to be."""
+"""The controller on both balancers, with two backends whose readiness and CPU figures the tests set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ testinfra_hosts = ["debian12"]
 
 @pytest.fixture(scope="module")
 def converge(play: Any) -> Callable[..., None]:
-    """Run the role, with variables of the test's choice."""
+    """Run the role; keyword arguments become extra variables."""
     return lambda **variables: play("playbooks/nginx_lb.yml", **variables).changes()
 
 
@@ -40,12 +40,12 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
 
 @pytest.fixture
 def backends(shell: Any) -> Callable[[str], dict[str, Any]]:
-    """What a balancer says of the backends."""
+    """Return the backends in `pixel-lb status` of a balancer."""
 
     def status(balancer: str = "debian12") -> dict[str, Any]:
-        while not (said := json.loads(shell("pixel-lb status", on=balancer)))["loaded"]:
-            time.sleep(0.5)  # What is written is about to be in force.
-        found: dict[str, Any] = said["backends"]
+        while not (report := json.loads(shell("pixel-lb status", on=balancer)))["loaded"]:
+            time.sleep(0.5)  # A reload is pending.
+        found: dict[str, Any] = report["backends"]
         return found
 
     return status
@@ -53,7 +53,7 @@ def backends(shell: Any) -> Callable[[str], dict[str, Any]]:
 
 @pytest.fixture
 def seen(shell: Any) -> Callable[[], dict[str, Any]]:
-    """What /lb/status says on the balancer's own host."""
+    """Return /lb/status as seen on the balancer's own host."""
     return lambda: json.loads(json.loads(shell("client one /lb/status"))[2])
 
 
@@ -70,39 +70,40 @@ def test_both_controllers_run_in_a_sandbox(host: Any, shell: Any) -> None:
     assert float(score[1]) < 3
 
 
-def test_a_second_run_changes_nothing_although_weights_are_the_controllers(converge: Any, shell: Any) -> None:
-    """Whatever it has moved by then."""
+def test_a_second_run_keeps_the_weights_that_the_controller_set(converge: Any, shell: Any) -> None:
     before = shell("cat /etc/nginx/pixel/upstreams.conf")
     converge(nginx_lb_weights="adaptive", nginx_lb_slow_start=30)
     assert shell("cat /etc/nginx/pixel/upstreams.conf") == before
 
 
-def test_who_is_not_ready_is_taken_out_and_comes_back_in_steps(shell: Any, backends: Any, seen: Any) -> None:
+def test_a_backend_that_is_not_ready_is_removed_and_returns_in_steps(
+    shell: Any, backends: Any, seen: Any
+) -> None:
     shell("touch /run/unready", on="debian13")
     try:
         until(lambda: all(backends(each)["debian13"]["state"] == "down" for each in BOTH), 30)
         assert set(json.loads(shell("client many 20 /who"))) == {"debian12"}
-        (out,) = (each for each in seen()["backends"] if each["name"] == "debian13")
-        assert out["why"].startswith("down: /readyz returned 503")
+        (removed,) = (each for each in seen()["backends"] if each["name"] == "debian13")
+        assert removed["why"].startswith("down: /readyz returned 503")
         refused = shell("pixel-lb drain debian12; echo $?")
         assert refused.strip() == "3"
     finally:
         shell("rm /run/unready", on="debian13")
     weights = []
 
-    def back() -> bool:
-        said = backends()
-        if said["debian13"]["state"] == "up":
-            weights.append((said["debian12"]["weight"], said["debian13"]["weight"]))
+    def has_base_weight() -> bool:
+        now = backends()
+        if now["debian13"]["state"] == "up":
+            weights.append((now["debian12"]["weight"], now["debian13"]["weight"]))
         return weights[-1:] == [(3, 2)]
 
-    until(back, 90)
-    # Base weights are 3 to 2: half of that first.
+    until(has_base_weight, 90)
+    # The base weights are 3 and 2; debian13 first gets half of its own.
     assert (3, 1) in weights
     assert Counter(json.loads(shell("client many 50 /who"))) == {"debian12": 30, "debian13": 20}
 
 
-def test_where_nobody_is_ready_nobody_is_out(shell: Any, backends: Any, seen: Any) -> None:
+def test_if_no_backend_is_ready_none_is_removed(shell: Any, backends: Any, seen: Any) -> None:
     for name in BOTH:
         shell("touch /run/unready", on=name)
     try:
@@ -116,29 +117,29 @@ def test_where_nobody_is_ready_nobody_is_out(shell: Any, backends: Any, seen: An
     until(lambda: seen()["alarm"] == "", 30)
 
 
-def test_a_host_whose_cpu_is_stolen_gets_less(shell: Any, backends: Any, seen: Any) -> None:
+def test_a_host_with_cpu_steal_gets_a_lower_weight(shell: Any, backends: Any, seen: Any) -> None:
     for name, record in (("debian12", "working"), ("debian13", "throttled")):
         content = (RECORDS / f"stat-{record}").read_text()
         shell(f"cat >/run/stat <<'END'\n{content}END", on=name)
     try:
         until(lambda: all("stolen" in backends(each)["debian13"]["why"] for each in BOTH), 90)
-        said = backends()
-        assert said["debian13"]["weight"] / said["debian12"]["weight"] < 0.8 * 2 / 3
+        now = backends()
+        assert now["debian13"]["weight"] / now["debian12"]["weight"] < 0.8 * 2 / 3
         (slow,) = (each for each in seen()["backends"] if each["name"] == "debian13")
         assert slow["cpu_steal"] > 0.5
         assert slow["cpu_busy"] < 0.3
     finally:
         for name in BOTH:
             shell("rm /run/stat", on=name)
-    # No word of it any more: the base weights, after half a minute.
+    # Without new figures the base weights return after half a minute.
     until(lambda: backends()["debian13"]["weight"] == 2, 75)
 
 
-# The test hosts' machine may itself be on EC2: what it is allowed to do is none of ours.
+# The machine that runs the test hosts may itself be an EC2 instance; do not use its credentials.
 JOURNAL = "journalctl --unit=pixel-lb --output=cat"
-NOBODY = """
+NO_CREDENTIALS = """
 mkdir -p /run/systemd/system/pixel-lb.service.d
-cat >/run/systemd/system/pixel-lb.service.d/nobody.conf <<END
+cat >/run/systemd/system/pixel-lb.service.d/no-credentials.conf <<END
 [Service]
 Environment=AWS_EC2_METADATA_DISABLED=true
 END
@@ -148,16 +149,16 @@ systemctl restart pixel-lb
 
 
 def facts(shell: Any) -> dict[str, Any]:
-    """What the inventory says of the backends."""
+    """The backends' facts that the role writes from the inventory."""
     found: dict[str, Any] = json.loads(shell("cat /etc/nginx/pixel/backends.json"))
     return found
 
 
-def test_credits_are_asked_for_beside_the_loop_and_may_stay_unknown(
+def test_credits_are_queried_outside_the_control_loop_and_may_stay_unknown(
     shell: Any, play: Any, converge: Any, backends: Any
 ) -> None:
     for name in BOTH:
-        shell(NOBODY, on=name)
+        shell(NO_CREDENTIALS, on=name)
     adaptive = {"nginx_lb_weights": "adaptive", "nginx_lb_slow_start": 30}
     asking = adaptive | {"nginx_lb_credit_source": "cloudwatch", "nginx_lb_credit_region": "eu-central-1"}
     refused = play("playbooks/nginx_lb.yml", **asking)
@@ -174,18 +175,18 @@ def test_credits_are_asked_for_beside_the_loop_and_may_stay_unknown(
     assert {each["instance_id"] for each in facts(shell)["hosts"]} == {""}
 
 
-def test_a_dry_run_says_what_it_would_do_and_does_nothing(shell: Any, backends: Any) -> None:
+def test_a_dry_run_prints_its_decisions_and_changes_nothing(shell: Any, backends: Any) -> None:
     shell("systemctl stop pixel-lb; touch /run/unready", on="debian12")
     try:
-        said = shell("timeout 12 pixel-lb watch --dry-run 2>&1")
+        output = shell("timeout 12 pixel-lb watch --dry-run 2>&1")
     finally:
         shell("rm /run/unready; systemctl start pixel-lb", on="debian12")
-    assert "debian12 is marked down: /readyz returned 503" in said
-    assert "would set debian12 down" in said
+    assert "debian12 is marked down: /readyz returned 503" in output
+    assert "would set debian12 down" in output
     assert {each["state"] for each in backends().values()} == {"up"}
 
 
-def test_what_nginx_would_refuse_leaves_the_last_good_file(shell: Any, backends: Any) -> None:
+def test_the_last_valid_file_is_kept_when_nginx_refuses_a_new_one(shell: Any, backends: Any) -> None:
     before = shell("cat /etc/nginx/pixel/upstreams.conf")
     shell("echo 'nonsense;' >>/etc/nginx/pixel/server.conf; touch /run/unready", on="debian12")
     try:

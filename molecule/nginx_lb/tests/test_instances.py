@@ -1,4 +1,4 @@
-"""Role nginx_lb before two instances of one host and one of another."""
+"""Role nginx_lb with two instances on one host and one on the other."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def two_of_debian12(play: Any) -> Iterator[None]:
 
 @pytest.fixture
 def many(host: Any) -> Any:
-    """How many of so many requests in a row each instance answers."""
+    """Send `count` requests in sequence; return how many each instance answered."""
     return lambda count, path="/who": Counter(json.loads(host.check_output(f"client many {count} {path}")))
 
 
 def test_the_instances_of_a_host_share_its_weight(many: Any) -> None:
-    # 3 to 2 for the hosts; half of 3 is 3 to 4 of the other's.
+    # Hosts have weights 3 and 2, so the instances have 1.5, 1.5 and 2: as integers 3, 3 and 4.
     assert many(100) == {"debian12": 30, "debian12-8001": 30, "debian13": 40}
 
 
-def test_each_is_asked_at_its_own_address(host: Any, fleet: dict[str, Any]) -> None:
+def test_each_instance_has_its_own_server_line(host: Any, fleet: dict[str, Any]) -> None:
     config = host.check_output("nginx -T 2>/dev/null")
     address = fleet["hosts"]["debian12"]["address"]
     own = host.backend.hostname == "debian12"
@@ -49,12 +49,12 @@ def test_each_is_asked_at_its_own_address(host: Any, fleet: dict[str, Any]) -> N
     }
     for name, where in addresses.items():
         assert f"server {where} weight=3 max_fails=10 fail_timeout=1s; # {name}" in config
-    # A ring has the same addresses on all balancers.
+    # The hash ring lists the same addresses on all balancers.
     for port in (8000, 8001):
         assert f"server {address}:{port} weight=3" in config
 
 
-def test_a_drain_takes_out_all_of_a_host(host: Any, many: Any) -> None:
+def test_a_drain_removes_all_instances_of_a_host(host: Any, many: Any) -> None:
     assert host.check_output("pixel-lb drain debian12") == "changed"
     try:
         states = json.loads(host.check_output("pixel-lb status"))["backends"]
@@ -67,7 +67,7 @@ def test_a_drain_takes_out_all_of_a_host(host: Any, many: Any) -> None:
     assert many(50) == {"debian12": 15, "debian12-8001": 15, "debian13": 20}
 
 
-def test_a_dead_instance_fails_no_request_and_its_sibling_goes_on(shell: Any, many: Any) -> None:
+def test_a_dead_instance_fails_no_request_and_the_other_one_still_serves(shell: Any, many: Any) -> None:
     shell("systemctl stop backend-8001", on="debian12")
     try:
         assert set(many(40)) == {"debian12", "debian13"}

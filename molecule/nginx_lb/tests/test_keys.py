@@ -1,4 +1,4 @@
-"""Role nginx_lb with other variables: methods that go by a key, and what it refuses."""
+"""Role nginx_lb with other variables: balancing by a key, and combinations that it refuses."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ ITEMS = [f"/pixel/{x}/{x * 7 % 100}" for x in range(60)]
 
 
 def owners(host: Any) -> dict[str, str]:
-    """Which instance answers for each item; a second request has to be answered by the same one."""
+    """Return the instance that answers for each item; assert that a second request gets the same one."""
     words = " ".join(ITEMS * 2)
     seen = json.loads(host.check_output(f"client each {words}"))
     assert seen[: len(ITEMS)] == seen[len(ITEMS) :]
     return dict(zip(ITEMS, seen, strict=False))
 
 
-def test_an_item_keeps_its_instance_and_only_a_leavers_items_move(host: Any) -> None:
+def test_an_item_keeps_its_instance_and_only_items_of_a_drained_host_move(host: Any) -> None:
     before = owners(host)
     assert set(before.values()) == {"debian12", "debian13"}
     host.check_output("pixel-lb drain debian13")
     try:
-        while_away = owners(host)
+        while_drained = owners(host)
     finally:
         host.check_output("pixel-lb undrain debian13")
-    assert set(while_away.values()) == {"debian12"}
+    assert set(while_drained.values()) == {"debian12"}
     assert owners(host) == before
 
 
@@ -58,10 +58,10 @@ def test_balancers_agree_on_an_items_instance(host: Any, state: Path) -> None:
     assert json.loads(done.stdout) == list(before.values())
 
 
-def test_a_hash_key_decides(host: Any) -> None:
+def test_the_hash_key_selects_the_instance(host: Any) -> None:
     def who(value: str) -> str:
-        said = json.loads(host.check_output(f"client one /who GET '' 'X-Own: {value}'"))
-        instance: str = said[1]["x-pixel-instance"]
+        answer = json.loads(host.check_output(f"client one /who GET '' 'X-Own: {value}'"))
+        instance: str = answer[1]["x-pixel-instance"]
         return instance
 
     values = [f"value-{number}" for number in range(20)]
@@ -71,7 +71,7 @@ def test_a_hash_key_decides(host: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "says"),
+    ("variables", "message"),
     [
         ({"nginx_lb_method": "fastest"}, "nginx_lb_method"),
         ({"nginx_lb_method": "hash", "nginx_lb_hash_key": "a b;"}, "nginx_lb_hash_key"),
@@ -90,7 +90,7 @@ def test_a_hash_key_decides(host: Any) -> None:
         ({"nginx_lb_backup": True}, "at least one host must not be a backup"),
     ],
 )
-def test_what_cannot_be_is_told(play: Any, variables: dict[str, Any], says: str) -> None:
+def test_an_impossible_combination_is_refused(play: Any, variables: dict[str, Any], message: str) -> None:
     done = play(ROLE, "--tags", "preflight", **variables)
     assert done.returncode != 0
-    assert says in done.words
+    assert message in done.words

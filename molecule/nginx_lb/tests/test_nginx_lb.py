@@ -1,4 +1,4 @@
-"""Role nginx_lb, before two backends that say what they were sent."""
+"""Role nginx_lb, with two backends that echo the request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ testinfra_hosts = ["debian12", "debian13"]
 
 @pytest.fixture
 def many(host: Any) -> Any:
-    """The instances (or the statuses of failures) that answer so many requests in a row."""
+    """Send `count` requests in sequence; return the instance (or error status) of each answer."""
     return lambda count, path="/who": json.loads(host.check_output(f"client many {count} {path}"))
 
 
@@ -23,7 +23,7 @@ def master(host: Any) -> str:
     return pid
 
 
-def test_it_runs_and_will_after_a_boot(host: Any) -> None:
+def test_nginx_runs_and_starts_at_boot(host: Any) -> None:
     assert host.service("nginx").is_running
     assert host.service("nginx").is_enabled
 
@@ -34,7 +34,7 @@ def test_workers_are_unprivileged(host: Any) -> None:
     assert {worker.user for worker in workers} == {"www-data"}
 
 
-def test_the_upstream_is_the_inventorys(host: Any, fleet: dict[str, Any]) -> None:
+def test_the_upstream_follows_the_inventory(host: Any, fleet: dict[str, Any]) -> None:
     own = host.backend.hostname
     (other,) = set(fleet["hosts"]) - {own}
     weights = {"debian12": 3, "debian13": 2}
@@ -45,17 +45,17 @@ def test_the_upstream_is_the_inventorys(host: Any, fleet: dict[str, Any]) -> Non
     assert f"server {address}:8000 weight={weights[other]} {rest} # {other}" in config
 
 
-def test_requests_in_a_row_follow_the_weights_exactly(many: Any) -> None:
-    many(20)  # Nginx forgets an earlier failure of a backend by and by.
+def test_sequential_requests_follow_the_weights_exactly(many: Any) -> None:
+    many(20)  # After a failure Nginx raises a backend's effective weight again step by step.
     seen = many(100)
     assert Counter(seen) == {"debian12": 60, "debian13": 40}
     assert seen[:50] == seen[50:]
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "POST", "HEAD", "DELETE", "OPTIONS"])
-def test_every_method_arrives_whole(curl: Any, method: str) -> None:
+def test_method_path_headers_and_body_reach_the_backend_unchanged(curl: Any, method: str) -> None:
     status, headers, body = curl("/a/b?x=1&y=%20z", method, "some body", "X-Own: kept")
-    # An answer to HEAD has no body: what the backend saw stands in a header, too.
+    # An answer to HEAD has no body, so the backend also echoes the request in a header.
     seen = json.loads(headers["x-seen"])
     assert status == 200
     assert body == ("" if method == "HEAD" else headers["x-seen"])
@@ -63,7 +63,7 @@ def test_every_method_arrives_whole(curl: Any, method: str) -> None:
     assert seen["headers"]["X-Own"] == "kept"
 
 
-def test_a_cluster_is_the_same_api_from_its_hosts_only(curl: Any, many: Any) -> None:
+def test_a_cluster_path_serves_the_same_api_from_its_hosts_only(curl: Any, many: Any) -> None:
     assert set(many(10, "/cluster/c5/who")) == {"debian12"}
     assert set(many(10, "/cluster/t2/who")) == {"debian13"}
     status, _, body = curl("/cluster/t2/a/b?x=1&y=%20z", "PUT", "some body")
@@ -73,7 +73,7 @@ def test_a_cluster_is_the_same_api_from_its_hosts_only(curl: Any, many: Any) -> 
     assert curl("/cluster/t2/metrics")[0] == curl("/metrics")[0]
 
 
-def test_the_backend_learns_of_the_client(curl: Any) -> None:
+def test_the_backend_receives_the_clients_address_and_scheme(curl: Any) -> None:
     _, answer, body = curl("/", "GET", "", "X-Forwarded-For: 6.6.6.6", "Host: canvas.example")
     sent = json.loads(body)["headers"]
     assert sent["Host"] == "canvas.example"
@@ -84,7 +84,7 @@ def test_the_backend_learns_of_the_client(curl: Any) -> None:
     assert "Connection" not in sent
 
 
-def test_the_log_tells_the_requests_way(host: Any, curl: Any) -> None:
+def test_the_access_log_contains_the_upstream_and_its_time(host: Any, curl: Any) -> None:
     _, headers, _ = curl("/logged?q=%22")
     for _ in range(20):
         found = host.run(f"grep {headers['x-request-id']} /var/log/nginx/access.log")
@@ -97,16 +97,16 @@ def test_the_log_tells_the_requests_way(host: Any, curl: Any) -> None:
     assert float(line["upstream_seconds"]) >= 0
 
 
-def test_a_proxy_in_front_learns_that_the_stream_must_not_be_buffered(curl: Any) -> None:
+def test_x_accel_buffering_is_passed_on_to_a_proxy_in_front(curl: Any) -> None:
     status, headers, _ = curl("/events")
     assert (status, headers["x-accel-buffering"]) == (200, "no")
 
 
-def test_it_says_no_version(curl: Any) -> None:
+def test_the_server_header_has_no_version(curl: Any) -> None:
     assert curl("/")[1]["server"] == "nginx"
 
 
-def test_its_own_refusals_are_problem_details(curl: Any) -> None:
+def test_errors_from_nginx_are_problem_details(curl: Any) -> None:
     status, headers, body = curl("/", "POST", "x", f"Content-Length: {3 * 1024 * 1024}")
     assert status == 413
     assert headers["content-type"] == "application/problem+json"
@@ -120,7 +120,7 @@ def test_its_own_refusals_are_problem_details(curl: Any) -> None:
 
 @pytest.fixture
 def method(host: Any, shell: Any) -> Iterator[Any]:
-    """Put another way to choose a backend in force."""
+    """Install another balancing method."""
     path = "/etc/nginx/staged/pixel/backends.json"
     staged = json.loads(host.file(path).content_string)
 
@@ -146,20 +146,20 @@ def test_concurrent_requests_are_spread_by_weight(method: Any, host: Any) -> Non
         assert sum(seen.values()) == 200
         return seen["debian12"]
 
-    # By least_conn it depends on who answers how fast on a machine that all share.
+    # least_conn depends on response times, which vary on a shared machine.
     assert abs(of_debian12() - 120) <= 50
     method("round_robin")
-    # But for what a backend's failure in an earlier test still costs it.
+    # A backend's failure in an earlier test may still lower its effective weight.
     assert abs(of_debian12() - 120) <= 4
 
 
-def test_least_conn_prefers_who_is_idle(host: Any) -> None:
-    # A slow host has its requests in flight for longer, and so gets fewer; by weight it would be 80.
+def test_least_conn_prefers_the_idle_backend(host: Any) -> None:
+    # Requests of a slow host are in flight for longer, so it gets fewer; by weight it would get 80.
     seen = Counter(json.loads(host.check_output("client many 200 /slow/debian13 20")))
     assert 0 < seen["debian13"] < 50
 
 
-def test_other_methods_are_taken(method: Any, many: Any) -> None:
+def test_random_ip_hash_and_hash_are_supported(method: Any, many: Any) -> None:
     method("random")
     assert set(many(100)) == {"debian12", "debian13"}
     method("ip_hash")
@@ -168,7 +168,7 @@ def test_other_methods_are_taken(method: Any, many: Any) -> None:
     assert len(set(many(20))) == 1
 
 
-def test_a_drained_backend_gets_nothing_and_nginx_is_not_restarted(host: Any, many: Any) -> None:
+def test_a_drained_backend_gets_no_request_and_nginx_is_not_restarted(host: Any, many: Any) -> None:
     before = master(host)
     assert host.check_output("pixel-lb drain debian13") == "changed"
     assert host.check_output("pixel-lb drain debian13") == "unchanged"
@@ -182,26 +182,26 @@ def test_a_drained_backend_gets_nothing_and_nginx_is_not_restarted(host: Any, ma
     assert master(host) == before
 
 
-def test_a_wrong_name_is_told(host: Any) -> None:
+def test_an_unknown_backend_is_refused_by_name(host: Any) -> None:
     refused = host.run("pixel-lb drain nobody")
     assert refused.rc == 1
     assert "unknown backend 'nobody'; known backends: debian12, debian13" in refused.stderr
 
 
-def test_a_broken_configuration_never_replaces_a_good_one(host: Any, shell: Any, many: Any) -> None:
-    good = host.file("/etc/nginx/nginx.conf").content_string
+def test_an_invalid_configuration_never_replaces_a_valid_one(host: Any, shell: Any, many: Any) -> None:
+    valid = host.file("/etc/nginx/nginx.conf").content_string
     shell("sed -i 's/worker_connections/worker_konnections/' /etc/nginx/staged/nginx.conf")
     refused = host.run("pixel-lb install")
     shell("sed -i 's/worker_konnections/worker_connections/' /etc/nginx/staged/nginx.conf")
     assert refused.rc == 1
     assert "unknown directive" in refused.stderr
-    assert host.file("/etc/nginx/nginx.conf").content_string == good
+    assert host.file("/etc/nginx/nginx.conf").content_string == valid
     assert len(many(5)) == 5
     assert host.check_output("pixel-lb install") == "unchanged"
 
 
-def test_a_change_that_was_never_loaded_is_loaded(host: Any, shell: Any) -> None:
-    """An interrupted run: the files are new, Nginx doesn't know."""
+def test_files_that_nginx_has_not_loaded_yet_are_loaded(host: Any, shell: Any) -> None:
+    """As after an interrupted run: files newer than Nginx's last reload."""
     shell("echo '# left over' >>/etc/nginx/pixel/proxy.conf")
     before = master(host)
     assert host.check_output("pixel-lb install") == "changed"
@@ -242,13 +242,13 @@ def test_no_backend_at_all_is_a_problem_with_a_hint(shell: Any, curl: Any, fleet
     assert headers["retry-after"] == "1"
 
 
-def test_the_unit_gives_requests_time_to_end(host: Any) -> None:
+def test_the_unit_stops_nginx_gracefully(host: Any) -> None:
     properties = host.service("nginx").systemd_properties
     assert "nginx -s quit" in properties["ExecStop"]
     assert int(properties["LimitNOFILE"]) == 16384
 
 
-def test_what_the_unit_says_is_in_force_since_the_package_started_it(host: Any) -> None:
+def test_the_units_limits_apply_to_the_process_that_the_package_started(host: Any) -> None:
     process = f"/proc/{master(host)}"
     assert host.check_output(f"grep '^Max open files' {process}/limits").split()[3:5] == ["16384", "16384"]
     assert "NoNewPrivs:\t1" in host.check_output(f"cat {process}/status")

@@ -1,4 +1,4 @@
-"""Attempts at a write: each has a stamp of its own, and the next one goes to another host."""
+"""Attempts at a write: each has its own time stamp, and a retry goes to another host."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ask(curl: Any) -> Ask:
 
 @pytest.fixture
 def behave(shell: Any, fleet: dict[str, Any]) -> Iterator[Callable[[str, str], None]]:
-    """Make a backend treat writes in a certain way."""
+    """Set a backend's behaviour for writes; see backend.py."""
 
     def run(name: str, behaviour: str) -> None:
         shell(f"echo {behaviour} >/run/behaviour", on=name)
@@ -41,13 +41,13 @@ def behave(shell: Any, fleet: dict[str, Any]) -> Iterator[Callable[[str, str], N
     time.sleep(2)
 
 
-def test_the_balancer_says_its_time(ask: Ask) -> None:
+def test_the_balancer_serves_its_clock(ask: Ask) -> None:
     status, _, body = ask("/lb/clock", "GET", "")
     assert status == 200
     assert abs(float(body) - time.time()) < 5
 
 
-def test_an_attempt_is_stamped_and_a_client_can_not_stamp(ask: Ask, address: str) -> None:
+def test_an_attempt_is_stamped_and_a_clients_stamp_is_replaced(ask: Ask, address: str) -> None:
     status, headers, body = ask()
     assert status == 200
     stamp = json.loads(body)["headers"]["X-Request-Start"].split()
@@ -60,7 +60,7 @@ def test_an_attempt_is_stamped_and_a_client_can_not_stamp(ask: Ask, address: str
     ("behaviour", "mark", "seconds"),
     [("no", [], 0), ("maybe", ["maybe"], 0), ("break", ["wait"], 0), ("hang", ["maybe"], 2)],
 )
-def test_what_one_host_does_not_serve_goes_to_the_other_with_a_new_stamp(
+def test_a_write_that_one_host_does_not_serve_is_retried_on_the_other_with_a_new_stamp(
     ask: Ask, behave: Callable[[str, str], None], behaviour: str, mark: list[str], seconds: float
 ) -> None:
     behave("debian13", behaviour)
@@ -77,13 +77,13 @@ def test_what_one_host_does_not_serve_goes_to_the_other_with_a_new_stamp(
             assert float(stamp[0]) >= began + seconds - 0.1
         assert "x-pixel-written" not in headers
     if mark:
-        # Some were tried at the other host first, and some were not.
+        # Some requests were first sent to the failing host, others were not.
         assert {tuple(each) for each in marks} == {(), tuple(mark)}
     else:
         assert marks == [[]] * 8
 
 
-def test_a_refusal_of_every_host_goes_to_the_client(
+def test_a_refusal_by_all_hosts_is_passed_to_the_client(
     ask: Ask, behave: Callable[[str, str], None], fleet: dict[str, Any]
 ) -> None:
     for name in fleet["hosts"]:
@@ -95,7 +95,7 @@ def test_a_refusal_of_every_host_goes_to_the_client(
     assert len(stamp) == 2
 
 
-def test_a_connection_that_breaks_twice_is_tried_once_more(
+def test_connections_that_break_on_all_hosts_are_answered_502(
     ask: Ask, behave: Callable[[str, str], None], fleet: dict[str, Any]
 ) -> None:
     for name in fleet["hosts"]:
@@ -105,7 +105,9 @@ def test_a_connection_that_breaks_twice_is_tried_once_more(
     assert headers["retry-after"] == "1"
 
 
-def test_a_request_to_a_cluster_stays_there(ask: Ask, behave: Callable[[str, str], None]) -> None:
+def test_a_request_to_a_cluster_is_not_retried_elsewhere(
+    ask: Ask, behave: Callable[[str, str], None]
+) -> None:
     behave("debian13", "no")
     for _ in range(4):
         status, headers, _ = ask("/cluster/t2/pixel")

@@ -14,14 +14,14 @@ testinfra_hosts = ["debian12", "debian13"]
 
 @pytest.fixture
 def converge(play: Any, host: Any) -> Any:
-    """Run the role again on this host, with variables of the test's choice."""
+    """Run the role again on this host; keyword arguments become extra variables."""
     playbook = "molecule/pixel_app/converge.yml"
     return lambda **variables: play(playbook, "--limit", host.backend.hostname, **variables)
 
 
 @pytest.fixture
 def ask(host: Any, address: str) -> Any:
-    """GET from the app on its own host; gives the decoded body."""
+    """GET from the app on its own host; returns the decoded body."""
     program = (
         "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=3).read().decode())"
     )
@@ -47,23 +47,23 @@ def wait_until_ready(host: Any, ask: Any) -> None:
 
 
 @pytest.mark.parametrize("unit", ["pixel.socket", "pixel.service"])
-def test_it_runs_and_starts_at_boot(host: Any, unit: str) -> None:
+def test_the_units_run_and_start_at_boot(host: Any, unit: str) -> None:
     assert host.service(unit).is_running
     assert host.service(unit).is_enabled
 
 
-def test_it_is_ready(ask: Any, host: Any) -> None:
+def test_the_app_is_ready(ask: Any, host: Any) -> None:
     ready = ask("/readyz")
     assert ready["redis"] == "ok"
     assert ready["instance"] == host.backend.hostname
 
 
-def test_it_connects_to_redis_as_the_url_says(host: Any) -> None:
+def test_the_app_connects_to_the_redis_of_the_url(host: Any) -> None:
     port = {"debian12": 6379, "debian13": 6380}[host.backend.hostname]
     assert "gunicorn" in host.check_output(f"ss -tnp state established dst :{port}")
 
 
-def test_workers_are_as_many_as_set_and_unprivileged(host: Any) -> None:
+def test_the_number_of_workers_is_as_configured_and_they_are_unprivileged(host: Any) -> None:
     master = main_pid(host)
     workers = host.process.filter(ppid=master)
     assert len(workers) == 2
@@ -71,7 +71,7 @@ def test_workers_are_as_many_as_set_and_unprivileged(host: Any) -> None:
     assert host.process.get(pid=master).user == "pixel"
 
 
-def test_it_listens_on_its_private_address_only(host: Any, address: str) -> None:
+def test_the_app_listens_on_the_private_address_only(host: Any, address: str) -> None:
     listening = [socket for socket in host.socket.get_listening_sockets() if ":8000" in socket]
     assert listening == [f"tcp://{address}:8000"]
     file = host.file("/run/pixel.sock")
@@ -79,7 +79,7 @@ def test_it_listens_on_its_private_address_only(host: Any, address: str) -> None
     assert (file.user, file.group, oct(file.mode)) == ("root", "www-data", "0o660")
 
 
-def test_it_serves_the_current_release(host: Any, ask: Any) -> None:
+def test_the_app_serves_the_current_release(host: Any, ask: Any) -> None:
     release = Path(host.check_output("readlink /opt/pixel/current"))
     assert release.parent == Path("/opt/pixel/releases")
     assert ask("/ping")["release"] == release.name
@@ -87,13 +87,13 @@ def test_it_serves_the_current_release(host: Any, ask: Any) -> None:
     assert not host.file(f"{release}/wheels").exists
 
 
-def test_the_service_cannot_write_its_own_program(host: Any) -> None:
+def test_the_services_user_cannot_write_to_the_release_or_its_settings(host: Any) -> None:
     done = host.run("sudo -u pixel touch /opt/pixel/current/x /etc/pixel/x")
     assert done.rc != 0
     assert "Permission denied" in done.stderr
 
 
-def test_the_password_is_where_only_root_reads_it(host: Any) -> None:
+def test_the_password_file_is_readable_by_root_only(host: Any) -> None:
     for path, mode in (
         ("/etc/pixel/credentials", "0o700"),
         ("/etc/pixel/credentials/redis_password", "0o600"),
@@ -103,8 +103,8 @@ def test_the_password_is_where_only_root_reads_it(host: Any) -> None:
 
 
 def test_the_unit_is_sandboxed(host: Any) -> None:
-    said = host.run("systemd-analyze security pixel.service").stdout
-    assert float(said.strip().splitlines()[-1].split(":")[1].split()[0]) <= 2.0
+    rating = host.run("systemd-analyze security pixel.service").stdout
+    assert float(rating.strip().splitlines()[-1].split(":")[1].split()[0]) <= 2.0
 
 
 def test_a_hup_replaces_the_workers_and_not_the_master(host: Any, ask: Any) -> None:
@@ -151,7 +151,7 @@ def test_a_killed_master_is_restarted(host: Any, ask: Any) -> None:
     assert main_pid(host) not in (0, before)
 
 
-def test_without_redis_it_is_not_ready_and_recovers_by_itself(host: Any, ask: Any) -> None:
+def test_without_redis_the_app_is_not_ready_and_recovers_by_itself(host: Any, ask: Any) -> None:
     host.run_expect([0], "systemctl stop redis-server")
     try:
         program = (
@@ -161,14 +161,16 @@ def test_without_redis_it_is_not_ready_and_recovers_by_itself(host: Any, ask: An
             "except urllib.error.HTTPError as error:\n"
             "    print(error.code, error.headers['Retry-After'], time.monotonic() - start < 1)\n"
         )
-        said = host.check_output(f'python3 -c "{program}" http://$(hostname -I | cut -d" " -f1):8000/readyz')
-        assert said == "503 1 True"
+        output = host.check_output(
+            f'python3 -c "{program}" http://$(hostname -I | cut -d" " -f1):8000/readyz'
+        )
+        assert output == "503 1 True"
     finally:
         host.run_expect([0], "systemctl start redis-server")
     wait_until_ready(host, ask)
 
 
-def test_settings_that_the_app_refuses_stop_the_play_and_the_service_stays(
+def test_invalid_settings_stop_the_play_and_the_service_keeps_running(
     converge: Any, host: Any, ask: Any
 ) -> None:
     before = main_pid(host)
@@ -179,8 +181,8 @@ def test_settings_that_the_app_refuses_stop_the_play_and_the_service_stays(
     wait_until_ready(host, ask)
 
 
-def test_old_releases_are_removed_and_a_new_one_takes_over(converge: Any, host: Any, ask: Any) -> None:
-    """Three stay: the current one, the one before it, and the newest of the others that are complete."""
+def test_a_deploy_removes_old_releases(converge: Any, host: Any, ask: Any) -> None:
+    """Three are kept: the current one, the one before it, and the newest complete one of the others."""
     former = ask("/ping")["release"]
     for number in range(1, 6):
         path = f"/opt/pixel/releases/old-{number}"
@@ -196,7 +198,7 @@ def test_old_releases_are_removed_and_a_new_one_takes_over(converge: Any, host: 
     assert ask("/ping")["release"] == former
 
 
-def test_a_candidate_port_in_use_is_named_and_holds_nothing_against_the_release(
+def test_a_candidate_port_in_use_is_reported_and_the_same_release_can_be_deployed_later(
     converge: Any, host: Any, ask: Any
 ) -> None:
     name = host.backend.hostname
@@ -216,10 +218,10 @@ def test_a_candidate_port_in_use_is_named_and_holds_nothing_against_the_release(
     wait_until_ready(host, ask)
 
 
-def test_a_deploy_works_with_a_umask_and_a_proxy_of_the_host(
+def test_a_deploy_works_with_a_strict_umask_and_a_dead_proxy_on_the_host(
     converge: Any, host: Any, ask: Any, shell: Any
 ) -> None:
-    """A strict umask of sudo hides files from the service's user; the proxy answers nothing."""
+    """sudo's umask would hide files from the service's user; the proxy does not answer."""
     former = ask("/ping")["release"]
     shell(
         "cp /etc/environment /etc/environment.kept; echo http_proxy=http://127.0.0.1:1 >>/etc/environment\n"
@@ -244,7 +246,7 @@ def test_a_deploy_works_with_a_umask_and_a_proxy_of_the_host(
 def test_a_release_that_cannot_start_is_built_again(
     converge: Any, host: Any, ask: Any, shell: Any, damage: str
 ) -> None:
-    """What a strict umask, or an upgrade of the distribution that replaces Python, leaves behind."""
+    """As after a strict umask, or after a distribution upgrade that replaces Python."""
     shell(f"cd $(readlink /opt/pixel/current) && {{ {damage}; }}; systemctl restart --no-block pixel")
     done = converge()
     assert done.returncode == 0, done.stdout
@@ -257,9 +259,7 @@ def test_a_release_that_cannot_start_is_built_again(
 SECOND = ["pixel@8001.socket", "pixel@8001.service"]
 
 
-def test_further_instances_come_stay_and_go_with_the_first(
-    converge: Any, host: Any, ask: Any, address: str
-) -> None:
+def test_instances_can_be_added_and_removed(converge: Any, host: Any, ask: Any, address: str) -> None:
     name = host.backend.hostname
     first = ask("/ping")
     second = first | {"instance": f"{name}-8001", "port": 8001}
@@ -275,7 +275,7 @@ def test_further_instances_come_stay_and_go_with_the_first(
     assert ask("/readyz", 8001)["redis"] == "ok"
     assert main_pid(host) == before
 
-    # A third one can't listen: the two that there were go on.
+    # A third instance cannot listen; the other two keep serving.
     host.run_expect([0], f"systemd-run --unit=squatter python3 -m http.server --bind {address} 8002")
     try:
         done = converge(pixel_app_instances=3)

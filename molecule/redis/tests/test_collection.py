@@ -1,4 +1,4 @@
-"""The role out of an installed collection."""
+"""Role redis from an installed collection."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 PLAY = """
-- name: Redis out of the installed collection
+- name: Redis from the installed collection
   hosts: redis
   roles:
     - role: pixel.endpoint.redis
@@ -22,7 +22,7 @@ def test_an_installed_collection_converges_to_the_same_state(inventory: str, tmp
     (tmp_path / "play.yml").write_text(PLAY)
     where = {"ANSIBLE_COLLECTIONS_PATH": str(collections), "ANSIBLE_ROLES_PATH": str(tmp_path)}
     done = subprocess.run(
-        # The test hosts' inventory looks for their keys beside the playbook's repository.
+        # The test inventory finds the hosts' keys through `fleet_repository`.
         [
             *("ansible-playbook", "--inventory", ROOT / inventory),
             *("--extra-vars", f"fleet_repository={ROOT}", tmp_path / "play.yml"),

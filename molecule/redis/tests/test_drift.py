@@ -1,4 +1,4 @@
-"""What was changed by hand is shown by a dry run, and repaired by an ordinary one."""
+"""Manual changes on a host: a dry run shows them, an ordinary run repairs them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-# One Debian is enough: the repair is Ansible's, not the distribution's.
+# The repair does not depend on the Debian release, so test one.
 testinfra_hosts = ["debian12"]
 
 
@@ -24,7 +24,7 @@ def test_files_and_services_are_repaired(host: Any, shell: Any, run: Callable[..
         " systemctl disable --now redis-server"
     )
     shown = run("--check", "--diff")
-    # The set of files, the two handlers that it notifies, and the service.
+    # Changed: the set of files, the two handlers that it notifies, and the service.
     assert shown.changes() == {"debian12": 4}
     for part in (
         "-maxclients 5",
@@ -34,14 +34,14 @@ def test_files_and_services_are_repaired(host: Any, shell: Any, run: Callable[..
         "TASK [pixel.endpoint.redis : Start and enable Redis]",
     ):
         assert part in shown.stdout, shown.stdout
-    # The users' file is secret.
+    # The diff does not show users.acl, which is secret.
     assert "user default" not in shown.stdout
     assert host.file("/etc/redis/redis.conf").contains("maxclients 5")
     assert not host.service("redis-server").is_running
 
     done = run()
     assert done.changes()["debian12"] > 0
-    # However many files ask for it.
+    # Several changed files notify the handler; it runs once.
     assert done.stdout.count("RUNNING HANDLER [pixel.endpoint.redis : Restart Redis]") == 1
     assert host.file("/etc/redis/redis.conf").content_string == before
     assert host.file("/etc/redis/users.acl").mode == 0o640

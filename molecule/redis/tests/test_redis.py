@@ -1,4 +1,4 @@
-"""Role redis, as the app, an operator and an attacker see it."""
+"""Role redis: users and rights, durability, passwords, and existing data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ testinfra_hosts = ["debian12", "debian13"]
 
 @pytest.fixture
 def redis(shell: Any, address: str, password: Any) -> Any:
-    """Run a command as one of the users; `None` is nobody."""
+    """Run a command as a Redis user; `None` means without authentication."""
 
     def run(user: str | None, *command: str) -> str:
         login = ""
@@ -32,23 +32,23 @@ def redis(shell: Any, address: str, password: Any) -> Any:
     return run
 
 
-def test_it_runs_and_will_after_a_boot(host: Any) -> None:
+def test_redis_runs_and_starts_at_boot(host: Any) -> None:
     service = host.service("redis-server")
     assert service.is_running
     assert service.is_enabled
 
 
-def test_it_listens_on_loopback_and_the_private_address_only(host: Any, address: str) -> None:
+def test_redis_listens_on_loopback_and_the_private_address_only(host: Any, address: str) -> None:
     listening = [socket for socket in host.socket.get_listening_sockets() if socket.endswith(":6379")]
     assert sorted(listening) == sorted([f"tcp://{address}:6379", "tcp://127.0.0.1:6379"])
 
 
 @pytest.mark.parametrize("command", [("ping",), ("get", "pixel:0:0"), ("info",), ("auth", "default", "")])
-def test_nobody_may_do_nothing(redis: Any, command: tuple[str, ...]) -> None:
+def test_an_unauthenticated_client_may_run_no_command(redis: Any, command: tuple[str, ...]) -> None:
     assert redis(None, *command).startswith(("NOAUTH", "WRONGPASS"))
 
 
-def test_the_app_may_use_its_keys(redis: Any) -> None:
+def test_the_apps_user_may_use_its_keys(redis: Any) -> None:
     assert redis("app", "bitfield", "pixel:test", "set", "u8", "0", "97") in ("0", "97")
     assert redis("app", "getrange", "pixel:test", "0", "-1") == "a"
     assert redis("app", "xadd", "pixel:test:events", "MAXLEN", "~", "10", "*", "c", "x")
@@ -71,16 +71,16 @@ def test_the_app_may_use_its_keys(redis: Any) -> None:
         ("publish", "channel", "x"),
     ],
 )
-def test_the_app_may_do_nothing_else(redis: Any, command: tuple[str, ...]) -> None:
+def test_the_apps_user_may_run_no_other_command(redis: Any, command: tuple[str, ...]) -> None:
     assert redis("app", *command).startswith("NOPERM")
 
 
-def test_an_acknowledged_write_is_on_disk(redis: Any) -> None:
+def test_acknowledged_writes_are_configured_to_be_on_disk(redis: Any) -> None:
     for name, value in [("appendonly", "yes"), ("appendfsync", "always"), ("maxmemory-policy", "noeviction")]:
         assert redis("admin", "config", "get", name).split() == [name, value]
 
 
-def test_what_takes_long_is_remembered(redis: Any) -> None:
+def test_slow_commands_are_recorded_by_the_latency_monitor(redis: Any) -> None:
     wait = """
         local began = redis.call("time")
         repeat local now = redis.call("time") until (now[1] - began[1]) * 1e6 + now[2] - began[2] > 2e5
@@ -91,7 +91,7 @@ def test_what_takes_long_is_remembered(redis: Any) -> None:
     assert 200 <= int(milliseconds) < 60_000
 
 
-def test_memory_is_bounded_by_the_hosts(host: Any, redis: Any) -> None:
+def test_maxmemory_is_derived_from_the_hosts_memory(host: Any, redis: Any) -> None:
     limit = int(redis("admin", "config", "get", "maxmemory").split()[1])
     total = int(host.run("awk '/MemTotal/ {print $2}' /proc/meminfo").stdout) * 1024
     assert 0.3 * total < limit < 0.5 * total
@@ -101,7 +101,7 @@ KILL = "systemctl kill --signal=KILL redis-server"
 
 
 def stop_and_wait(host: Any, redis: Any, way: str) -> None:
-    """Restart or kill Redis, and wait until another process answers."""
+    """Restart or kill Redis, and wait until a new process answers."""
 
     def main_pid() -> str:
         return str(host.service("redis-server").systemd_properties["MainPID"])
@@ -125,21 +125,21 @@ def test_a_restart_or_a_crash_loses_nothing(host: Any, redis: Any, way: str) -> 
 def test_transactions_survive_a_restart(
     host: Any, shell: Any, redis: Any, address: str, password: Any
 ) -> None:
-    """Redis checks the rights of whom it replays its log as, at the end of each transaction."""
+    """While it replays the log, Redis checks the rights of the default user at each EXEC."""
     session = f"AUTH pixel {password('app')}\nMULTI\nSET pixel:test:transaction kept\nEXEC\n"
     assert shell(f"printf '{session}' | redis-cli -h {address}").splitlines()[-1] == "OK"
     host.run_expect([0], "systemctl restart redis-server")
     assert redis("app", "get", "pixel:test:transaction") == "kept"
 
 
-def test_files_are_redis_own(host: Any) -> None:
+def test_configuration_files_belong_to_redis(host: Any) -> None:
     for path in ("/etc/redis/redis.conf", "/etc/redis/users.acl"):
         file = host.file(path)
         assert (file.user, file.group, oct(file.mode)) == ("redis", "redis", "0o640")
 
 
 @pytest.mark.parametrize("user", ["app", "admin"])
-def test_passwords_are_nowhere_in_clear(host: Any, password: Any, user: str) -> None:
+def test_passwords_are_not_stored_in_clear(host: Any, password: Any, user: str) -> None:
     secret = password(user)
     places = (
         "cat /etc/redis/*",
@@ -153,15 +153,15 @@ def test_passwords_are_nowhere_in_clear(host: Any, password: Any, user: str) -> 
 
 
 def test_the_unit_is_sandboxed(host: Any) -> None:
-    said = host.run("systemd-analyze security redis-server.service").stdout
-    exposure = float(said.strip().splitlines()[-1].split(":")[1].split()[0])
+    rating = host.run("systemd-analyze security redis-server.service").stdout
+    exposure = float(rating.strip().splitlines()[-1].split(":")[1].split()[0])
     assert exposure <= 2.0
 
 
-def test_a_log_cut_off_at_its_end_is_repaired_and_reported(
+def test_a_truncated_log_is_repaired_and_the_repair_is_logged(
     host: Any, shell: Any, redis: Any, address: str, password: Any
 ) -> None:
-    """As after a power cut: the last transaction is there in part, and so was never acknowledged."""
+    """As after a power cut: the last transaction is incomplete, and so was never acknowledged."""
 
     def write(name: str) -> None:
         commands = f"MULTI\nSET pixel:test:{name} kept\nSET pixel:test:{name}:2 kept\nEXEC"
@@ -169,10 +169,10 @@ def test_a_log_cut_off_at_its_end_is_repaired_and_reported(
         assert shell(f"printf '{login}\n{commands}\n' | redis-cli -h {address}").splitlines()[-1] == "OK"
 
     def repairs() -> int:
-        """Since Redis was started, as playbooks/status.yml counts them."""
+        """Count repairs since Redis was started, as playbooks/status.yml does."""
         started = "_SYSTEMD_INVOCATION_ID=$(systemctl show -P InvocationID redis-server)"
-        said: str = shell(f"journalctl --output=cat --no-pager {started}")
-        return len(re.findall("!!! Truncating the AOF|bytes cut off", said))
+        journal: str = shell(f"journalctl --output=cat --no-pager {started}")
+        return len(re.findall("!!! Truncating the AOF|bytes cut off", journal))
 
     host.run_expect([0], "systemctl restart redis-server")
     assert repairs() == 0
@@ -184,7 +184,7 @@ def test_a_log_cut_off_at_its_end_is_repaired_and_reported(
     assert redis("admin", "exists", "pixel:test:whole", "pixel:test:whole:2") == "2"
     assert redis("admin", "exists", "pixel:test:cut", "pixel:test:cut:2") == "0"
     assert repairs() == 1
-    # What is acknowledged behind the cut stays, too, and the log is sound.
+    # Writes acknowledged after the repair are kept as well, and the log is valid.
     write("later")
     assert "All AOF files and manifest are valid" in shell(
         "redis-check-aof /var/lib/redis/appendonlydir/appendonly.aof.manifest"
@@ -196,7 +196,7 @@ def test_a_log_cut_off_at_its_end_is_repaired_and_reported(
 
 @dataclass
 class Repair:
-    """Three runs on all hosts where Redis has another password than its file; its PIDs by host."""
+    """Three runs on hosts whose running Redis differs from its files, and Redis' PIDs by host in between."""
 
     healed: Any
     finished: Any
@@ -209,14 +209,14 @@ class Repair:
 
 @pytest.fixture(scope="module")
 def repair(play: Any, state: Path, fleet: dict[str, Any], password: Any) -> Repair:
-    """An earlier run ended before it restarted Redis. Run once, as both hosts do it at the same time."""
+    """An earlier run ended before it restarted Redis. Prepared once for both hosts, to save time."""
 
     def on_all(script: str) -> dict[str, str]:
         outputs = {}
         for name in testinfra_hosts:
             ssh = ["ssh", "-F", str(state / "ssh_config"), name, "sudo sh -s"]
-            words = script.replace("ADDRESS", fleet["hosts"][name]["address"])
-            outputs[name] = subprocess.run(ssh, input=words, text=True, capture_output=True).stdout.strip()
+            text = script.replace("ADDRESS", fleet["hosts"][name]["address"])
+            outputs[name] = subprocess.run(ssh, input=text, text=True, capture_output=True).stdout.strip()
         return outputs
 
     pids = "systemctl show --property=MainPID --value redis-server"
@@ -232,11 +232,11 @@ def repair(play: Any, state: Path, fleet: dict[str, Any], password: Any) -> Repa
     return Repair(healed, finished, repeated, first, before, after, on_all(pids))
 
 
-def test_a_run_that_ended_before_the_restart_is_completed_by_the_next(
+def test_the_next_run_completes_a_run_that_ended_before_the_restart(
     host: Any, repair: Repair, redis: Any
 ) -> None:
     name = host.backend.hostname
-    # Users are put right without a restart.
+    # Users are corrected without a restart.
     assert repair.healed.changes()[name] == 1
     assert repair.before[name] == repair.first[name]
     assert repair.finished.returncode == 0
@@ -251,7 +251,7 @@ ODD = r"""'"quo\ted"\\#%$&{-ü-€-'""" + "x" * 8
 
 @pytest.fixture
 def answers(shell: Any, address: str) -> Any:
-    """What Redis answers the app's user with this password, which goes in on standard input."""
+    """Send PING as the app's user with a password, which is passed on standard input."""
 
     def ping(password: str) -> str:
         script = f"redis-cli -h {address} --user pixel --askpass PING 2>&1 <<'END'\n{password}\nEND\n"
@@ -262,10 +262,10 @@ def answers(shell: Any, address: str) -> Any:
     return ping
 
 
-def test_a_password_is_changed_without_a_restart_and_both_are_valid_until_it_is_retired(
+def test_a_new_password_needs_no_restart_and_the_former_one_is_valid_until_retired(
     host: Any, play: Any, password: Any, answers: Any, state: Path
 ) -> None:
-    """Also one with every character that a shell, a quote or an ACL file could trip over."""
+    """The password contains every character that a shell, a quotation or an ACL file treats specially."""
     name, former = host.backend.hostname, password("app")
     roles = [
         {"ansible.builtin.include_role": {"name": "redis"} | part}
@@ -289,7 +289,7 @@ def test_a_password_is_changed_without_a_restart_and_both_are_valid_until_it_is_
         assert answers(ODD) == "PONG"
         assert "WRONGPASS" in answers(former)
         assert main_pid() == before
-        # The file says the same as the running Redis.
+        # The file agrees with the running Redis.
         host.run_expect([0], "systemctl restart redis-server && sleep 1")
         assert answers(ODD) == "PONG"
         assert ODD not in host.run("journalctl --no-pager").stdout
@@ -299,8 +299,8 @@ def test_a_password_is_changed_without_a_restart_and_both_are_valid_until_it_is_
     assert "WRONGPASS" in answers(ODD)
 
 
-def test_a_redis_in_use_is_not_displaced(host: Any, play: Any) -> None:
-    """As before the first run: no users file of ours, and data."""
+def test_a_redis_with_foreign_data_is_not_taken_over(host: Any, play: Any) -> None:
+    """As before the first run: no users file of the role, and data."""
     host.run_expect([0], "mv /etc/redis/users.acl /etc/redis/kept && truncate -s 2k /var/lib/redis/dump.rdb")
     try:
         done = play("molecule/redis/converge.yml", "--limit", host.backend.hostname)
