@@ -30,7 +30,7 @@ LOCKS = {
     "locust": ("locust.txt",),
     "test": ("test.txt", "report.txt", "locust.txt"),
 }
-# Commands that the tests run, and the Debian packages they are in.
+# Commands that the tests run, and their Debian packages.
 TEST_COMMANDS = {
     "chromium": "chromium",
     "curl": "curl",
@@ -42,7 +42,7 @@ TEST_COMMANDS = {
     "redis-server": "redis-server",
     "wrk": "wrk",
 }
-# Ubuntu has it only as a snap. Without a browser only the tests that open a page fail.
+# In Ubuntu chromium is only a snap. Without a browser only the tests that open a page fail.
 OPTIONAL = ("chromium",)
 
 _started = time.monotonic()
@@ -53,7 +53,7 @@ class Problem(Exception):
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print a line of progress."""
     print(f"{time.monotonic() - _started:6.1f} s  {text}", flush=True)
 
 
@@ -69,7 +69,7 @@ def run(
 
 
 def as_root(*command: str) -> tuple[str, ...]:
-    """The command, through sudo if this user isn't root."""
+    """Return the command, with sudo unless this user is root."""
     if os.geteuid() == 0:
         return command
     if not shutil.which("sudo"):
@@ -84,13 +84,13 @@ def install_packages(*packages: str, if_known: tuple[str, ...] = ()) -> None:
     say(f"installing {', '.join(packages + if_known)}")
     apt = as_root("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet")
     run(*apt, "update")
-    # For a purely virtual package it succeeds and prints nothing.
+    # For a purely virtual package apt-cache succeeds and prints nothing.
     known = [package for package in if_known if run("apt-cache", "show", package, check=False).stdout]
     run(*apt, "install", "--yes", "--no-install-recommends", *packages, *known)
 
 
 def find(command: str) -> str | None:
-    """Path of a command. Debian has daemons in directories that are not in an ordinary user's PATH."""
+    """Return the path of a command, also in /usr/sbin and /sbin, which a user's PATH may lack."""
     return shutil.which(command, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
@@ -109,7 +109,7 @@ def ensure_packages(profile: str) -> None:
 
 
 def ensure_venv(profile: str) -> None:
-    """Install the locked libraries in `.venv`; an incomplete `.venv` is replaced."""
+    """Install the locked libraries in `.venv`; replace an incomplete `.venv`."""
     python = VENV / "bin" / "python"
     if not python.exists() or run(str(python), "-m", "pip", "--version", check=False).returncode != 0:
         say("creating .venv")

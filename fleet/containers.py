@@ -26,7 +26,7 @@ def create(docker: Docker, fleet: Fleet) -> None:
     planned = {fleet.container(host) for host in fleet.hosts}
     for name in _names(docker, fleet):
         if name not in planned:
-            _replace(docker, name, "the fleet has no such host any more")
+            _replace(docker, name, "it is no longer a host of the fleet")
     ensure_network(docker, fleet)
     key = state.ensure_key(fleet)
     for host in fleet.hosts:
@@ -84,11 +84,11 @@ def _remove(docker: Docker, name: str) -> None:
 
 
 def _foreign(what: str) -> Problem:
-    return Problem(f"{what} exists and isn't this fleet's; use another name: PIXEL_FLEET=other")
+    return Problem(f"{what} exists and is not part of this fleet; use another name: PIXEL_FLEET=other")
 
 
 def ensure_network(docker: Docker, fleet: Fleet) -> None:
-    """Create the fleet's network, or replace it where its subnet is another."""
+    """Create the fleet's network; replace one with another subnet."""
     fields = '{{index .Labels "pixel.fleet"}} {{range .IPAM.Config}}{{.Subnet}}{{end}}'
     found = docker("network", "inspect", fleet.name, "--format", fields, check=False)
     if found.returncode == 0:
@@ -105,12 +105,12 @@ def ensure_network(docker: Docker, fleet: Fleet) -> None:
     if created.returncode != 0:
         raise Problem(
             f"network {fleet.subnet} can't be created: {created.stderr.strip()}\n"
-            "Name a free one: PIXEL_FLEET_SUBNET=172.29.200.0/24"
+            "Choose a free subnet: PIXEL_FLEET_SUBNET=172.29.200.0/24"
         )
 
 
 def ensure_container(docker: Docker, fleet: Fleet, host: Host, image: str) -> None:
-    """Run a host's container: leave it, start it, or replace it where its image or options changed."""
+    """Make sure that a host's container runs: start it, or replace it if its image or options changed."""
     name = fleet.container(host)
     arguments = [*_options(fleet, host), image, *_COMMAND]
     spec = hashlib.sha256("\n".join([*arguments, str(fleet.subnet)]).encode()).hexdigest()[:16]
@@ -139,7 +139,7 @@ def ensure_container(docker: Docker, fleet: Fleet, host: Host, image: str) -> No
             reason = f"its image changes from {old_image} to {image}"
         else:
             reason = "its port, address or another option changes"
-    # Before the container and its data are removed.
+    # Check these before the container and its data are removed.
     require_disk_space(docker)
     require_ports(host, held)
     if reason:
@@ -148,7 +148,7 @@ def ensure_container(docker: Docker, fleet: Fleet, host: Host, image: str) -> No
     docker("run", "--detach", "--name", name, *labels, *arguments)
 
 
-# Mounts that systemd makes for a unit (its credentials) must be visible to the unit.
+# Shared mount propagation makes the mounts of systemd (a unit's credentials) visible to the unit.
 _COMMAND = ("sh", "-c", "mount --make-rshared / && exec /sbin/init")
 
 
@@ -158,8 +158,8 @@ def _options(fleet: Fleet, host: Host) -> list[str]:
         *("--cpu-shares", str(host.cpu_shares)),
         *("--publish", f"127.0.0.1:{host.ssh_port}:22"),
         *(("--publish", f"127.0.0.1:{host.http_port}:80") if host.http_port else ()),
-        # What systemd and its sandboxes need (SYS_PTRACE: ProtectProc= together with PrivateUsers=);
-        # the same on cgroup v1 and v2, and no --privileged.
+        # Needed by systemd and its sandboxes, on cgroup v1 and v2, without --privileged.
+        # SYS_PTRACE is for ProtectProc= together with PrivateUsers=.
         *("--cap-add", "SYS_ADMIN", "--cap-add", "NET_ADMIN", "--cap-add", "SYS_PTRACE"),
         *("--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"),
         *("--cgroupns", "host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw"),
@@ -169,7 +169,7 @@ def _options(fleet: Fleet, host: Host) -> list[str]:
 
 
 def require_ports(host: Host, held: Collection[str] = ()) -> None:
-    """Stop if a port is in use, except those that the host's own container holds."""
+    """Raise `Problem` if a port is in use, except those of the host's own container."""
     for port, other in (
         (host.http_port, f"PIXEL_FLEET_PORT=8081 (this replaces {host.name} and its data)"),
         (host.ssh_port, "PIXEL_FLEET=other"),
@@ -211,7 +211,7 @@ def _wait_for_ssh(fleet: Fleet, host: Host) -> None:
 
 
 def _authorize(docker: Docker, fleet: Fleet, host: Host, key: str) -> None:
-    """Let the fleet's key log in."""
+    """Authorize the fleet's SSH key on a host."""
     home = f"/home/{state.LOGIN}/.ssh"
     script = (
         f"install -d -m 0700 -o {state.LOGIN} -g {state.LOGIN} {home}"

@@ -16,7 +16,7 @@ SCARCE_DISK = 3 * 1024**3
 
 
 class Docker:
-    """Calls the `docker` command, through sudo where this user may not use the engine."""
+    """Runs the `docker` command, with sudo if this user may not use the engine."""
 
     def __init__(self) -> None:
         self.command: tuple[str, ...] = ("docker",)
@@ -25,7 +25,7 @@ class Docker:
         return run(*self.command, *args, **options)
 
     def _refusal(self) -> str:
-        """The engine's error message; empty if it answers this user."""
+        """Return the engine's error message; empty if this user can use it."""
         try:
             done = self("version", "--format", "{{.Server.Version}}", check=False, timeout=30)
         except (FileNotFoundError, subprocess.TimeoutExpired) as error:
@@ -33,13 +33,13 @@ class Docker:
         return "" if done.returncode == 0 else done.stderr.strip() or "no answer"
 
     def ensure(self) -> str:
-        """Install and start the engine where needed; return its version and cgroup version."""
+        """Install and start the engine if necessary; return its version and cgroup version."""
         refusal = self._refusal()
         if refusal and not _forbidden(refusal):
             if not find("dockerd") or not find("docker"):
-                # Since Debian 13 the client is a package of its own.
+                # Since Debian 13 the client is a separate package.
                 install_packages("docker.io", if_known=("docker-cli",))
-            # The package's scripts may have started it.
+            # The package's scripts may have started the engine.
             refusal = self._refusal()
             if refusal and not _forbidden(refusal):
                 self._start()
@@ -94,7 +94,7 @@ def _forbidden(refusal: str) -> bool:
 
 
 def drop_stale(pid_file: Path) -> None:
-    """Remove a pid file whose process is gone or is another program."""
+    """Remove a pid file whose process has ended or is another program."""
     try:
         pid = pid_file.read_text().strip()
     except OSError:
@@ -108,7 +108,7 @@ def drop_stale(pid_file: Path) -> None:
 
 
 def require_disk_space(docker: Docker) -> None:
-    """Stop before creating an image or a host that wouldn't fit."""
+    """Raise `Problem` if there is no space for another image or host."""
     root = docker("info", "--format", "{{.DockerRootDir}}").stdout.strip()
     while not os.path.isdir(root):
         root = os.path.dirname(root)
@@ -117,12 +117,12 @@ def require_disk_space(docker: Docker) -> None:
         if free < SCARCE_DISK:
             raise Problem(
                 f"only {free / 1024**3:.1f} GiB are free under {folder}, 3 GiB are needed:"
-                " free some (`docker system prune` removes what no container uses)."
+                " free some (`docker system prune` removes images and containers that are not in use)."
             )
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Poll a condition twice a second; whether it came true within the time."""
+    """Poll a condition twice a second; return whether it became true within the time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

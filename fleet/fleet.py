@@ -47,7 +47,7 @@ from layout import Fleet, plan
 
 def deploy(fleet: Fleet) -> None:
     """Run site.yml as a user would, with its output visible."""
-    # Ansible ignores an ansible.cfg in a directory that others may write to, unless it is named.
+    # Ansible ignores an ansible.cfg in a world-writable directory unless ANSIBLE_CONFIG names it.
     environment = os.environ | {"PIXEL_FLEET": fleet.name, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
     playbook = VENV / "bin" / "ansible-playbook"
     done = subprocess.run([playbook, "site.yml"], cwd=ROOT, env=environment)
@@ -66,7 +66,7 @@ def first_pixel(fleet: Fleet) -> str:
     writer, answer = _fetch(request)
     if json.loads(answer) != {"status": "ok", "received": pixel}:
         raise Problem(f"POST /pixel answered {answer}")
-    # By the host's own path: open event streams influence which host the balancer chooses.
+    # Through /cluster/<host>, because open event streams influence the balancer's choice.
     other = next(host.name for host in fleet.hosts if not f"{writer}-".startswith(f"{host.name}-"))
     reader, answer = _fetch(urllib.request.Request(f"{fleet.url}/cluster/{other}/pixel/10/20"))
     if json.loads(answer)["R"] != 255:
@@ -75,9 +75,9 @@ def first_pixel(fleet: Fleet) -> str:
 
 
 def _fetch(request: urllib.request.Request) -> tuple[str, str]:
-    """The instance that answered, and its answer."""
+    """Return the instance that answered, and its answer."""
     try:
-        # Never through a proxy of the environment.
+        # Ignore the proxies of the environment.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=10) as response:
             return response.headers["X-Pixel-Instance"], response.read().decode()
@@ -88,7 +88,7 @@ def _fetch(request: urllib.request.Request) -> tuple[str, str]:
 
 
 def up(docker: Docker, fleet: Fleet) -> None:
-    """Do everything from the engine to the first pixel, and print what to try next."""
+    """Create and deploy the fleet, test one pixel, and print what to try next."""
     names = ", ".join(host.name for host in fleet.hosts)
     steps: list[tuple[str, Callable[[], object]]] = [
         ("Docker engine", docker.ensure),
@@ -180,7 +180,7 @@ def _execute(args: argparse.Namespace) -> None:
 
 
 def _processors(text: str) -> float | None:
-    """A number of processors that this machine has; None for all of them."""
+    """Parse a number of processors; None means all of this machine."""
     if text == "all":
         return None
     number = float(text)

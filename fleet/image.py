@@ -1,4 +1,4 @@
-"""The image that the hosts run: a Debian with systemd and SSH."""
+"""The host image: Debian with systemd and SSH."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECIPE = Path(__file__).with_name("Containerfile")
 
 
 def ensure_image(docker: Docker, suite: str) -> str:
-    """The tag of the host image for a Debian suite; the image is built if it doesn't exist."""
+    """Return the tag of the host image for a Debian suite; build the image if it does not exist."""
     own = os.environ.get("PIXEL_HOST_IMAGE")
     if own:
         if docker("image", "inspect", own, check=False).returncode != 0:
@@ -27,7 +27,7 @@ def ensure_image(docker: Docker, suite: str) -> str:
     path = ROOT / ".fleet" / "images.lock"
     path.parent.mkdir(exist_ok=True)
     with path.open("w") as lock:
-        # Two fleets may need the image at the same time: the second waits and uses it.
+        # If two fleets need the image at the same time, the second one waits and uses it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if docker("image", "inspect", tag, check=False).returncode == 0:
             return tag
@@ -40,7 +40,7 @@ def ensure_image(docker: Docker, suite: str) -> str:
 
 
 def base_image(docker: Docker, suite: str) -> str:
-    """A minimal Debian, from this machine's apt sources if possible, otherwise Debian's public image."""
+    """Return a minimal Debian, built from this machine's apt sources if possible, or the public image."""
     public = f"debian:{suite}-slim"
     sources = apt_sources(suite)
     if not sources:
@@ -61,7 +61,7 @@ def _bootstrap(docker: Docker, suite: str, sources: list[str], base: str) -> Non
         install_packages("mmdebstrap")
     say(f"bootstrapping Debian {suite} from this machine's apt sources")
     scratch = ROOT / ".fleet" / "bootstrap"
-    # An interrupted run may have left files, which belong to root.
+    # An interrupted run may have left files that belong to root.
     run(*as_root("rm", "-rf", str(scratch)))
     scratch.mkdir(parents=True)
     archive = scratch / f"{suite}.tar"
@@ -77,7 +77,7 @@ def _bootstrap(docker: Docker, suite: str, sources: list[str], base: str) -> Non
 
 
 def apt_sources(suite: str) -> list[str]:
-    """This machine's Debian sources, rewritten for the suite; empty on other systems."""
+    """Return this machine's Debian sources, rewritten for the suite; empty on other systems."""
     release = dict(
         line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
     )

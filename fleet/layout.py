@@ -1,4 +1,4 @@
-"""What follows from a fleet's name: container names, ports, addresses, and the state directory."""
+"""The plan of a fleet, derived from its name: container names, ports, addresses, state directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bootstrap import ROOT, Problem
 
 DEFAULT_HOSTS = ["c5", "t2"]
 DEFAULT_SUITE = "bookworm"
-# In the ratio of the clock speeds of c5.xlarge and t2.xlarge.
+# The ratio of the clock speeds of c5.xlarge and t2.xlarge.
 CPU_SHARES = {"c5": 1536, "t2": 1024}
 BALANCER = "c5"
 
@@ -56,7 +56,7 @@ class Fleet:
         return f"{self.name}-{host.name}"
 
     def host(self, name: str) -> Host:
-        """The host with this name; `Problem` if there is none."""
+        """Return the host with this name; raise `Problem` if there is none."""
         hosts = {host.name: host for host in self.hosts}
         if name not in hosts:
             raise Problem(f"fleet {self.name} has no host {name!r}; its hosts are {', '.join(hosts)}.")
@@ -64,7 +64,7 @@ class Fleet:
 
 
 def state_directory(name: str) -> Path:
-    """Where a fleet's key, ssh_config and fleet.json are."""
+    """Return the directory of a fleet's key, ssh_config and fleet.json."""
     return ROOT / ".fleet" / name
 
 
@@ -75,7 +75,7 @@ def plan(name: str, host_specs: list[str], environ: Mapping[str, str]) -> Fleet:
             f"PIXEL_FLEET={name!r} is not a valid name: use at most 31 lower-case letters, digits, - and _,"
             " beginning with a letter."
         )
-    # The default fleet has the ports in the README. Other fleets get theirs from a hash of the name.
+    # The default fleet has the ports in the README. Those of other fleets follow from a hash of the name.
     number = 0 if name == "pixel" else 1 + zlib.crc32(name.encode()) % 199
     http_port = environ.get("PIXEL_FLEET_PORT") or str(8080 + number * 10)
     if not http_port.isdecimal() or not 1024 <= int(http_port) <= 65535:
@@ -84,7 +84,7 @@ def plan(name: str, host_specs: list[str], environ: Mapping[str, str]) -> Fleet:
     try:
         subnet = ipaddress.IPv4Network(subnet_text)
         if subnet.prefixlen > 28:
-            raise ValueError("it has room for fewer than 14 hosts")
+            raise ValueError("it has fewer than 14 host addresses")
     except ValueError as error:
         raise Problem(
             f"PIXEL_FLEET_SUBNET={subnet_text!r} is not a usable network ({error});"

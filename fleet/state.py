@@ -1,4 +1,4 @@
-"""The files of a fleet in `.fleet/<name>/`: SSH key and configuration, fleet.json; and its lock."""
+"""The state of a fleet in `.fleet/<name>/` (SSH key and configuration, fleet.json), and its lock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOGIN = "ops"
 
 @contextlib.contextmanager
 def exclusive(fleet: Fleet) -> Iterator[None]:
-    """Allow one command at a time on a fleet. The lock is beside the state, which `down` removes."""
+    """Lock a fleet for one command. The lock file is outside the state directory, which `down` removes."""
     path = fleet.state.with_suffix(".lock")
     path.parent.mkdir(exist_ok=True)
     with path.open("w") as lock:
@@ -31,7 +31,7 @@ def exclusive(fleet: Fleet) -> Iterator[None]:
 
 
 def remembered(name: str, environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """The hosts a fleet was created with, and the environment with its port and subnet as defaults."""
+    """Return the hosts that a fleet was created with, and the environment with its port and subnet added."""
     path = state_directory(name) / "fleet.json"
     facts = json.loads(path.read_text()) if path.exists() else {}
     created = {
@@ -43,7 +43,7 @@ def remembered(name: str, environ: Mapping[str, str]) -> tuple[list[str], dict[s
 
 
 def ensure_key(fleet: Fleet) -> str:
-    """The fleet's public key. A lost or damaged key pair is replaced."""
+    """Return the fleet's public key; replace a missing or damaged key pair."""
     private = fleet.state / "id_ed25519"
     public = fleet.state / "id_ed25519.pub"
     if private.exists():
@@ -58,7 +58,7 @@ def ensure_key(fleet: Fleet) -> str:
 
 
 def write(docker: Docker, fleet: Fleet) -> None:
-    """Write what SSH, the inventory and the tests read."""
+    """Write known_hosts, ssh_config and fleet.json, which SSH, the inventory and the tests read."""
     config, known = [], []
     for host in fleet.hosts:
         public = docker("exec", fleet.container(host), "cat", "/etc/ssh/ssh_host_ed25519_key.pub")
@@ -68,7 +68,7 @@ def write(docker: Docker, fleet: Fleet) -> None:
             "  HostName 127.0.0.1",
             f"  Port {host.ssh_port}",
             f"  User {LOGIN}",
-            # In quotes: the path of the repository may have spaces.
+            # Quoted, because the repository's path may contain spaces.
             f'  IdentityFile "{fleet.state / "id_ed25519"}"',
             "  IdentitiesOnly yes",
             f'  UserKnownHostsFile "{fleet.state / "known_hosts"}"',
@@ -79,7 +79,7 @@ def write(docker: Docker, fleet: Fleet) -> None:
         "name": fleet.name,
         "url": fleet.url,
         "subnet": str(fleet.subnet),
-        # The source address of connections from this machine: Docker takes the first address of a network.
+        # Source address of connections from this machine: Docker assigns itself the network's first address.
         "gateway": str(fleet.subnet[1]),
         "specs": [f"{host.name}:{host.suite}" for host in fleet.hosts],
         "hosts": {
@@ -97,7 +97,7 @@ def write(docker: Docker, fleet: Fleet) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
+    """Replace a file atomically."""
     new = path.with_suffix(".new")
     new.write_text(text)
     new.replace(path)

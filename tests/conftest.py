@@ -1,4 +1,4 @@
-"""Programs that are not packages are imported from their directories."""
+"""Make programs outside packages importable."""
 
 import sys
 from pathlib import Path

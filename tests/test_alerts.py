@@ -1,4 +1,4 @@
-"""The alert rules and the dashboard, by Prometheus' own tools: each fires when it should, and only then."""
+"""The alert rules and the dashboard, checked with promtool: each alert fires only when it should."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASES = ROOT / "tests" / "alerts.yml"
 
 
 def write_rules(directory: Path, **chosen: Any) -> Path:
-    """The rules as the role writes them with its defaults, but for what is chosen."""
+    """Render the rules with the role's defaults and the given variables."""
     environment = jinja2.Environment(
         variable_start_string="[[",
         variable_end_string="]]",
@@ -37,7 +37,7 @@ def write_rules(directory: Path, **chosen: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Those of a fleet with all that there can be, and the cases beside them."""
+    """The rules of a fleet in which every group has a host, and the cases in the same directory."""
     path = write_rules(tmp_path_factory.mktemp("rules"))
     shutil.copy(CASES, path.parent)
     return path
@@ -49,7 +49,7 @@ def alerts(rules: Path) -> list[dict[str, Any]]:
 
 
 def hours(duration: str) -> float:
-    """Of a duration as the cases have it: 90s, 4m, 28h."""
+    """Convert a duration of the cases, such as 90s, 4m or 28h, to hours."""
     return int(duration[:-1]) / {"s": 3600, "m": 60, "h": 1}[duration[-1]]
 
 
@@ -59,7 +59,7 @@ def promtool(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def test_prometheus_takes_the_rules(rules: Path) -> None:
+def test_prometheus_accepts_the_rules(rules: Path) -> None:
     assert f"{len(alerts(rules))} rules found" in promtool("check", "rules", rules)
 
 
@@ -67,7 +67,7 @@ def test_every_alert_fires_and_resolves(rules: Path) -> None:
     promtool("test", "rules", rules.parent / CASES.name)
 
 
-def test_every_alert_has_a_case_that_is_quiet_that_fires_and_that_resolves(rules: Path) -> None:
+def test_every_alert_has_a_case_that_is_inactive_fires_and_resolves(rules: Path) -> None:
     cases = yaml.safe_load(CASES.read_text())["tests"]
     assert [case["name"] for case in cases] == [rule["alert"] for rule in alerts(rules)]
     for case in cases:
@@ -78,14 +78,14 @@ def test_every_alert_has_a_case_that_is_quiet_that_fires_and_that_resolves(rules
         assert times == sorted(set(times)), case["name"]
 
 
-def test_of_a_redis_that_others_manage_there_are_no_backups_to_miss(rules: Path, tmp_path: Path) -> None:
+def test_a_managed_redis_has_no_alerts_about_backups(rules: Path, tmp_path: Path) -> None:
     managed = write_rules(tmp_path, groups={"pixel_app": ["c5"]})
     left_out = [rule["alert"] for rule in alerts(rules) if rule not in alerts(managed)]
     assert left_out == ["BackupTooOld", "BackupMissing"]
     promtool("check", "rules", managed)
 
 
-def test_a_missing_redis_is_noticed_by_who_looks_once_a_minute(tmp_path: Path) -> None:
+def test_a_missing_redis_is_detected_with_a_scrape_interval_of_a_minute(tmp_path: Path) -> None:
     write_rules(tmp_path, monitoring_scrape_seconds=60)
     file = yaml.safe_load(CASES.read_text())
     [case] = [case for case in file["tests"] if case["name"] == "AppWithoutRedis"]
@@ -97,14 +97,14 @@ def test_a_missing_redis_is_noticed_by_who_looks_once_a_minute(tmp_path: Path) -
     promtool("test", "rules", path)
 
 
-def test_every_alert_says_what_to_do_and_how_urgent_it_is(rules: Path) -> None:
+def test_every_alert_has_a_severity_and_a_summary(rules: Path) -> None:
     for rule in alerts(rules):
         assert rule["labels"]["severity"] in ("page", "ticket"), rule["alert"]
         assert rule["annotations"]["summary"][-1] in ".?", rule["alert"]
 
 
-def test_all_that_a_host_has_is_known_as_its_own() -> None:
-    """By that, Alertmanager holds back what only says again that a host is away."""
+def test_targets_of_a_host_share_its_host_label() -> None:
+    """Alertmanager inhibits alerts of a host that is down by this label."""
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined)
     fleet_filters = pixel_fleet.FilterModule().filters().items()
     environment.filters |= {f"pixel.endpoint.{name}": value for name, value in fleet_filters} | {

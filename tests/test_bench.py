@@ -1,4 +1,4 @@
-"""The comparison measures what the roles deploy: its Nginx is configured as by role nginx_lb."""
+"""The comparison's Nginx has the directives and the log format of role nginx_lb."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def part(name: str, pattern: str) -> str:
     return found[0]
 
 
-def test_the_benchs_nginx_passes_writes_on_as_the_roles_does() -> None:
+def test_the_benchs_nginx_proxies_writes_like_the_roles() -> None:
     wanted = directives((ROLE / "templates" / "proxy_common.conf.j2").read_text())
     macro = part("server.conf.j2", r"{% macro attempt\(number\).*?{%-? endmacro %}")
     wanted |= directives(macro + "{{ attempt(1) }}")
@@ -38,7 +38,7 @@ def test_the_benchs_nginx_passes_writes_on_as_the_roles_does() -> None:
     assert wanted <= directives((PEERS / "site_proxy.conf").read_text())
 
 
-def test_the_benchs_nginx_logs_as_the_roles_does() -> None:
+def test_the_benchs_nginx_logs_like_the_roles() -> None:
     maps_and_format = part("nginx.conf.j2", r"    # A line is valid JSON.*?log_format pixel .*?;\n")
     rendered = Template(maps_and_format, trim_blocks=True, keep_trailing_newline=True).render()
     assert rendered in (PEERS / "nginx.conf").read_text()

@@ -1,4 +1,4 @@
-"""check_arguments refuses wrong variables of roles, all of them at once."""
+"""check_arguments reports all invalid role variables at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir())
-# The module of this name, which is documentation, comes first in the path.
+# An import by name would find the module of the same name, which contains only documentation.
 _SPEC = importlib.util.spec_from_file_location(
     "check_arguments_action", ROOT / "plugins/action/check_arguments.py"
 )
@@ -46,7 +46,7 @@ def options(role: str) -> dict[str, Any]:
         ("1 to 9 requests a second, or 0 for no limit", (0, 1, 9), (-1, 10)),
     ],
 )
-def test_a_range_is_what_its_words_say(
+def test_a_phrase_is_parsed_as_a_range(
     phrase: str, inside: tuple[float, ...], outside: tuple[float, ...]
 ) -> None:
     assert all(plugin.in_range(value, phrase) for value in inside)
@@ -54,13 +54,13 @@ def test_a_range_is_what_its_words_say(
 
 
 @pytest.mark.parametrize("phrase", ["1-60", "up to 3", "above 1", "1 to 60; 70", ""])
-def test_what_is_no_range_is_refused(phrase: str) -> None:
-    with pytest.raises(ValueError, match="is no range"):
+def test_a_phrase_that_is_not_a_range_is_refused(phrase: str) -> None:
+    with pytest.raises(ValueError, match="is not a range"):
         plugin.in_range(1, phrase)
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_every_number_has_a_range_and_its_description_says_the_same(role: str) -> None:
+def test_every_number_has_a_range_that_its_description_repeats(role: str) -> None:
     checks = load(role, "meta/checks.yml")
     described = options(role)
     numbers = {
@@ -98,7 +98,9 @@ def test_every_message_names_its_variable(role: str) -> None:
         (False, {"type": "str", "choices": ["off", "on"]}, "off"),
     ],
 )
-def test_what_ansible_would_convert_is_accepted(value: Any, option: dict[str, Any], converted: Any) -> None:
+def test_values_that_ansible_converts_are_accepted(
+    value: Any, option: dict[str, Any], converted: Any
+) -> None:
     assert plugin.convert("redis_x", value, option) == (converted, None)
 
 
@@ -123,11 +125,13 @@ def test_what_ansible_would_convert_is_accepted(value: Any, option: dict[str, An
         (["word"], {"type": "int", "no_log": True}, "redis_x is not an integer."),
     ],
 )
-def test_what_it_would_not_is_refused(value: Any, option: dict[str, Any], fault: str) -> None:
+def test_values_that_ansible_does_not_convert_are_refused(
+    value: Any, option: dict[str, Any], fault: str
+) -> None:
     assert plugin.convert("redis_x", value, option) == (value, fault)
 
 
-def test_a_variable_that_no_role_has_is_refused_with_the_nearest_one() -> None:
+def test_an_unknown_variable_is_refused_with_a_suggestion() -> None:
     known = {"redis": {"redis_port"}, "redis_node": {"redis_node_count"}}
     names = [
         "redis_port",
@@ -151,12 +155,12 @@ def test_a_network_is_accepted(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["10.0.0.0/33", "10.0.0.300", "everywhere", "", "::/129"])
-def test_what_is_no_network_is_refused(text: str) -> None:
+def test_text_that_is_not_a_network_is_refused(text: str) -> None:
     assert not plugin.is_network(text)
 
 
 def check(tmp_path: Path, task: dict[str, Any], *arguments: str, **variables: Any) -> str:
-    """Check the arguments of the local fleet's host c5, which needn't be there. Returns what is printed."""
+    """Check the arguments of the local fleet's host c5, which need not exist. Returns the output."""
     facts = {
         "all_ipv4_addresses": ["10.0.0.11"],
         "memtotal_mb": 8000,
@@ -183,7 +187,7 @@ def check(tmp_path: Path, task: dict[str, Any], *arguments: str, **variables: An
 
 
 def test_all_faults_of_all_roles_are_reported_at_once(tmp_path: Path) -> None:
-    wrong = {
+    invalid = {
         "redis_port": 80,
         "redis_appendfsync": "sometimes",
         "redis_app_password": "short-word",
@@ -200,8 +204,8 @@ def test_all_faults_of_all_roles_are_reported_at_once(tmp_path: Path) -> None:
         "firewall_ssh_networks": ["everywhere"],
         "logs_forward_to": "collector",
     }
-    said = check(tmp_path, {"roles": ROLES}, **wrong)
-    assert "failed=1" in said
+    output = check(tmp_path, {"roles": ROLES}, **invalid)
+    assert "failed=1" in output
     for line in (
         "redis_port 80 is out of range: 1024 to 65535.",
         "redis_appendfsync 'sometimes' is invalid: always or everysec.",
@@ -220,19 +224,19 @@ def test_all_faults_of_all_roles_are_reported_at_once(tmp_path: Path) -> None:
         "firewall_ssh_networks 'everywhere' is not a network such as 10.0.0.0/8.",
         "logs_forward_to 'collector' is invalid: host:port, or empty.",
     ):
-        assert line in " ".join(said.split()), said
-    assert "short-word" not in said
+        assert line in " ".join(output.split()), output
+    assert "short-word" not in output
 
 
 def test_variables_of_roles_that_run_elsewhere_are_checked_if_they_are_set(tmp_path: Path) -> None:
-    said = check(tmp_path, {"others": ROLES}, nginx_lb_weight=-3, redis_app_password="")
-    assert "nginx_lb_weight -3 is out of range" in said
-    # Which passwords are needed is for the hosts that need them.
-    assert "redis_app_password" not in said
+    output = check(tmp_path, {"others": ROLES}, nginx_lb_weight=-3, redis_app_password="")
+    assert "nginx_lb_weight -3 is out of range" in output
+    # Only the hosts that run the role require its passwords.
+    assert "redis_app_password" not in output
 
 
 def test_arguments_on_the_command_line_are_text(tmp_path: Path) -> None:
     given = ("-e", "redis_port=6380 firewall_enabled=false monitoring_p99_seconds=0.5 nginx_lb_tls=off")
     assert "failed=0" in check(tmp_path, {"roles": ROLES}, *given)
-    said = check(tmp_path, {"roles": ROLES}, "-e", "firewall_public_ports=80,443")
-    assert "firewall_public_ports is text, not a list" in said
+    output = check(tmp_path, {"roles": ROLES}, "-e", "firewall_public_ports=80,443")
+    assert "firewall_public_ports is text, not a list" in output

@@ -1,4 +1,4 @@
-"""cleanup.yml: what is stopped on a host that has left a group, and what isn't; systemctl is a stand-in."""
+"""cleanup.yml stops the services of a group that a host has left, and no others. systemctl is a stub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Run = Callable[..., tuple[str, list[str]]]
 
 @pytest.fixture
 def cleanup(tmp_path: Path) -> Run:
-    """Run the playbook on hosts that are this machine, with their files below a directory of each."""
+    """Run the playbook on two hosts that are this machine, each with a root directory of its own."""
     shutil.copytree(ROOT / "playbooks", tmp_path / "playbooks", symlinks=True)
     table = tmp_path / "playbooks" / "vars" / "cleanup.yml"
     variables = yaml.safe_load(table.read_text())
@@ -85,7 +85,7 @@ def cleanup(tmp_path: Path) -> Run:
     return run
 
 
-def test_services_of_a_group_that_a_host_has_left_are_stopped_once(cleanup: Run, tmp_path: Path) -> None:
+def test_services_of_a_group_that_a_host_has_left_are_stopped(cleanup: Run, tmp_path: Path) -> None:
     left = GROUPS | {
         "pixel_app": ["a"],
         "redis": ["a", "b"],
@@ -101,7 +101,7 @@ def test_services_of_a_group_that_a_host_has_left_are_stopped_once(cleanup: Run,
 
 
 def test_a_redis_that_the_app_uses_is_left_alone(cleanup: Run) -> None:
-    """Without group redis, its address is what pixel_app_redis_url names."""
+    """Without group redis, pixel_app_redis_url names the Redis host."""
     groups = {group: ["a", "b"] for group in GROUPS if group != "redis"}
     words, disabled = cleanup(groups, pixel_app_redis_url="redis://10.0.0.1:6379/0")
     assert "b has left redis" in words
@@ -109,7 +109,7 @@ def test_a_redis_that_the_app_uses_is_left_alone(cleanup: Run) -> None:
     assert disabled == ["redis-server.service", "prometheus-redis-exporter.service"]
 
 
-def test_nothing_is_stopped_in_a_dry_run_or_while_a_balancer_is_left_out(cleanup: Run) -> None:
+def test_no_service_is_stopped_in_a_dry_run_or_if_the_limit_excludes_a_balancer(cleanup: Run) -> None:
     for arguments in (("--check",), ("--limit", "b")):
         words, disabled = cleanup(GROUPS | {"pixel_app": ["a"]}, *arguments)
         assert disabled == []

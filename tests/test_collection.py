@@ -1,4 +1,4 @@
-"""The tree as the collection pixel.endpoint, and the names that work in both."""
+"""The repository as the collection pixel.endpoint: contents, full names, and use from another project."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ansible(program: str, *arguments: str | Path, cwd: Path, **variables: str) -
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files under version control as they are now, beside files that must stay private."""
+    """A copy of the files under version control, and files that must not be published."""
     folder = tmp_path_factory.mktemp("work") / "a clone"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -72,7 +72,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def project(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty project of somebody else, into which the collection is installed."""
+    """Another Ansible project in which the collection is installed."""
     folder = tmp_path_factory.mktemp("project")
     ansible("ansible-galaxy", "collection", "build", "--output-path", folder / "dist", cwd=clone)
     (archive,) = (folder / "dist").iterdir()
@@ -91,7 +91,7 @@ def project(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_archive_holds_nothing_private(project: Path) -> None:
+def test_the_archive_contains_no_private_file(project: Path) -> None:
     (archive,) = (project / "dist").iterdir()
     with tarfile.open(archive) as packed:
         names = {name.removeprefix("./") for name in packed.getnames()}
@@ -116,7 +116,7 @@ def test_another_project_runs_the_playbooks_by_their_full_names(project: Path) -
 
 
 def test_filters_are_called_by_their_full_names() -> None:
-    """An installed collection doesn't know the short ones, and no dry run of it renders them all."""
+    """Short filter names do not resolve in an installed collection, and no dry run renders all templates."""
     names = {
         name
         for path in (ROOT / "plugins/filter").glob("*.py")
@@ -132,7 +132,7 @@ def test_filters_are_called_by_their_full_names() -> None:
 
 
 def test_files_are_written_to_the_project_and_never_into_the_collection(project: Path) -> None:
-    """The next installation replaces the collection's directory, and what it holds."""
+    """The next installation replaces the collection's directory and its contents."""
     play = {
         "name": "Show",
         "hosts": "one",
@@ -142,7 +142,7 @@ def test_files_are_written_to_the_project_and_never_into_the_collection(project:
             {"ansible.builtin.import_role": {"name": "pixel.endpoint.pixel_app", "tasks_from": "empty.yml"}},
         ],
     }
-    # Role defaults are rendered where the role's own tasks are.
+    # Role defaults are available only to tasks of the role.
     for role, names in {
         "redis": ["redis_backup_dir"],
         "pixel_app": ["pixel_app_cache", "pixel_app_source"],

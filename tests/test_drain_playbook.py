@@ -1,4 +1,4 @@
-"""drain.yml and undrain.yml with a balancer that is off, or that Ansible can't reach although it serves."""
+"""drain.yml and undrain.yml with a balancer that is down, or that serves but is unreachable for Ansible."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Played = tuple[int, str]
 
 @pytest.fixture
 def drain(tmp_path: Path) -> Callable[..., Played]:
-    """Run drain.yml: balancer b0 has no SSH, b1 is this machine with a stand-in for pixel-lb."""
+    """Run drain.yml. Balancer b0 has no SSH; b1 is this machine, with a stub for pixel-lb."""
     stub = tmp_path / "pixel-lb"
     stub.write_text("#!/bin/sh\necho changed\n")
     stub.chmod(0o755)
@@ -51,13 +51,13 @@ def drain(tmp_path: Path) -> Callable[..., Played]:
     return run
 
 
-def test_a_balancer_that_is_off_is_named_and_safe(drain: Callable[..., Played]) -> None:
+def test_a_balancer_that_is_down_is_reported_without_an_error(drain: Callable[..., Played]) -> None:
     status, words = drain("-e", "host=t2")
     assert status == 0
     assert "t2: drain is in force on b1. b0 is off and doesn" in words
 
 
-def test_a_balancer_that_serves_and_does_not_know_of_it_is_a_failure(drain: Callable[..., Played]) -> None:
+def test_an_unreachable_balancer_that_still_serves_is_an_error(drain: Callable[..., Played]) -> None:
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         status, words = drain("-e", "host=t2", port=server.server_port)
@@ -66,13 +66,13 @@ def test_a_balancer_that_serves_and_does_not_know_of_it_is_a_failure(drain: Call
     assert "t2: drain is in force on b1. b0 serves requests, can" in words
 
 
-def test_nothing_is_reported_as_drained_where_no_balancer_is_reached(drain: Callable[..., Played]) -> None:
+def test_the_drain_fails_if_no_balancer_is_reachable(drain: Callable[..., Played]) -> None:
     status, words = drain("-e", "host=t2", "--limit", "b0")
     assert status != 0
     assert "No balancer could be reached; nothing was changed." in words
 
 
-def test_an_unknown_host_is_repeated(drain: Callable[..., Played]) -> None:
+def test_the_error_for_an_unknown_host_repeats_its_name(drain: Callable[..., Played]) -> None:
     status, words = drain("-e", "host=t3")
     assert status != 0
     assert "There is no app host" in words

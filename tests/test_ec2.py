@@ -1,4 +1,4 @@
-"""EC2 from nothing to a fleet and back, against moto's server on loopback: no account, no outside traffic."""
+"""Provisioning and teardown on EC2, against moto's server on loopback: no AWS account, no outside traffic."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ DEBIAN = {
     "root_device_type": "ebs",
     "virtualization_type": "hvm",
 }
-# Whatever a playbook's Python asks for outside is noted, and refused. moto gives addresses in 127/8, too.
+# Log and refuse every connection of the playbooks' Python to another host. moto's addresses are in 127/8 too.
 GUARD = """
 import os, socket
 
 connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
 
-def judge(host):
+def refuse_outside(host):
     if host not in ("127.0.0.1", "localhost"):
         with open(os.environ["GUARD_LOG"], "a") as log:
             log.write(f"{host}\\n")
@@ -57,28 +57,28 @@ def judge(host):
 
 def guarded_connect(self, address):
     if self.family != socket.AF_UNIX:
-        judge(address[0])
+        refuse_outside(address[0])
     return connect(self, address)
 
 def guarded_getaddrinfo(host, *arguments, **options):
-    judge(host)
+    refuse_outside(host)
     return getaddrinfo(host, *arguments, **options)
 
 socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_getaddrinfo
 """
-# Of an answer: without these, it isn't understood.
+# Headers of an answer that boto3 needs.
 KEPT_HEADERS = ("Content-Type", "smithy-protocol")
 
 
-class Front(BaseHTTPRequestHandler):
-    """Hands requests on to moto; notes their actions, and refuses those that a test names."""
+class MotoProxy(BaseHTTPRequestHandler):
+    """Forwards requests to moto, records their actions, and refuses those that a test names."""
 
     server: Aws
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         service = self.headers["Authorization"].split("/")[3].replace("monitoring", "cloudwatch")
-        # In a header, at the end of the path, or in the body.
+        # The action is in a header, at the end of the path, or in the body.
         target = self.headers["X-Amz-Target"] or self.path.replace("/", ".")
         words = {} if target != "." else parse_qs(body.decode())
         action = f"{service}:{words['Action'][0] if words else target.rpartition('.')[2]}"
@@ -96,7 +96,7 @@ class Front(BaseHTTPRequestHandler):
             headers = {each: value for each, value in response.headers.items() if each in KEPT_HEADERS}
             moto.close()
         if action == "ec2:DescribeInstanceCreditSpecifications" and self.server.unlimited:
-            # moto has one answer for all.
+            # moto returns the same specification for every instance.
             answer = re.sub(
                 rb"(?s)(%b.*?<cpuCredits>)standard" % self.server.unlimited.encode(), rb"\1unlimited", answer
             )
@@ -112,16 +112,16 @@ class Front(BaseHTTPRequestHandler):
 
 
 class Aws(ThreadingHTTPServer):
-    """An AWS account."""
+    """A simulated AWS account: moto behind a recording proxy."""
 
     def __init__(self, moto_port: int) -> None:
-        super().__init__(("127.0.0.1", 0), Front)
+        super().__init__(("127.0.0.1", 0), MotoProxy)
         self.moto_port = moto_port
         self.actions: list[str] = []
         self.launched: list[dict[str, list[str]]] = []
-        # How often an action is granted before AWS says that the quota is used up.
+        # Number of requests of an action to grant before refusing it with a quota error.
         self.quota: dict[str, int] = {}
-        # The instance whose credits are.
+        # ID of the instance whose CPU credits are unlimited.
         self.unlimited = ""
 
     def refuse(self, action: str) -> str | None:
@@ -137,7 +137,7 @@ class Aws(ThreadingHTTPServer):
         )
 
     def client(self, service: str) -> Any:
-        # The default session isn't for two threads at a time.
+        # boto3's default session is not thread-safe.
         return boto3.session.Session().client(
             service,
             region_name=REGION,
@@ -170,22 +170,22 @@ def new_account(folder: Path) -> Iterator[Aws]:
             stdout=log,
             stderr=log,
         )
-    front = Aws(port)
-    threading.Thread(target=front.serve_forever, daemon=True).start()
+    aws = Aws(port)
+    threading.Thread(target=aws.serve_forever, daemon=True).start()
     try:
         deadline = time.monotonic() + 60
         while True:
             try:
-                front.reset()
+                aws.reset()
                 break
             except ConnectionRefusedError:
                 assert moto.poll() is None, (folder / "log").read_text()
                 assert time.monotonic() < deadline, "moto_server doesn't answer"
                 time.sleep(0.2)
-        yield front
+        yield aws
     finally:
-        front.shutdown()
-        front.server_close()
+        aws.shutdown()
+        aws.server_close()
         moto.terminate()
         moto.wait(10)
 
@@ -197,7 +197,7 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
 
 
 class Operator:
-    """Somebody with an inventory of their own, who types commands."""
+    """Runs commands with a copy of inventory/aws, in a directory of its own."""
 
     def __init__(self, aws: Aws, home: Path) -> None:
         aws.reset()
@@ -224,7 +224,7 @@ class Operator:
             "AWS_SHARED_CREDENTIALS_FILE": str(home / "none"),
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        # moto's hosts can't be reached, so nobody waits for them; and nobody asks outside where we come from.
+        # moto's hosts have no SSH to wait for, and the operator's address is not looked up outside.
         self.set(aws_wait_for_ssh=False, aws_ssh_from=["198.51.100.7/32"])
 
     def set(self, **variables: Any) -> None:
@@ -236,7 +236,7 @@ class Operator:
         self.set(aws_hosts=[row | ({"count": count} if row["name"] == name else {}) for row in rows])
 
     def type(self, *command: str, **environment: str) -> tuple[int, str]:
-        """Status and output, its lines joined."""
+        """Run a command; return its status, and its output on one line."""
         program, *arguments = command
         done = subprocess.run(
             [BIN / program, "-i", self.inventory, *arguments],
@@ -279,7 +279,7 @@ OURS = {"Project": "pixel", "Environment": "production"}
 
 
 def account(ec2: Any, *, ours: bool) -> dict[str, Any]:
-    """All that the account holds: what carries our tags, or the rest."""
+    """List the account's resources: those with the fleet's tags, or all others."""
     found = {
         "instances": [
             instance
@@ -300,7 +300,7 @@ def account(ec2: Any, *, ours: bool) -> dict[str, Any]:
 
 
 def launch(ec2: Any, kind: str = "c5.xlarge", **values: str) -> str:
-    """An instance that nobody's playbook made."""
+    """Launch an instance without the playbook; return its ID."""
     made = ec2.run_instances(
         ImageId=DEBIAN["ami_id"],
         InstanceType=kind,
@@ -312,8 +312,8 @@ def launch(ec2: Any, kind: str = "c5.xlarge", **values: str) -> str:
     return instance
 
 
-def settle(ec2: Any) -> dict[str, Any]:
-    """Neighbours that are easily taken for ours, and then what there is."""
+def add_foreign_resources(ec2: Any) -> dict[str, Any]:
+    """Create resources with similar names that are not the fleet's; return all of them."""
     vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
     other = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
     launch(ec2, Name="c5-1")
@@ -372,7 +372,7 @@ def check_what_was_made(operator: Operator, ec2: Any) -> None:
         assert host["Monitoring"]["State"] in ("enabled", "pending")
         wanted = {fleet["GroupId"]} | ({public["GroupId"]} if name == "c5-1" else set())
         assert {group["GroupId"] for group in host["SecurityGroups"]} == wanted
-    # moto doesn't keep it.
+    # moto does not store the credit specification, so check the request.
     credits_asked = [
         (asked["InstanceType"][0], asked.get("CreditSpecification.CpuCredits"))
         for asked in operator.aws.launched
@@ -416,16 +416,18 @@ def check_inventory(operator: Operator) -> None:
         assert listed
         assert sorted(listed[1].split()) == there.split()
 
-    # The first play reads the inventory; the second would ask the hosts, and here they are deaf.
-    deaf = {"ansible_connection": "local", "ansible_python_interpreter": "/nonexistent"}
-    status, output = operator.type("ansible-playbook", "playbooks/validate.yml", "-e", json.dumps(deaf))
+    # The first play reads only the inventory; the second connects to the hosts, which fails here.
+    unreachable = {"ansible_connection": "local", "ansible_python_interpreter": "/nonexistent"}
+    status, output = operator.type(
+        "ansible-playbook", "playbooks/validate.yml", "-e", json.dumps(unreachable)
+    )
     first, found, _ = output.partition("PLAY [Validate the hosts]")
     assert found, output
     assert "fatal" not in first
 
 
 def unwrap(values: dict[str, Any]) -> Any:
-    """What came from outside is marked as such in the listing."""
+    """Remove the marker of untrusted values from the listing."""
     return values.get("__ansible_unsafe", values)
 
 
@@ -434,11 +436,11 @@ def check_policy(name: str, used: set[str]) -> None:
     assert {action for statement in policy["Statement"] for action in statement["Action"]} == used
 
 
-FORM = [
+INVALID_FORM = [
     {"name": "c5", "type": "c5.xlarge", "count": 1, "roles": ["redis", "web"]},
     {"name": "t2", "count": "many", "roles": ["pixel_app"]},
 ]
-SENSE = [
+INVALID_COMBINATIONS = [
     {"name": "c5", "type": "c5.xlarge", "count": 2, "roles": ["redis", "pixel_app"], "credits": "standard"},
     {"name": "c5", "type": "t2.xlarge", "count": 0, "roles": ["pixel_app"]},
     {"name": "C 5", "type": "xlarge", "count": 1, "roles": []},
@@ -446,12 +448,15 @@ SENSE = [
 
 
 @pytest.mark.parametrize(
-    ("variables", "says"),
+    ("variables", "messages"),
     [
         ({"pixel_app_redis_url": "rediss://redis.example:6379/0"}, ["1 hosts have the role redis"]),
-        ({"aws_hosts": FORM}, ["Got no match for: web", "missing required arguments: type", "'count'"]),
         (
-            {"aws_hosts": SENSE},
+            {"aws_hosts": INVALID_FORM},
+            ["Got no match for: web", "missing required arguments: type", "'count'"],
+        ),
+        (
+            {"aws_hosts": INVALID_COMBINATIONS},
             [
                 "two rows have the same name",
                 "lower-case letters, digits and -",
@@ -466,17 +471,19 @@ SENSE = [
         ),
     ],
 )
-def test_a_wrong_table_is_told_before_anything_is_made(
-    operator: Operator, variables: dict[str, Any], says: list[str]
+def test_an_invalid_table_is_reported_before_anything_is_created(
+    operator: Operator, variables: dict[str, Any], messages: list[str]
 ) -> None:
     operator.set(**variables)
     status, output = operator.provision()
     assert status == 2
-    assert [one for one in says if one not in output] == [], output
+    assert [message for message in messages if message not in output] == [], output
     assert set(operator.aws.actions) == {"ec2:DescribeInstances"}
 
 
-def test_what_is_somebody_elses_or_cannot_be_is_told_before_anything_is_made(operator: Operator) -> None:
+def test_conflicts_with_existing_resources_are_reported_before_anything_is_created(
+    operator: Operator,
+) -> None:
     ec2 = operator.aws.client("ec2")
     vpc = ec2.describe_subnets()["Subnets"][0]["VpcId"]
     ec2.create_security_group(GroupName="pixel-production-fleet", Description="another's", VpcId=vpc)
@@ -487,16 +494,16 @@ def test_what_is_somebody_elses_or_cannot_be_is_told_before_anything_is_made(ope
     operator.set(aws_image="debian-12-amd64-latest")
     status, output = operator.provision("-e", "remove=true")
     assert status == 2
-    says = [
+    messages = [
         "has 0 images 'debian-12-amd64-latest' of 136693071363",
         "c5-1 c5.large: there as another type",
         "old-1 holds the canvas",
         "without our tags Project and Environment",
         "put the private key there that the hosts were made with",
     ]
-    assert [one for one in says if one not in output] == [], output
+    assert [message for message in messages if message not in output] == [], output
 
-    # Two of a name.
+    # Two instances with the same name.
     ec2.create_tags(Resources=[one["InstanceId"] for one in before[0]["instances"]], Tags=tags(Name="c5-1"))
     before = account(ec2, ours=True), account(ec2, ours=False)
     status, output = operator.provision()
@@ -505,7 +512,7 @@ def test_what_is_somebody_elses_or_cannot_be_is_told_before_anything_is_made(ope
     assert (account(ec2, ours=True), account(ec2, ours=False)) == before
 
 
-def test_no_credentials_and_a_wrong_region_are_told(operator: Operator) -> None:
+def test_missing_credentials_and_an_unknown_region_are_reported(operator: Operator) -> None:
     status, output = operator.type(
         "ansible-inventory", "--list", AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY=""
     )
@@ -519,7 +526,7 @@ def test_no_credentials_and_a_wrong_region_are_told(operator: Operator) -> None:
     assert set(operator.went_outside().split()) == {"ec2.nowhere-1.amazonaws.com"}
 
 
-def test_a_balancer_learns_of_credits_from_cloudwatch(
+def test_the_controller_reads_cpu_credits_from_cloudwatch(
     aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in Operator(aws, tmp_path).environment.items():
@@ -528,8 +535,8 @@ def test_a_balancer_learns_of_credits_from_cloudwatch(
     ec2, cloudwatch = aws.client("ec2"), aws.client("cloudwatch")
     instances = {name: launch(ec2, "t2.xlarge", Name=name) for name in ("low", "full", "unlimited", "silent")}
     aws.unlimited = instances["unlimited"]
-    said = [("low", 16, 43.5), ("low", 6, 12.5), ("low", 11, 28), ("full", 6, 1296), ("unlimited", 6, 0)]
-    for name, minutes, balance in said:
+    data = [("low", 16, 43.5), ("low", 6, 12.5), ("low", 11, 28), ("full", 6, 1296), ("unlimited", 6, 0)]
+    for name, minutes, balance in data:
         metric = {
             "MetricName": "CPUCreditBalance",
             "Dimensions": [{"Name": "InstanceId", "Value": instances[name]}],
@@ -542,7 +549,7 @@ def test_a_balancer_learns_of_credits_from_cloudwatch(
     hosts = {name: CreditQuery(instance, "t2.xlarge", 4) for name, instance in instances.items()}
     watch.credits = CreditMonitor(REGION, hosts, watch.log)
     watch.controller.configure({name: name for name in instances}, {}, Settings(adaptive=True))
-    listen(watch)
+    poll_once(watch)
     known = {name: backend.credits for name, backend in watch.controller.backends.items()}
     assert {name: each and each.balance for name, each in known.items()} == {
         "low": 12.5,
@@ -551,38 +558,38 @@ def test_a_balancer_learns_of_credits_from_cloudwatch(
         "silent": None,
     }
     assert known["low"]
-    # The end of the five minutes that it stands for.
+    # `at` is the end of the metric's five-minute period.
     assert 0 <= time.monotonic() - known["low"].at <= 6 * 60 + 30
     assert known["low"].sustainable == pytest.approx(0.225 + 12.5 / 60)
     check_policy("aws-balancer-policy.json", set(aws.actions))
 
-    # Not asked again so soon; and where nothing is heard, what is known grows old.
+    # The next query comes after five minutes; if it fails, the last known balance is kept.
     aws.actions.clear()
-    listen(watch)
+    poll_once(watch)
     assert aws.actions == []
     later = 300.0
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    listen(watch, later)
+    poll_once(watch, later)
     assert "CPU credits are unknown: Unable to locate credentials" in capsys.readouterr().err
     assert watch.controller.backends["low"].credits == known["low"]
 
 
-def listen(watch: Watch, later: float = 0.0) -> None:
-    """Let it ask if it is time to, and collect the answer, so many seconds from now."""
+def poll_once(watch: Watch, later: float = 0.0) -> None:
+    """Poll the credits as if `later` seconds had passed: send a query if due, and collect the answer."""
     with ThreadPoolExecutor(1) as pool:
         watch.poll_credits(pool, time.monotonic() + later)
     watch.poll_credits(pool, time.monotonic() + later)
 
 
-def from_nothing_to_a_fleet_and_back(operator: Operator) -> None:
+def provision_change_and_tear_down(operator: Operator) -> None:
     aws, ec2 = operator.aws, operator.aws.client("ec2")
-    neighbours = settle(ec2)
+    foreign = add_foreign_resources(ec2)
 
-    # A dry run says what would be, and makes nothing, here or there.
+    # A dry run reports what it would create, and creates nothing, on AWS or here.
     status, output = operator.provision("--check")
     assert status == 0, output
     assert "make: c5-1, t2-1" in output
-    assert account(ec2, ours=False) == neighbours
+    assert account(ec2, ours=False) == foreign
     assert not any(account(ec2, ours=True).values())
     assert not (operator.inventory / "credentials").exists()
 
@@ -593,7 +600,8 @@ def from_nothing_to_a_fleet_and_back(operator: Operator) -> None:
     check_what_was_made(operator, ec2)
     check_inventory(operator)
 
-    # One more, one that was stopped and made lax, an address that stays, a role, and the operator has moved.
+    # Change the table: one more host, a stopped host with weaker metadata options, an Elastic IP, an
+    # instance profile, and another address of the operator.
     t2 = hosts(ec2)["t2-1"]
     ec2.stop_instances(InstanceIds=[t2["InstanceId"]])
     status, output = operator.type("ansible-inventory", "--graph")
@@ -606,12 +614,12 @@ def from_nothing_to_a_fleet_and_back(operator: Operator) -> None:
     ec2.create_tags(Resources=[t2["InstanceId"]], Tags=tags(CostCenter="7"))
     aws.client("iam").create_instance_profile(InstanceProfileName="pixel-balancer")
     operator.set(aws_instance_profile="pixel-balancer")
-    # A host of a former table.
+    # A host of a former version of the table.
     launch(ec2, **OURS, Name="t2-9", Role="pixel_app")
     operator.count("t2", 2)
     operator.set(aws_elastic_ip=True, aws_ssh_from=["198.51.100.8/32"])
 
-    # Before that is done, the quota ends.
+    # The quota is exhausted during the run.
     aws.quota["ec2:RunInstances"] = 0
     status, output = operator.provision()
     assert status == 2
@@ -622,7 +630,7 @@ def from_nothing_to_a_fleet_and_back(operator: Operator) -> None:
     assert states(ec2) == {"c5-1": "running", "t2-1": "running", "t2-9": "running"}
     assert account(ec2, ours=True)["addresses"] == []
 
-    # The next run goes on from there, and removes the former host, as that is asked for now.
+    # The next run completes the changes, and with -e remove=true removes the former host.
     aws.quota.clear()
     status, output = operator.provision("-e", "remove=true")
     assert status == 0, output
@@ -638,13 +646,13 @@ def from_nothing_to_a_fleet_and_back(operator: Operator) -> None:
     assert f"c5-1: {address['PublicIp']} " in output
     assert {name for name, host in now.items() if "IamInstanceProfile" in host} == {"c5-1"}
 
-    # A second run changes nothing; nor does a count that is lowered, by itself.
+    # Another run changes nothing; a lower count alone removes no host.
     operator.count("t2", 1)
     status, output = operator.provision()
     assert "remove: t2-2 (only with -e remove=true)" in output
     assert "changed=0 unreachable=0 failed=0" in output
 
-    # Back to nothing, when it is meant.
+    # Teardown requires a confirmation.
     status, output = operator.teardown()
     assert status == 2
     assert "Nothing was removed" in output
@@ -655,22 +663,22 @@ def from_nothing_to_a_fleet_and_back(operator: Operator) -> None:
     status, output = operator.teardown("-e", "confirm=pixel")
     assert "changed=0 unreachable=0 failed=0" in output
 
-    assert account(ec2, ours=False) == neighbours
+    assert account(ec2, ours=False) == foreign
     assert operator.went_outside() == ""
-    # Everybody may ask who they are; giving a role is no request of its own.
+    # sts:GetCallerIdentity needs no permission; iam:PassRole is needed but is not a request.
     check_policy("aws-policy.json", set(aws.actions) - {"sts:GetCallerIdentity"} | {"iam:PassRole"})
 
 
 @pytest.fixture(scope="module", autouse=True)
-def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The long one, in an account of its own while the others run."""
-    if not any(item.name == "test_from_nothing_to_a_fleet_and_back" for item in request.session.items):
+def long_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The longest test, started first in a separate account so that it runs beside the others."""
+    if not any(item.name == "test_provision_change_and_teardown" for item in request.session.items):
         yield None
         return
     with new_account(tmp_path_factory.mktemp("moto")) as aws, ThreadPoolExecutor(1) as pool:
         operator = Operator(aws, tmp_path_factory.mktemp("home"))
-        yield pool.submit(from_nothing_to_a_fleet_and_back, operator)
+        yield pool.submit(provision_change_and_tear_down, operator)
 
 
-def test_from_nothing_to_a_fleet_and_back(story: Any) -> None:
-    story.result()
+def test_provision_change_and_teardown(long_run: Any) -> None:
+    long_run.result()

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the module on entries as the action plugin prepares them. Returns its result."""
+    """Run the module on entries as the action plugin prepares them; returns its result."""
 
     def run_module(*entries: dict[str, Any], **arguments: Any) -> dict[str, Any]:
         files = [
@@ -50,7 +50,7 @@ CHECK = {"_ansible_check_mode": True}
 DIFF = {"_ansible_diff": True}
 
 
-def test_a_set_is_installed_and_then_left_alone(run: Any, tmp_path: Path) -> None:
+def test_a_set_is_installed_and_a_second_run_changes_nothing(run: Any, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "file").touch()
     entries = (
@@ -87,26 +87,26 @@ def test_a_set_is_installed_and_then_left_alone(run: Any, tmp_path: Path) -> Non
     }
 
 
-def test_what_was_changed_by_hand_is_put_right(run: Any, tmp_path: Path) -> None:
+def test_manual_changes_are_corrected(run: Any, tmp_path: Path) -> None:
     directory, file, other = tmp_path / "directory", tmp_path / "directory" / "file", tmp_path / "other"
     entries = (
         {"path": directory, "state": "directory"},
-        {"path": file, "data": packed("right\n")},
+        {"path": file, "data": packed("wanted\n")},
         {"path": other, "data": packed("other\n"), "mode": "0600"},
     )
     run(*entries)
     directory.chmod(0o700)
-    file.write_text("wrong\n")
+    file.write_text("changed\n")
     other.chmod(0o666)
     before = other.stat().st_ino
     result = run(*entries, **DIFF)
     assert result["changed_paths"] == [str(entry["path"]) for entry in entries]
-    assert (mode(directory), file.read_text(), mode(other)) == (0o755, "right\n", 0o600)
-    # A mode alone is set in place.
+    assert (mode(directory), file.read_text(), mode(other)) == (0o755, "wanted\n", 0o600)
+    # A mode is changed in place, without a new file.
     assert other.stat().st_ino == before
     assert [(diff["before"].split("\n")[0], diff["after"].split("\n")[0]) for diff in result["diff"]] == [
         ("mode: 0700", "mode: 0755"),
-        ("wrong", "right"),
+        ("changed", "wanted"),
         ("mode: 0666", "mode: 0600"),
     ]
 
@@ -158,7 +158,7 @@ def test_nothing_changes_if_the_set_is_refused(run: Any, tmp_path: Path) -> None
         assert "ended with 3; nothing was changed" in result["msg"]
         assert "after\n" in result["msg"]
         assert "key: ********" in result["msg"]
-        # Nobody else can look into the staged set.
+        # The staged set is readable by its owner only.
         assert result["msg"].endswith("\n700")
         assert "hidden-word" not in json.dumps(result)
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -166,7 +166,7 @@ def test_nothing_changes_if_the_set_is_refused(run: Any, tmp_path: Path) -> None
     missing = run(*entries, validate=["/no/such/program"])
     assert "/no/such/program" in missing["msg"]
     assert run(*entries, validate=["true"])["changed"]
-    # Nothing differs, so nothing is asked.
+    # Without a difference no validation runs.
     assert not run(*entries, validate=["false"])["changed"]
 
 
@@ -178,28 +178,28 @@ def test_links_are_replaced_and_not_followed(run: Any, tmp_path: Path) -> None:
     assert run({"path": planted, "data": packed("new\n")})["changed"]
     assert (target.read_text(), planted.is_symlink(), planted.read_text()) == ("precious\n", False, "new\n")
 
-    # On the way to the file: from a directory to which others can write, and from one of our own.
+    # Links in the path: in a directory that others can write to, and in one that only its owner can.
     open_to_all, own = tmp_path / "open", tmp_path / "own"
     for directory in (open_to_all, own):
         directory.mkdir()
         (directory / "link").symlink_to(tmp_path)
     open_to_all.chmod(0o777)
     refused = run({"path": open_to_all / "link" / "file", "data": packed("new\n")})
-    assert "the symbolic link 'link' on the way to it is not followed" in refused["msg"]
+    assert "the symbolic link 'link' in this path is not followed" in refused["msg"]
     assert not (tmp_path / "file").exists()
     assert run({"path": own / "link" / "file", "data": packed("new\n")})["changed"]
     assert (tmp_path / "file").read_text() == "new\n"
 
     directory_link = tmp_path / "directory link"
     directory_link.symlink_to(own)
-    assert "is a link and is to be a directory" in run({"path": directory_link, "state": "directory"})["msg"]
-    # Removed itself, and not what it leads to.
+    assert "is a link, not a directory" in run({"path": directory_link, "state": "directory"})["msg"]
+    # The link is removed, not its target.
     assert run({"path": directory_link, "state": "absent"})["changed"]
     assert own.is_dir()
 
 
-def test_another_name_of_a_file_is_left_alone(run: Any, tmp_path: Path) -> None:
-    """Somebody may have linked a file of somebody else's to where ours is to be."""
+def test_a_hard_link_is_replaced_and_its_other_name_is_unchanged(run: Any, tmp_path: Path) -> None:
+    """A local user may have created a hard link to a foreign file at the destination."""
     precious, planted = tmp_path / "precious", tmp_path / "planted"
     precious.write_text("same\n")
     precious.chmod(0o600)
@@ -220,7 +220,7 @@ def test_links_are_installed_and_corrected(run: Any, tmp_path: Path) -> None:
     assert os.readlink(link) == "/elsewhere"
 
 
-def test_a_write_that_fails_leaves_no_half_of_the_set(run: Any, tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_whole_set_unchanged(run: Any, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("before\n")
     result = run(
@@ -242,26 +242,26 @@ def test_a_write_that_fails_leaves_no_half_of_the_set(run: Any, tmp_path: Path) 
         ({"path": "/x", "template": "x.j2"}, "read by the action plugin"),
         ({"path": "/x"}, "one of the following is required"),
         ({"path": "/x", "data": "", "state": "absent"}, "mutually exclusive"),
-        ({"path": "/etc", "data": packed("")}, "/etc is a directory and is to be a file"),
+        ({"path": "/etc", "data": packed("")}, "/etc is a directory, not a file"),
     ],
 )
-def test_a_wrong_entry_is_refused(run: Any, entry: dict[str, Any], message: str) -> None:
+def test_an_invalid_entry_is_refused(run: Any, entry: dict[str, Any], message: str) -> None:
     result = run(entry)
     assert result["failed"]
     assert message in result["msg"]
 
 
-def test_a_path_is_in_a_set_once(run: Any, tmp_path: Path) -> None:
+def test_a_duplicate_path_is_refused(run: Any, tmp_path: Path) -> None:
     entry = {"path": tmp_path / "x", "data": packed("")}
     assert run(entry, entry)["msg"] == f"duplicated in the set: {tmp_path / 'x'}"
 
 
-# --- As a task: rendering, conditions and handlers are the action plugin's ---
+# --- As a task: the action plugin renders, and evaluates conditions and handlers ---
 
 
 @pytest.fixture
 def play(tmp_path: Path) -> Any:
-    """Run a role with one file_set task as ansible-playbook does. Returns the finished process."""
+    """Run a role with one file_set task by ansible-playbook; returns the finished process."""
 
     def run_role(
         files: list[dict[str, Any]], *arguments: str, templates: dict[str, str] | None = None, **task: Any
@@ -272,8 +272,8 @@ def play(tmp_path: Path) -> Any:
             {"name": name, "ansible.builtin.debug": {"msg": f"handled {name}"}}
             for name in ("First", "Second")
         ]
-        told = {"ansible.builtin.debug": {"msg": "items {{ done.changed_items | join(',') }}"}}
-        # What Ansible's own module makes of the same templates.
+        shown = {"ansible.builtin.debug": {"msg": "items {{ done.changed_items | join(',') }}"}}
+        # The same templates, rendered by ansible.builtin.template for comparison.
         expected = [
             {
                 "ansible.builtin.template": {"src": name, "dest": f"{{{{ where }}}}.{name}", "mode": "0644"},
@@ -283,7 +283,7 @@ def play(tmp_path: Path) -> Any:
         ]
         texts = {f"templates/{name}": text for name, text in (templates or {}).items()}
         texts |= {
-            "tasks/main.yml": json.dumps([set_task, told, *expected]),
+            "tasks/main.yml": json.dumps([set_task, shown, *expected]),
             "handlers/main.yml": json.dumps(handlers),
         }
         for name, text in texts.items():
@@ -320,7 +320,7 @@ def play(tmp_path: Path) -> Any:
     return run_role
 
 
-def test_templates_are_rendered_as_the_template_module_does(play: Any, tmp_path: Path) -> None:
+def test_templates_are_rendered_as_by_the_template_module(play: Any, tmp_path: Path) -> None:
     templates = {
         "conf.j2": "# {{ ansible_managed }}\n{% if true %}\nyes {{ item }} {{ other }}\n{% endif %}\n"
         "{% include 'part.j2' %}",

@@ -1,4 +1,4 @@
-"""The local fleet: what its plan derives, and the messages for what can go wrong before a host runs."""
+"""The local fleet: its plan, and the error messages before a host runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plan(name: str = "pixel", **environ: str) -> layout.Fleet:
 
 
 class Engine(engine.Docker):
-    """Answers from a table, by the first two words of a command; other commands succeed with no output."""
+    """A stub that answers by a command's first two words; other commands succeed without output."""
 
     def __init__(self, **answers: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Engine(engine.Docker):
         answer = self.answers.get("_".join(args[:2]), "")
         return subprocess.CompletedProcess(args, 1 if answer == "none" else 0, answer, "")
 
-    def did(self, command: str) -> list[str]:
+    def calls(self, command: str) -> list[str]:
         return [asked for asked in self.asked if asked.startswith(command)]
 
 
@@ -85,7 +85,7 @@ def test_an_invalid_subnet_is_refused(subnet: str) -> None:
         plan(PIXEL_FLEET_SUBNET=subnet)
 
 
-def test_a_taken_port_is_reported_with_a_way_out() -> None:
+def test_a_port_in_use_is_reported_with_a_fix() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -106,7 +106,7 @@ def test_a_full_disk_is_reported_before_anything_is_created(
         engine.require_disk_space(docker)
 
 
-def test_no_permission_for_docker_is_reported_with_a_way_out(
+def test_a_missing_permission_for_docker_is_reported_with_a_fix(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     refusing = tmp_path / "docker"
@@ -122,7 +122,7 @@ def test_no_permission_for_docker_is_reported_with_a_way_out(
 
 def test_a_stale_pid_file_is_removed_and_a_live_one_is_not(tmp_path: Path) -> None:
     pid_file = tmp_path / "docker.pid"
-    pid_file.write_text("1")  # Whatever process 1 is, it isn't dockerd.
+    pid_file.write_text("1")  # Process 1 is not dockerd.
     engine.drop_stale(pid_file)
     assert not pid_file.exists()
     engine.drop_stale(pid_file)
@@ -164,7 +164,7 @@ def test_without_mmdebstrap_the_public_image_is_used(
     assert "mount: permission denied" in capsys.readouterr().out
 
 
-def test_port_and_subnet_are_remembered_until_others_are_given(
+def test_port_and_subnet_are_kept_until_the_environment_changes_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(layout, "ROOT", tmp_path)
@@ -183,14 +183,14 @@ def test_port_and_subnet_are_remembered_until_others_are_given(
 
 
 @pytest.mark.parametrize(
-    ("answer", "why"),
+    ("answer", "reason"),
     [
         ("pixel old running image 8080 22000", "its port, address or another option changes"),
         ("pixel old running former 8080 22000", "its image changes from former to image"),
     ],
 )
 def test_the_loss_of_data_is_reported_with_its_reason(
-    answer: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    answer: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(containers, "require_disk_space", lambda docker: None)
     with socket.socket() as taken:
@@ -201,26 +201,26 @@ def test_the_loss_of_data_is_reported_with_its_reason(
         refused = Engine(container_inspect=answer)
         with pytest.raises(Problem, match="is taken"):
             containers.ensure_container(refused, one, one.hosts[0], "image")
-        assert not refused.did("rm")
-        # The same port, held by the container itself.
+        assert not refused.calls("rm")
+        # The same port, in use by the container itself.
         docker = Engine(container_inspect=answer.replace("8080", port))
         containers.ensure_container(docker, one, one.hosts[0], "image")
-    assert docker.did("rm") == ["rm --force --volumes pixel-c5"]
-    said = capsys.readouterr().out
-    assert "removing pixel-c5 and the data on it" in said
-    assert why in said
+    assert docker.calls("rm") == ["rm --force --volumes pixel-c5"]
+    output = capsys.readouterr().out
+    assert "removing pixel-c5 and the data on it" in output
+    assert reason in output
 
 
 def test_containers_and_networks_of_others_are_left_alone() -> None:
     one = plan()
     docker = Engine(container_inspect="  running redis 8080\n", network_inspect=f" {one.subnet}\n")
-    with pytest.raises(Problem, match="container pixel-c5 exists and isn't this fleet's"):
+    with pytest.raises(Problem, match="container pixel-c5 exists and is not part of this fleet"):
         containers.ensure_container(docker, one, one.hosts[0], "image")
-    with pytest.raises(Problem, match="network pixel exists and isn't this fleet's"):
+    with pytest.raises(Problem, match="network pixel exists and is not part of this fleet"):
         containers.ensure_network(docker, one)
     containers.destroy(docker, plan("other"))
-    assert not docker.did("rm")
-    assert not docker.did("network rm")
+    assert not docker.calls("rm")
+    assert not docker.calls("network rm")
 
 
 def test_a_path_with_spaces_is_quoted_in_the_ssh_configuration(
@@ -237,8 +237,8 @@ def test_a_path_with_spaces_is_quoted_in_the_ssh_configuration(
     assert f"userknownhostsfile {one.state}/known_hosts\n" in shown.stdout
 
 
-def test_the_deploy_names_the_settings_of_ansible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ansible ignores an ansible.cfg in a directory that others may write to, unless it is named."""
+def test_the_deploy_sets_ansible_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ansible ignores an ansible.cfg in a world-writable directory unless ANSIBLE_CONFIG names it."""
     environments = []
 
     def run(command: list[Path | str], **options: Any) -> SimpleNamespace:
@@ -251,7 +251,9 @@ def test_the_deploy_names_the_settings_of_ansible(monkeypatch: pytest.MonkeyPatc
     assert environments[0]["PIXEL_FLEET"] == "other"
 
 
-def test_the_pixel_is_read_from_the_other_host_by_its_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_pixel_is_read_from_the_other_host_by_its_cluster_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     def ask(request: Any) -> tuple[str, str]:
@@ -318,7 +320,7 @@ def test_a_missing_browser_is_reported(
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Runs fleet.py with arguments, for a fleet that doesn't exist."""
+    """Run fleet.py with arguments, for a fleet that does not exist."""
 
     def start(*arguments: str) -> None:
         monkeypatch.setattr("sys.argv", ["fleet.py", *arguments])
@@ -328,7 +330,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
     return start
 
 
-def test_images_are_built_while_another_command_runs(
+def test_images_are_built_without_the_fleets_lock(
     command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(engine.Docker, "ensure", lambda docker: "")

@@ -1,6 +1,6 @@
-"""Inventories and the settings in ansible.cfg: what is accepted, and what the first play reports.
+"""Inventories and ansible.cfg: valid inventories, and the errors that the first play reports.
 
-No host is connected to.
+No test connects to a host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GOOD: dict[str, Any] = {
+VALID: dict[str, Any] = {
     "redis": {"hosts": {"a": {"private_address": "10.0.0.1"}}},
     "pixel_app": {"hosts": {"a": {}, "b": {"private_address": "10.0.0.2"}}},
     "nginx_lb": {"hosts": {"a": {}}},
@@ -33,11 +33,11 @@ MANAGED = {
         "hosts": {"a": {"private_address": "10.0.0.1"}, "b": {"private_address": "10.0.0.2"}},
         "vars": {"pixel_app_redis_url": "rediss://redis.example:6379/0"},
     },
-    "nginx_lb": GOOD["nginx_lb"],
+    "nginx_lb": VALID["nginx_lb"],
 }
 
 
-# A play that connects to a host fails at once.
+# A play that connects to a host fails immediately.
 UNREACHABLE = json.dumps({"ansible_connection": "local", "ansible_python_interpreter": "/nonexistent"})
 
 
@@ -60,13 +60,13 @@ def play(
 
 
 def validate(tmp_path: Path, inventory: dict[str, Any]) -> str:
-    """The output of the first play alone: hosts of group `all` are not connected to."""
+    """Return the output of the first play, which connects to no host."""
     done = play(tmp_path, inventory, "playbooks/validate.yml")
     return done.stdout.split("PLAY [Validate the hosts]")[0] if done.returncode else done.stdout
 
 
 def test_a_valid_inventory_passes(tmp_path: Path) -> None:
-    assert "fatal" not in validate(tmp_path, GOOD)
+    assert "fatal" not in validate(tmp_path, VALID)
 
 
 def test_a_managed_redis_replaces_the_group(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_backups_of_a_managed_redis_are_refused(tmp_path: Path, playbook: str) -
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"redis": None}, "no host in group 'redis'"),
         ({"pixel_app": {"hosts": {}}}, "no host in group 'pixel_app'"),
@@ -104,9 +104,11 @@ def test_backups_of_a_managed_redis_are_refused(tmp_path: Path, playbook: str) -
         ),
     ],
 )
-def test_a_faulty_inventory_is_reported_with_a_fix(tmp_path: Path, change: dict[str, Any], says: str) -> None:
-    inventory = {name: group for name, group in (GOOD | change).items() if group is not None}
-    assert says in " ".join(validate(tmp_path, inventory).split())
+def test_an_invalid_inventory_is_reported_with_a_fix(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    inventory = {name: group for name, group in (VALID | change).items() if group is not None}
+    assert message in " ".join(validate(tmp_path, inventory).split())
 
 
 def test_an_empty_inventory_is_reported(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_an_empty_inventory_is_reported(tmp_path: Path) -> None:
 
 
 def test_the_example_is_complete(tmp_path: Path) -> None:
-    # With passwords, as after the first run.
+    # With credentials, as after the first run.
     shutil.copytree(ROOT / "inventory" / "example", tmp_path / "example")
     (tmp_path / "example" / "credentials").mkdir()
     (tmp_path / "example" / "credentials" / "redis_app").write_text("abcdefgh\n")
@@ -127,19 +129,19 @@ def test_the_example_is_complete(tmp_path: Path) -> None:
     )
     groups = json.loads(listing.stdout)
     variables = groups["_meta"]["hostvars"]
-    for group in GOOD:
+    for group in VALID:
         assert groups[group]["hosts"]
         assert all(variables[host]["private_address"] for host in groups[group]["hosts"])
 
 
-def test_a_dry_run_keeps_no_password(tmp_path: Path) -> None:
+def test_a_dry_run_stores_no_password(tmp_path: Path) -> None:
     playbook = tmp_path / "play.yml"
-    told = {
+    shown = {
         "ansible.builtin.debug": {
             "msg": "<{{ lookup('pixel.endpoint.credential', '" + str(tmp_path / "new" / "one") + "') }}>"
         }
     }
-    playbook.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": [told]}]))
+    playbook.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": [shown]}]))
 
     def password(*arguments: str) -> str:
         command = [
@@ -166,7 +168,7 @@ def test_a_dry_run_keeps_no_password(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     kept = password()
     assert (tmp_path / "new" / "one").read_text().strip() == kept
-    # What is there is what a dry run has as well.
+    # A dry run uses a stored password.
     assert password("--check") == kept
 
 
@@ -183,7 +185,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def ansible(program: str, *arguments: str | Path, cwd: Path, **environ: str) -> str:
-    """The output of an Ansible program that is run in a directory, with all lines joined."""
+    """Run an Ansible program in a directory; return its output on one line."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
     done = subprocess.run(
         [Path(sys.prefix, "bin", program), *arguments],
@@ -216,7 +218,7 @@ def test_aws_hosts_are_reached_from_a_path_with_spaces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_ignored_settings_are_reported_with_a_fix(tree: Path, tmp_path: Path, elsewhere: bool) -> None:
-    """Ansible ignores ansible.cfg in a directory that others may write to, and from another directory."""
+    """Ansible ignores an ansible.cfg that is in a world-writable directory or not in the current one."""
     if not elsewhere:
         tree.chmod(0o777)
     cwd = tmp_path if elsewhere else tree
@@ -233,7 +235,7 @@ def test_ignored_settings_are_reported_with_a_fix(tree: Path, tmp_path: Path, el
     assert "PLAY [Validate the hosts]" in output
 
 
-def test_make_names_the_settings(tree: Path) -> None:
+def test_make_sets_ansible_config(tree: Path) -> None:
     tree.chmod(0o777)
     show = ("--silent", "--eval", "show: ; @echo $$ANSIBLE_CONFIG", "show")
     done = subprocess.run(["make", *show], cwd=tree, text=True, capture_output=True, check=True)
@@ -247,7 +249,7 @@ INI = "[redis]\na private_address=10.0.0.1\n[pixel_app]\na\n[nginx_lb]\na\n"
 def test_only_host_files_of_an_inventory_directory_are_read(tmp_path: Path, name: str) -> None:
     inventory = tmp_path / "production"
     files = {
-        name: json.dumps(GOOD) if name.endswith(".yml") else INI,
+        name: json.dumps(VALID) if name.endswith(".yml") else INI,
         "group_vars/all.yml": "domain: example.com",
         "tls/fullchain.pem": "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
         "tls/privkey.pem": "-----BEGIN PRIVATE KEY-----\nMIIB\n-----END PRIVATE KEY-----\n",
@@ -275,8 +277,8 @@ def test_only_host_files_of_an_inventory_directory_are_read(tmp_path: Path, name
     assert groups["redis"]["hosts"] == ["a"]
 
 
-def test_a_clone_that_converts_line_ends_has_none_of_them(tmp_path: Path) -> None:
-    """Scripts with CR LF don't run on hosts."""
+def test_a_clone_with_autocrlf_has_lf_line_endings(tmp_path: Path) -> None:
+    """Scripts with CR LF do not run on hosts."""
     clone = tmp_path / "clone"
     options = ("-c", "core.autocrlf=true", "-c", "core.eol=crlf")
     subprocess.run(["git", *options, "clone", "--quiet", ROOT, clone], check=True, capture_output=True)
@@ -287,7 +289,7 @@ def test_a_clone_that_converts_line_ends_has_none_of_them(tmp_path: Path) -> Non
     assert not [line for line in listing.stdout.splitlines() if "w/crlf" in line or "w/mixed" in line]
 
 
-# They run on the control node without a connection, so they never become another user.
+# Actions that open no connection, and so never become another user.
 ACTIONS_WITHOUT_CONNECTION = {
     f"ansible.builtin.{name}"
     for name in (
@@ -306,7 +308,7 @@ ACTIONS_WITHOUT_CONNECTION = {
 def control_node_tasks(
     node: dict[str, Any], delegated: bool = False, become: object = None
 ) -> Iterator[tuple[str, object]]:
-    """Every task below a play, block or task that runs on the control node, with its `ansible_become`."""
+    """Yield the name and `ansible_become` of every task of a play or block that runs on the control node."""
     attributes = node.get("ansible.builtin.include_tasks", {})
     if isinstance(attributes, dict):
         node = node | attributes.get("apply", {})
@@ -323,7 +325,7 @@ def control_node_tasks(
 
 
 def test_control_node_tasks_never_use_sudo() -> None:
-    """`ansible_become` in group_vars outranks the keyword `become`, so a variable must say no."""
+    """`ansible_become` in group_vars outranks the keyword `become`, so these tasks set the variable."""
     found = {}
     for path in sorted([*ROOT.glob("playbooks/**/*.yml"), *ROOT.glob("roles/*/tasks/*.yml")]):
         document = yaml.safe_load(path.read_text())

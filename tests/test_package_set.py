@@ -1,4 +1,4 @@
-"""package_set asks a host nothing unless a package is missing."""
+"""package_set runs no module on a host unless a package is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from ansible.errors import AnsibleActionFail  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parents[1]
-# The module of this name, which is documentation, comes first in the path.
+# An import by name would find the module of the same name, which contains only documentation.
 _SPEC = importlib.util.spec_from_file_location("package_set_action", ROOT / "plugins/action/package_set.py")
 assert _SPEC is not None
 assert _SPEC.loader is not None
@@ -21,7 +21,7 @@ _SPEC.loader.exec_module(plugin)
 
 
 class Host:
-    """Stands in for a host with packages: it installs what apt is asked for, and counts the module runs."""
+    """A stub of a host: apt installs into a dictionary, and module runs are recorded."""
 
     def __init__(self, *packages: str, broken: str = "") -> None:
         self.packages = dict.fromkeys(packages)
@@ -29,7 +29,7 @@ class Host:
         self.runs: list[tuple[str, dict[str, Any], bool]] = []
 
     def install(self, facts: set[str] | None, check_mode: bool = False, **arguments: Any) -> dict[str, Any]:
-        """Run the action with these package facts, or without any."""
+        """Run the action with these package facts; None means that the host has no facts yet."""
         task = SimpleNamespace(args=arguments, check_mode=check_mode, async_val=0, diff=False)
         action = plugin.ActionModule(task, Mock(), Mock(), Mock(), Mock(), Mock())
         action._execute_module = lambda module_name, module_args, task_vars: self._module(
@@ -51,13 +51,13 @@ class Host:
         return {"ansible_facts": {"packages": dict(self.packages)}}
 
 
-def test_nothing_is_asked_if_nothing_is_missing() -> None:
+def test_no_module_runs_if_no_package_is_missing() -> None:
     host = Host("nginx")
     result = host.install({"nginx", "openssl"}, name=["nginx", "openssl"])
     assert (result["changed"], result["missing"], host.runs) == (False, [], [])
 
 
-def test_facts_are_read_if_there_are_none() -> None:
+def test_missing_facts_are_gathered() -> None:
     host = Host("nginx")
     result = host.install(None, name=["nginx"])
     assert [run[0] for run in host.runs] == ["package_facts"]
@@ -65,7 +65,7 @@ def test_facts_are_read_if_there_are_none() -> None:
     assert result["ansible_facts"] == {"packages": {"nginx": None}}
 
 
-def test_only_missing_packages_are_installed_and_facts_follow() -> None:
+def test_only_missing_packages_are_installed_and_the_facts_are_updated() -> None:
     host = Host("nginx")
     result = host.install({"nginx"}, name=["nginx", "openssl"], policy_rc_d=101)
     assert result["changed"]
@@ -92,7 +92,7 @@ def test_a_dry_run_refreshes_the_lists_and_installs_nothing() -> None:
         (True, True),
     ]
     assert "openssl" not in host.packages
-    # Later tasks must know that it isn't there.
+    # The facts stay unchanged: later tasks must see that the package is missing.
     assert "ansible_facts" not in result
 
 
@@ -105,6 +105,6 @@ def test_a_failure_is_reported(broken: str) -> None:
         assert result.get("ansible_facts", {"packages": {}}) == {"packages": {}}
 
 
-def test_names_are_a_list() -> None:
+def test_names_must_be_a_list() -> None:
     with pytest.raises(AnsibleActionFail, match="name must be a list"):
         Host().install(set(), name="nginx")

@@ -1,4 +1,4 @@
-"""The filter plugin for the fleet's facts, and what the roles make of it."""
+"""The filter plugin for the fleet's facts, and its use in role nginx_lb."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOST = {"inventory_hostname": "t2", "private_address": "10.0.0.2"}
 
 
-def test_the_first_instance_has_plain_names_and_further_ones_their_ports() -> None:
+def test_the_first_instance_has_plain_names_and_further_ones_include_the_port() -> None:
     assert pixel_fleet.pixel_instances(HOST | {"pixel_app_instances": 2}) == [
         {
             "name": "t2",
@@ -48,14 +48,14 @@ def test_the_first_instance_has_plain_names_and_further_ones_their_ports() -> No
         ({"pixel_app_instances": 0}, {}, []),
     ],
 )
-def test_variables_are_those_of_the_host_unless_they_are_given(
+def test_arguments_override_the_hosts_variables(
     variables: dict[str, Any], arguments: dict[str, Any], ports: list[int]
 ) -> None:
     instances = pixel_fleet.pixel_instances(HOST | variables, **arguments)
     assert [instance["port"] for instance in instances] == ports
 
 
-def test_sockets_and_names_can_be_given() -> None:
+def test_socket_and_name_can_be_overridden() -> None:
     first, second = pixel_fleet.pixel_instances(HOST, count=2, socket="/srv/app.socket", name="blue")
     assert (first["name"], first["socket"]) == ("blue", "/srv/app.socket")
     assert (second["name"], second["socket"]) == ("blue-8001", "/srv/app-8001.socket")
@@ -65,7 +65,7 @@ def test_sockets_and_names_can_be_given() -> None:
     assert other["socket"] == "/run/other.sock"
 
 
-def test_the_systemd_template_becomes_an_instance() -> None:
+def test_the_systemd_template_expands_to_an_instance() -> None:
     template = pixel_fleet.pixel_instance_template(HOST)
     (_, further) = pixel_fleet.pixel_instances(HOST, count=2)
     assert template["unit"] == "pixel@%i"
@@ -73,14 +73,14 @@ def test_the_systemd_template_becomes_an_instance() -> None:
     assert replaced == {key: str(value) for key, value in further.items()}
 
 
-def test_the_fleets_ports_are_the_apps_redis_and_exporters() -> None:
+def test_fleet_ports_are_those_of_the_app_redis_and_exporters() -> None:
     ports = pixel_fleet.fleet_ports(HOST | {"pixel_app_instances": 2, "redis_port": "6400"})
     assert ports == [8000, 8001, 6400, 9100, 9113, 9121, 9090, 9093]
     assert pixel_fleet.fleet_ports(HOST)[:2] == [8000, 6379]
     assert pixel_fleet.exporter_port("redis") == 9121
 
 
-def test_defaults_are_the_roles() -> None:
+def test_defaults_equal_the_roles_defaults() -> None:
     app, redis = (
         yaml.safe_load((ROOT / "roles" / role / "defaults" / "main.yml").read_text())
         for role in ("pixel_app", "redis")
@@ -98,7 +98,7 @@ def test_security_groups_admit_the_fleets_ports() -> None:
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Any:
-    """What the agent at host `a` makes of an inventory's hosts and variables, as the role renders them."""
+    """Render backends.json for balancer `a` from hosts and variables, and load it as the agent does."""
 
     def render(hosts: dict[str, dict[str, Any]], **variables: Any) -> Fleet:
         address = {"private_address": "10.0.0.1", "ansible_connection": "local"}
@@ -147,7 +147,7 @@ def fleet(tmp_path: Path) -> Any:
     return render
 
 
-def test_a_host_that_says_nothing_has_one_instance_at_the_default_port(fleet: Any) -> None:
+def test_a_host_without_variables_has_one_instance_on_the_default_port(fleet: Any) -> None:
     found = fleet({"a": {}, "b": {"private_address": "10.0.0.2"}})
     assert [(server.name, server.address, server.weight) for server in found.servers] == [
         ("a", "unix:/run/pixel.sock", 1),
@@ -190,7 +190,7 @@ def test_the_facts_of_hosts_reach_the_agent(fleet: Any) -> None:
     assert (found.settings.adaptive, found.settings.dead_band, found.settings.step) == (True, 0.2, 0.5)
 
 
-def test_measured_weights_are_found_in_the_hosts_variables(fleet: Any) -> None:
+def test_measured_weights_are_computed_from_the_hosts_variables(fleet: Any) -> None:
     hosts = {
         name: {"nginx_lb_measured": {"requests_per_second": rate}}
         for name, rate in (("a", 3000), ("b", 1500.4))

@@ -1,4 +1,4 @@
-"""The module that builds, tries and switches releases, on a temporary directory and a host in memory."""
+"""pixel_release on a temporary directory and a simulated host."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from ansible_collections.pixel.endpoint.plugins.modules.pixel_release import (
 
 
 class FakeHost(Host):
-    """systemd in memory: a service that is started runs what the files say.
+    """A host with simulated systemd: a started service runs the release that the files name.
 
-    Releases in `faults` start, but aren't ready; those in `broken` don't start.
+    Releases in `faults` start but are never ready; those in `broken` do not start.
     """
 
     def __init__(self, root: Path) -> None:
@@ -39,11 +39,11 @@ class FakeHost(Host):
         self.etc, self.home = root / "etc", root / "home"
         self.calls: list[str] = []
         self.active: dict[str, dict[str, str]] = {}
-        """Environments of running services by unit."""
+        """Environments of the running services, by unit."""
         self.enabled: set[str] = set()
         self.sockets: set[str] = set()
         self.broken: set[str] = set()
-        """Releases whose interpreter doesn't start."""
+        """Releases whose interpreter does not start."""
         self.faults: set[str] = set()
         self.refused_settings = ""
         self.taken = ""
@@ -133,14 +133,14 @@ def manager(host: FakeHost, tmp_path: Path) -> Manager:
 
 
 def make(manager: Manager, release: str) -> None:
-    """A release as `build` leaves it."""
+    """Create a complete release, as action `build` does."""
     path = manager.releases.path(release)
     path.mkdir(parents=True)
     (path / "release.env").write_text(f"PIXEL_RELEASE={release}\n")
 
 
 def option(action: str, release: str, **changes: Any) -> dict[str, Any]:
-    """The module's parameters, with files that differ by release and settings."""
+    """Return the module's parameters; the files differ by release, settings and ports."""
     settings = changes.pop("settings", "1")
     ports = changes.pop("ports", [8000])
     units = [f"pixel@{port}" for port in ports[1:]] + ["pixel"]
@@ -167,7 +167,7 @@ def option(action: str, release: str, **changes: Any) -> dict[str, Any]:
 
 
 def deploy(manager: Manager, release: str, **changes: Any) -> list[dict[str, Any]]:
-    """All actions of a deploy, as the role's phases call them; their results."""
+    """Run the actions of a deploy in the role's order; return their results."""
     if release not in manager.releases.names():
         make(manager, release)
     staged = carry_out(manager, option("stage", release, **changes), False)
@@ -204,7 +204,7 @@ def test_a_second_run_changes_nothing(manager: Manager, host: FakeHost) -> None:
     assert not [call for call in host.calls if "restart" in call or "start" in call.split()]
 
 
-def test_a_dry_run_predicts_and_changes_nothing(manager: Manager, host: FakeHost) -> None:
+def test_a_dry_run_reports_changes_and_makes_none(manager: Manager, host: FakeHost) -> None:
     deploy(manager, "a")
     make(manager, "b")
     before = sorted(manager.etc.rglob("*"))
@@ -236,7 +236,7 @@ def test_a_release_that_fails_its_trial_is_removed_and_may_be_tried_again(
     assert deploy(manager, "b")[-1]["current"] == "b"
 
 
-def test_a_release_that_has_served_stays_when_a_trial_fails(manager: Manager, host: FakeHost) -> None:
+def test_a_release_that_has_served_is_kept_when_a_trial_fails(manager: Manager, host: FakeHost) -> None:
     deploy(manager, "a")
     deploy(manager, "b")
     host.faults.update("ab")
@@ -247,7 +247,7 @@ def test_a_release_that_has_served_stays_when_a_trial_fails(manager: Manager, ho
     assert manager.releases.names() == ["a", "b"]
 
 
-def test_a_candidate_port_that_is_taken_is_named_and_holds_nothing_against_the_release(
+def test_a_candidate_port_in_use_is_reported_and_the_release_is_kept(
     manager: Manager, host: FakeHost
 ) -> None:
     deploy(manager, "a")
@@ -276,14 +276,14 @@ def test_a_release_that_fails_after_the_switch_is_switched_back(manager: Manager
     assert manager.releases.current() == "a"
     assert (manager.etc / "pixel.env").read_text() == "PIXEL_WORKERS='1'\n"
     assert (manager.unit_dir / "pixel.socket").read_text() == "socket 8000\n"
-    # The sockets had been restarted for other ports, and are once more.
+    # The sockets were restarted for the new ports, and again for the former ones.
     assert sum(call.startswith("systemctl restart") and "pixel.socket" in call for call in host.calls) == 2
     assert [entry.release for entry in manager.releases.history()] == ["a"]
     host.faults.clear()
     assert deploy(manager, "b", **changes)[-1]["current"] == "b"
 
 
-def test_a_host_that_is_not_ready_either_way_is_reported_so(manager: Manager, host: FakeHost) -> None:
+def test_a_restored_deployment_that_is_not_ready_is_reported(manager: Manager, host: FakeHost) -> None:
     deploy(manager, "a")
     make(manager, "b")
     carry_out(manager, option("stage", "b"), False)
@@ -293,7 +293,7 @@ def test_a_host_that_is_not_ready_either_way_is_reported_so(manager: Manager, ho
     assert manager.releases.names() == ["a", "b"]
 
 
-def test_a_first_deploy_that_fails_has_nothing_to_go_back_to(manager: Manager, host: FakeHost) -> None:
+def test_a_failed_first_deploy_has_no_former_deployment(manager: Manager, host: FakeHost) -> None:
     make(manager, "a")
     carry_out(manager, option("stage", "a"), False)
     host.faults.add("a")
@@ -302,11 +302,13 @@ def test_a_first_deploy_that_fails_has_nothing_to_go_back_to(manager: Manager, h
 
 
 class Killed(BaseException):
-    """The module's process ends at once."""
+    """Simulates the sudden end of the module's process."""
 
 
-def test_a_switch_that_was_cut_off_goes_back_to_what_ran_before_it(manager: Manager, host: FakeHost) -> None:
-    """Files and `current` are the new ones then, and what runs is not."""
+def test_after_an_interrupted_switch_the_deployment_before_it_is_restored(
+    manager: Manager, host: FakeHost
+) -> None:
+    """After the interruption, files and `current` are new, and the old release still runs."""
     deploy(manager, "a")
     make(manager, "b")
 
@@ -329,7 +331,7 @@ def test_a_switch_that_was_cut_off_goes_back_to_what_ran_before_it(manager: Mana
     assert (manager.etc / "pixel.env").read_text() == "PIXEL_WORKERS='1'\n"
 
 
-def test_altered_files_are_put_right_once(manager: Manager) -> None:
+def test_altered_files_are_corrected_once(manager: Manager) -> None:
     deploy(manager, "a")
     (manager.etc / "pixel.env").write_text("altered\n")
     assert deploy(manager, "a")[-1]["changed"]
@@ -347,7 +349,7 @@ def test_a_rollback_goes_to_the_newest_release_that_served(manager: Manager, hos
     assert (rolled["current"], rolled["previous"], rolled["rolled_back_from"]) == ("b", "c", "c")
 
 
-def test_what_was_rolled_back_is_announced_before_it_is_deployed_again(manager: Manager) -> None:
+def test_deploying_a_rolled_back_release_again_gives_a_warning(manager: Manager) -> None:
     for release in "ab":
         deploy(manager, release)
     deploy(manager, "a", rollback=True)
@@ -358,20 +360,20 @@ def test_what_was_rolled_back_is_announced_before_it_is_deployed_again(manager: 
         r"This run deploys release b to t2 again, which was rolled back to a at 20\S+Z\.", warning
     )
     assert "-e pixel_app_release=a" in warning
-    # Neither another release nor a second rollback is worth a word.
+    # Another release and a rollback give no warning.
     assert carry_out(manager, option("stage", "c"), True)["warning"] == ""
     assert carry_out(manager, option("stage", "b", rollback=True), True)["warning"] == ""
     assert deploy(manager, "b")[-1]["rolled_back_from"] == ""
 
 
-def test_a_history_of_a_former_version_is_read(manager: Manager) -> None:
+def test_the_history_format_of_a_former_version_is_read(manager: Manager) -> None:
     manager.releases.home.mkdir()
     manager.releases.history_file.write_text("2026-01-01T00:00:00Z a\n2026-01-02T00:00:00Z b\n")
     assert [entry.release for entry in manager.releases.history()] == ["a", "b"]
 
 
 def test_releases_beyond_those_to_keep_are_removed(manager: Manager) -> None:
-    """The current one, the one before it, and the newest of the others; and what isn't complete."""
+    """Keep the current one, the one before it, and the newest complete one of the others."""
     deploy(manager, "before")
     for number in range(1, 5):
         make(manager, f"old-{number}")
@@ -383,7 +385,7 @@ def test_releases_beyond_those_to_keep_are_removed(manager: Manager) -> None:
     assert left == ["before", "now", "old-4"]
 
 
-def test_instances_come_and_go(manager: Manager, host: FakeHost) -> None:
+def test_instances_can_be_added_and_removed(manager: Manager, host: FakeHost) -> None:
     deploy(manager, "a")
     deploy(manager, "a", ports=[8000, 8001, 8002])
     assert sorted(host.active) == ["pixel.service", "pixel@8001.service", "pixel@8002.service"]
@@ -412,7 +414,7 @@ def test_settings_that_the_release_refuses_are_not_staged(manager: Manager, host
     assert not manager.staged.exists()
 
 
-def test_a_switch_needs_what_was_staged_for_it(manager: Manager) -> None:
+def test_a_switch_requires_a_staged_deployment_with_its_fingerprint(manager: Manager) -> None:
     deploy(manager, "a")
     carry_out(manager, option("stage", "a", settings="2"), False)
     with pytest.raises(Failure, match="run the whole role"):
@@ -453,7 +455,7 @@ def test_a_release_whose_interpreter_is_gone_is_built_again(
     marker.touch()
     host.broken.add("a")
     assert not carry_out(manager, option("status", "a"), False)["built"]
-    # Where a new build doesn't start either, it isn't complete.
+    # A new build that does not start either is not complete.
     with pytest.raises(Failure, match="user pixel can't start it: cannot execute"):
         built(manager, tmp_path / "wheelhouse.tar")
     assert manager.releases.names() == []
@@ -473,7 +475,7 @@ def test_modes_do_not_depend_on_the_umask(manager: Manager) -> None:
     assert mode(manager.unit_dir / "pixel.service") == 0o644
 
 
-def test_the_state_of_a_host(manager: Manager, host: FakeHost) -> None:
+def test_status_reports_release_service_and_redis(manager: Manager, host: FakeHost) -> None:
     empty = carry_out(manager, option("status", "", urls=["http://10.0.0.1:8000"]), True)
     assert (empty["current"], empty["service"]["state"], empty["redis"]) == ("", "inactive", ["no answer"])
     deploy(manager, "a")
@@ -484,7 +486,7 @@ def test_the_state_of_a_host(manager: Manager, host: FakeHost) -> None:
     assert carry_out(manager, option("status", ""), True)["redis"] == ["status 503"]
 
 
-def test_a_port_in_use_is_seen() -> None:
+def test_a_port_in_use_is_detected() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -493,12 +495,12 @@ def test_a_port_in_use_is_seen() -> None:
     assert Host("t2").port_user(port) == ""
 
 
-def test_questions_to_the_fleet_use_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_to_the_fleet_use_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         server.settimeout(0.2)
-        # Nobody answers, but the question arrives.
+        # The request arrives, though it is not answered.
         assert Host("t2").ask(f"http://127.0.0.1:{port}/readyz", 0.2)[0] == 0
         connection, _ = server.accept()
         connection.settimeout(1)
@@ -524,14 +526,14 @@ def test_a_second_run_waits_for_the_first(tmp_path: Path) -> None:
     assert order == ["first", "second"]
 
 
-def test_a_command_that_fails_says_why() -> None:
+def test_a_failed_command_raises_its_error_output() -> None:
     with pytest.raises(Failure, match="no such thing"):
         Host("t2").run("sh", "-c", "echo no such thing >&2; exit 3")
     with pytest.raises(Failure, match="/nowhere: No such file"):
         Host("t2").run("/nowhere")
 
 
-def test_its_documentation_agrees_with_its_parameters() -> None:
+def test_the_documentation_agrees_with_the_parameters() -> None:
     documented = yaml.safe_load(DOCUMENTATION)["options"]
     for option in (*documented.values(), *ARGUMENTS.values()):
         option.setdefault("type", "str")

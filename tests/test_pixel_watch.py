@@ -1,4 +1,4 @@
-"""The logic of pixel-watch; that the node exporter serves its file is tested on hosts."""
+"""The functions of pixel-watch. Scenario default tests that the node exporter serves its file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pixel_watch
 
 
-def test_certificates_are_found_where_the_configuration_says() -> None:
+def test_certificate_paths_are_read_from_the_configuration() -> None:
     configuration = """
         ssl_certificate tls/fullchain.pem;
         ssl_certificate_key tls/privkey.pem;
@@ -18,7 +18,7 @@ def test_certificates_are_found_where_the_configuration_says() -> None:
     assert pixel_watch.certificate_paths(configuration) == ["/etc/nginx/tls/fullchain.pem", "/srv/other.pem"]
 
 
-def test_a_backend_that_is_out_has_a_weight_and_is_not_up() -> None:
+def test_a_backend_that_is_not_up_still_has_a_weight() -> None:
     backends = {
         "c5": {"weight": 3, "state": "up", "share": 1.0, "cpu_credits": None},
         "t2": {"weight": 2, "state": "drained", "share": 0.25, "cpu_credits": 12.5},
@@ -42,7 +42,7 @@ def test_a_backend_that_is_out_has_a_weight_and_is_not_up() -> None:
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
-    """Whoever could plant one beside the output, or in its place, gets nothing else overwritten."""
+    """A link at the output's path or a temporary path must not redirect the write."""
     secret = tmp_path / "secret"
     secret.write_text("kept")
     secret.chmod(0o600)
@@ -55,6 +55,6 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     assert (output.read_text(), output.stat().st_mode & 0o777) == ("pixel_lb_loaded 1\n", 0o644)
 
 
-def test_the_output_is_below_directories_of_root_alone() -> None:
-    """Debian's packages give /var/lib/prometheus to user prometheus."""
+def test_the_output_is_not_in_a_directory_of_another_user() -> None:
+    """In Debian, /var/lib/prometheus belongs to user prometheus."""
     assert pixel_watch.OUTPUT.parent == Path("/var/lib/pixel-metrics")

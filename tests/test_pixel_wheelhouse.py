@@ -1,4 +1,4 @@
-"""The wheelhouse of a release, and the name that a source gives it."""
+"""The wheelhouse of a release, and the release name of a source tree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A small package that is built like the app, with no libraries."""
+    """A small package that builds like the app, without dependencies."""
     app = tmp_path / "the app"
     (app / "src" / "pixel").mkdir(parents=True)
     (app / "src" / "pixel" / "__init__.py").write_text('"""A test\'s app."""\n')
@@ -46,26 +46,26 @@ def test_equal_sources_have_equal_names(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "file", ["src/pixel/__init__.py", "pyproject.toml", "requirements.txt", "src/new.py"]
 )
-def test_a_change_of_any_file_is_another_name(source: Path, file: str) -> None:
+def test_a_change_of_any_file_changes_the_name(source: Path, file: str) -> None:
     before = release_name(source)
     with (source / file).open("a") as changed:
         changed.write("# changed\n")
     assert release_name(source) != before
 
 
-def test_a_renamed_file_is_another_name(source: Path) -> None:
+def test_a_renamed_file_changes_the_name(source: Path) -> None:
     before = release_name(source)
     package = source / "src" / "pixel"
     package.rename(package.with_name("pixels"))
     assert release_name(source) != before
 
 
-def test_a_source_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(AnsibleLookupError, match=f"no release can be made of {tmp_path}.*pyproject.toml"):
+def test_a_directory_that_is_not_a_source_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(AnsibleLookupError, match=f"no release can be built from {tmp_path}.*pyproject.toml"):
         LookupModule().run([str(tmp_path)])
 
 
-def test_a_wheelhouse_holds_the_wheels_and_their_hashes(source: Path, tmp_path: Path) -> None:
+def test_a_wheelhouse_contains_the_wheels_and_their_hashes(source: Path, tmp_path: Path) -> None:
     wheels = tmp_path / "cache" / "libraries" / f"3.11-x86_64-{digest(source / 'requirements.txt')[:12]}"
     wheels.mkdir(parents=True)
     (wheels / "one-1-py3-none-any.whl").write_text("a library")
@@ -89,7 +89,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_libraries_are_fetched_for_the_host_and_whatever_their_markers(
+def test_libraries_are_downloaded_for_the_hosts_platform_regardless_of_markers(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = source / "requirements.txt"
@@ -112,7 +112,7 @@ def test_libraries_are_fetched_for_the_host_and_whatever_their_markers(
     assert seen == ["one==1 \\\n    --hash=sha256:12\ntwo==2 \\\n    --hash=sha256:34\n"]
 
 
-def test_a_download_that_was_cut_off_is_made_again(
+def test_an_interrupted_download_is_repeated(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*argv: str | Path) -> None:
@@ -130,17 +130,17 @@ def test_a_download_that_was_cut_off_is_made_again(
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """No file grows beyond a kilobyte; Python ignores the signal for it."""
+    """Limit the file size to 1 kB, so that larger writes fail as on a full disk (Python ignores SIGXFSZ)."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_wheelhouse_that_was_cut_off_is_packed_again(
+def test_an_interrupted_wheelhouse_is_packed_again(
     source: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """A disk that is full leaves half a file, which doesn't count as made."""
+    """A full disk leaves an incomplete temporary file, and no wheelhouse."""
     own = tmp_path / "pixel-1-py3-none-any.whl"
     own.write_text("wheel")
     bundle = tmp_path / "bundle.tar"
@@ -156,7 +156,7 @@ def test_a_wheelhouse_that_was_cut_off_is_packed_again(
 
 
 @pytest.mark.parametrize("plugin", ["modules/pixel_wheelhouse.py", "lookup/pixel_source.py"])
-def test_its_documentation_can_be_read(plugin: str) -> None:
+def test_the_documentation_is_valid_yaml(plugin: str) -> None:
     namespace: dict[str, str] = {}
     text = (ROOT / "plugins" / plugin).read_text()
     exec(text[: text.index("import ", text.index("RETURN"))], namespace)

@@ -1,4 +1,4 @@
-"""Requests to the fleet go straight to it, whatever proxy the environment names."""
+"""Requests to the fleet ignore the proxies of the environment."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_tasks_use_no_proxy(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_programs_have_no_opener_that_reads_the_environment(path: Path) -> None:
+def test_programs_do_not_use_urlopen_which_reads_the_environment(path: Path) -> None:
     assert "request.urlopen(" not in path.read_text()
 
 
@@ -56,7 +56,7 @@ class Ping(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
-def test_pixel_lb_reaches_a_backend_behind_a_dead_proxy() -> None:
+def test_pixel_lb_reaches_a_backend_despite_a_dead_proxy() -> None:
     with HTTPServer(("127.0.0.1", 0), Ping) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         program = f"from pixel_lb.drain import answering_instance; print(answering_instance('http://127.0.0.1:{server.server_port}/ping'))"

@@ -1,4 +1,4 @@
-"""What is cut off the end of Redis' log, and what must not be."""
+"""redis_trim_log removes an incomplete transaction at the end of the log, and nothing else."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def trimmed(folder: Path, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("cut", range(1, len(MULTI + SET + EXEC)))
-def test_a_part_of_the_last_transaction_goes(folder: Path, cut: int) -> None:
+def test_an_incomplete_last_transaction_is_removed(folder: Path, cut: int) -> None:
     left = trimmed(folder, WHOLE + WHOLE[:-cut])
-    # Less than MULTI itself is half a command, and Redis' own business.
+    # Less than a whole MULTI is an incomplete command, which Redis itself removes.
     rest = b"" if len(WHOLE) - cut >= len(MULTI) else WHOLE[:-cut]
     assert left == WHOLE + rest
 
@@ -39,11 +39,11 @@ def test_a_part_of_the_last_transaction_goes(folder: Path, cut: int) -> None:
 @pytest.mark.parametrize(
     "content", [b"", SET, WHOLE, WHOLE + SET, WHOLE * 3, SET * 200_000, WHOLE + SET * 200_000]
 )
-def test_what_is_whole_stays(folder: Path, content: bytes) -> None:
+def test_complete_commands_are_kept(folder: Path, content: bytes) -> None:
     assert trimmed(folder, content) == content
 
 
-def test_damage_before_a_whole_transaction_is_left_alone(folder: Path) -> None:
+def test_damage_before_a_complete_transaction_is_left_unchanged(folder: Path) -> None:
     content = WHOLE + MULTI + b"\0" * 50 + EXEC + SET
     assert trimmed(folder, content) == content
 
@@ -54,7 +54,7 @@ def test_a_transaction_across_chunks_is_found(folder: Path) -> None:
         assert trimmed(folder, WHOLE + MULTI + many[: CHUNK - shift]) == WHOLE
 
 
-def test_no_log_is_no_fault(tmp_path: Path) -> None:
+def test_a_missing_log_is_not_an_error(tmp_path: Path) -> None:
     assert redis_trim_log.trim(tmp_path) == 0
     (tmp_path / "appendonly.aof.manifest").write_text("file appendonly.aof.1.base.rdb seq 1 type b\n")
     assert redis_trim_log.trim(tmp_path) == 0

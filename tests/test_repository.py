@@ -1,4 +1,4 @@
-"""What holds for the repository as others meet it: versions, changelog, CI, links of the documents."""
+"""Versions, changelog, releases, CI, commit hooks, and links between documents."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load(name: str) -> Any:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub names them."""
+    """Return the anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -43,7 +43,7 @@ def release() -> ModuleType:
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_existing_targets(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?:|mailto:", link):
@@ -65,14 +65,14 @@ def test_decisions_are_numbered_dated_and_listed() -> None:
         assert f"({page.name})" in index, page
 
 
-def test_the_version_is_the_same_everywhere() -> None:
+def test_versions_agree() -> None:
     app = tomllib.loads((ROOT / "app/pyproject.toml").read_text())["project"]["version"]
     released = re.findall(r"^## \[(.*)\] - 20\d\d-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert load("galaxy.yml")["version"] == app == released[0]
 
 
-def test_the_changelog_has_its_form() -> None:
-    """https://keepachangelog.com/en/1.1.0/"""
+def test_the_changelog_follows_keep_a_changelog() -> None:
+    """See https://keepachangelog.com/en/1.1.0/."""
     text = (ROOT / "CHANGELOG.md").read_text()
     headings = re.findall(r"^## (.*)$", text, re.M)
     assert headings[0] == "[Unreleased]"
@@ -106,8 +106,8 @@ def test_a_release_is_dated_committed_and_tagged(release: ModuleType, tmp_path: 
         release.release(tmp_path, "1.1.0", "2027-01-02")
     git("commit", "--quiet", "--message", "Before")
 
-    for version, why in (("1.0.0", "not newer"), ("1.1", "not a version")):
-        with pytest.raises(release.ReleaseError, match=why):
+    for version, reason in (("1.0.0", "not newer"), ("1.1", "not a version")):
+        with pytest.raises(release.ReleaseError, match=reason):
             release.release(tmp_path, version, "2027-01-02")
     assert git("status", "--porcelain") == ""
 
@@ -143,8 +143,7 @@ def test_actions_are_pinned_by_commit() -> None:
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in used)
 
 
-def test_commits_are_checked_as_ci_does() -> None:
-    """Every command of `make lint` has its hook."""
+def test_commit_hooks_run_every_command_of_make_lint() -> None:
     (recipe,) = re.findall(r"^lint: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
     entries = [hook["entry"] for repo in load(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
     programs = {Path(word).name for entry in entries for word in entry.split()}
@@ -154,7 +153,7 @@ def test_commits_are_checked_as_ci_does() -> None:
         assert not command[0].endswith("ruff") or f".venv/bin/ruff {command[1]}" in " ".join(entries)
 
 
-def test_the_lock_of_eslint_names_no_registry() -> None:
+def test_the_eslint_lock_names_no_registry() -> None:
     lock = json.loads((ROOT / ".config/eslint/package-lock.json").read_text())
     packages = [package for name, package in lock["packages"].items() if name]
     assert packages

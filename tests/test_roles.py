@@ -1,4 +1,4 @@
-"""What holds for every role: its arguments are documented, and its README says the same."""
+"""Every role: argument specification, defaults, variable names, README and tags agree."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_argument_is_explained(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_names_tell_whose_a_variable_is(role: str) -> None:
+def test_variable_names_have_the_roles_prefix(role: str) -> None:
     assert all(name.startswith(f"{role}_") for name in load(role, "defaults/main.yml"))
     assert all(name.startswith(f"_{role}_") for name in load(role, "vars/main.yml"))
     for path in (ROOT / "roles" / role).rglob("tasks/*.yml"):
@@ -45,7 +45,7 @@ def test_names_tell_whose_a_variable_is(role: str) -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_the_readme_is_generated_from_the_arguments(role: str, tmp_path: Path) -> None:
-    """`make docs` writes it."""
+    """`make docs` generates it."""
     fresh = tmp_path / "README.md"
     program = Path(sys.prefix, "bin", "aar-doc")
     arguments: list[str | Path] = ["--output-file", fresh, ROOT / "roles" / role, "markdown"]
@@ -54,8 +54,8 @@ def test_the_readme_is_generated_from_the_arguments(role: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_no_part_of_a_role_can_be_run_without_what_it_builds_on(role: str) -> None:
-    """Tags are the playbooks', one for each role; within it only the preflight has one, and always runs."""
+def test_a_role_has_no_tags_but_always_for_its_preflight(role: str) -> None:
+    """Playbooks give each role one tag. Tags inside a role could run a part without the tasks before it."""
     for path in (ROOT / "roles" / role).rglob("tasks/*.yml"):
         tags = re.findall(r"^\s*tags: (.*)", path.read_text(), re.M)
         assert tags == (["[always]"] if path.name == "main.yml" else []), path
@@ -73,7 +73,7 @@ def test_no_part_of_a_role_can_be_run_without_what_it_builds_on(role: str) -> No
         (True, False),
     ],
 )
-def test_a_setting_that_the_environment_file_cannot_hold_is_named(value: Any, is_refused: bool) -> None:
+def test_settings_that_an_environment_file_cannot_contain_are_named(value: Any, is_refused: bool) -> None:
     variables = {"pixel_app_settings": {"PIXEL_LOG_LEVEL": "info", "PIXEL_TRIED": value}}
     unwritable = trust_as_template(load("pixel_app", "vars/main.yml")["_pixel_app_unwritable"])
     assert Templar(DataLoader(), variables).template(unwritable) == ["PIXEL_TRIED"] * is_refused

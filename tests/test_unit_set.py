@@ -1,4 +1,4 @@
-"""unit_set brings systemd units into a state, in one run."""
+"""unit_set starts or stops a set of systemd units in one run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from ansible.module_utils.testing import patch_module_args  # type: ignore[import-untyped]
 from ansible_collections.pixel.endpoint.plugins.modules import unit_set
 
-# Stands in for systemctl: units are files that hold "<load> <file> <active>"; it logs its arguments.
+# A stub of systemctl: units are files that contain "<load> <file> <active>". It logs its arguments.
 SYSTEMCTL = """#!/bin/sh
 cd "$(dirname "$0")/units"
 echo "$@" >>../calls
@@ -52,7 +52,7 @@ def units(tmp_path: Path) -> dict[str, str]:
 
 
 def calls(tmp_path: Path) -> list[str]:
-    """The verbs that systemctl was asked for."""
+    """Return the verbs of the systemctl calls."""
     return [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
 
 
@@ -105,12 +105,12 @@ def test_units_are_stopped_and_disabled(run: Any, tmp_path: Path) -> None:
 def test_a_unit_that_cannot_start_is_named(run: Any, tmp_path: Path, state: str, message: str) -> None:
     (tmp_path / "units" / "d.service").write_text(state)
     assert run(names=["a.service", "d.service"])["msg"] == message
-    # No unit was changed.
+    # systemctl changed no unit.
     assert calls(tmp_path) == ["show"]
-    # A dry run didn't write the unit that a run would start.
+    # In check mode the unit may not be written yet, so it counts as changed.
     assert "d.service" in run(names=["d.service"], _ansible_check_mode=True)["changed_units"]
 
 
-def test_no_units_are_no_question(run: Any, tmp_path: Path) -> None:
+def test_an_empty_set_does_not_run_systemctl(run: Any, tmp_path: Path) -> None:
     assert not run(names=[])["changed"]
     assert not (tmp_path / "calls").exists()

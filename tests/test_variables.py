@@ -1,4 +1,4 @@
-"""Values given with `-e name=value` are text; every example in the documents works as typed."""
+"""Values given with `-e name=value` are text: roles convert them, and documented examples work as typed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SOURCES = sorted(
     for path in (ROOT / place).rglob("*")
     if path.suffix in (".yml", ".j2") and "meta" not in path.parts
 )
-# Documents, and playbooks and roles, whose comments and messages name arguments.
+# Files that name arguments: manuals, and the comments and messages of playbooks and roles.
 DOCUMENTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md"), *SOURCES]
 # Keywords of tasks whose value is an expression without braces.
 CONDITIONS = {"when", "that", "until", "failed_when", "changed_when", "var"}
-# Filters whose result is the same for 5 and '5'.
+# Filters that give the same result for 5 and '5'.
 CONVERTING = {"bool", "int", "float", "string"}
-# Our own filters, which convert their arguments.
+# The collection's filters convert their arguments.
 OWN_FILTERS = {f"pixel.endpoint.{name}" for name in FilterModule().filters()}
 
 
@@ -42,7 +42,7 @@ def role_variables() -> dict[str, str]:
 
 
 def arguments(text: str) -> list[tuple[str, str]]:
-    """Names and values of the `-e` examples in a text. Values are cut at what ends a word in prose."""
+    """Return names and values of the `-e` examples in a text; a value ends where a word of prose ends."""
     return re.findall(r"-e ([a-z][a-z0-9_]*)=([^\s`\]'\"{},;|]*)", text)
 
 
@@ -55,7 +55,7 @@ TYPED = {name for name, kind in role_variables().items() if kind in ("bool", "in
 
 
 def templates(value: Any, key: str = "") -> Iterator[str]:
-    """Every Jinja template of a YAML document. Conditions get braces."""
+    """Yield every Jinja template in a YAML document; conditions are put in braces."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from templates(inner, str(name))
@@ -70,7 +70,7 @@ def templates(value: Any, key: str = "") -> Iterator[str]:
 
 
 def unconverted(source: str, start: str = "{{", end: str = "}}") -> set[str]:
-    """Typed variables that a template uses without a conversion, other than to print them."""
+    """Return the typed variables that a template uses, other than for output, without a conversion."""
     tree = jinja2.Environment(variable_start_string=start, variable_end_string=end).parse(source)
     macros = {macro.name for macro in tree.find_all(nodes.Macro)}
     found = set()
@@ -120,7 +120,7 @@ def unconverted(source: str, start: str = "{{", end: str = "}}") -> set[str]:
         ("3 if wanted else 4", {"wanted"}),
     ],
 )
-def test_the_check_finds_what_is_not_converted(
+def test_missing_conversions_are_detected(
     monkeypatch: pytest.MonkeyPatch, expression: str, faults: set[str]
 ) -> None:
     monkeypatch.setitem(globals(), "TYPED", {"wanted"})
@@ -142,7 +142,7 @@ def test_numbers_and_booleans_are_converted_where_they_are_used(path: Path) -> N
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documented_arguments_are_variables(path: Path) -> None:
-    """Of a role, or of a playbook that reads it."""
+    """Each documented argument is a role variable or is read by a playbook."""
     playbooks = "".join(playbook.read_text() for playbook in PLAYBOOKS)
     expressions = "\n".join(re.findall(r"^(?!\s*#)(.*)$", playbooks, re.M))
     names = {name for name, _ in arguments(path.read_text())}

@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     "path", ["roles/redis", "playbooks", "collections/ansible_collections/pixel/endpoint/roles"]
 )
-def test_in_the_repository_it_is_the_root(path: str) -> None:
+def test_in_the_repository_the_workspace_is_the_root(path: str) -> None:
     assert workspace(str(ROOT / path)) == str(ROOT)
 
 
-def test_in_an_installed_collection_it_is_the_current_directory(
+def test_in_an_installed_collection_the_workspace_is_the_current_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     role = tmp_path / "ansible_collections/pixel/endpoint/roles/redis"

@@ -37,12 +37,12 @@ _EXPECTED = {
 def in_range(value: float, phrase: str) -> bool:
     """Tell whether a number is in a range.
 
-    phrase is such as "1 to 60 seconds", "1 to 100, or 0 for no limit", "at least 2" or "above 0, below 1".
-    Raises ValueError if it is none of these.
+    phrase has one of the forms "1 to 60 seconds", "1 to 100, or 0 for no limit", "at least 2" and
+    "above 0, below 1". Raises ValueError otherwise.
     """
     matched = _RANGE.fullmatch(phrase)
     if matched is None:
-        raise ValueError(f"{phrase!r} is no range")
+        raise ValueError(f"{phrase!r} is not a range")
     bound = {name: float(text) for name, text in matched.groupdict().items() if text is not None}
     return value == bound.get("other") or (
         bound.get("first", bound.get("least", value)) <= value <= bound.get("last", bound.get("most", value))
@@ -77,9 +77,9 @@ FORMATS = {
 
 
 def unknown(names: Iterable[str], known: dict[str, set[str]]) -> Iterator[str]:
-    """Yield a fault for each variable that has a role's prefix and is no variable of a role.
+    """Yield a fault for each name that begins with a role's prefix and is not a variable of a role.
 
-    known holds the variables of each role.
+    known maps each role to its variables.
     """
     everything = sorted(set().union(*known.values()))
     for name in sorted(names):
@@ -92,9 +92,9 @@ def unknown(names: Iterable[str], known: dict[str, set[str]]) -> Iterator[str]:
 
 
 def convert(name: str, value: Any, option: dict[str, Any]) -> tuple[Any, str | None]:
-    """Convert a value as Ansible does by an option of an argument specification.
+    """Convert a value as Ansible does for an option of an argument specification.
 
-    Returns the value and None, or the value as it is and the fault.
+    Returns the converted value and None, or the unchanged value and the fault.
     """
     secret = option.get("no_log", False)
     shown = name if secret else f"{name} {value!r}" if isinstance(value, str) else f"{name} {value}"
@@ -120,7 +120,7 @@ def convert(name: str, value: Any, option: dict[str, Any]) -> tuple[Any, str | N
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """Reads meta/argument_specs.yml and meta/checks.yml of the roles, and asks no host."""
+    """Reads meta/argument_specs.yml and meta/checks.yml of the roles; connects to no host."""
 
     _supports_check_mode = True
     _requires_connection = False
@@ -128,14 +128,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Check the roles.
 
-        task_vars are the host's variables. Returns the faults, and fails if there are any: the message has
-        one line for each.
+        task_vars are the host's variables. Fails if there are faults; the message lists them, one a line.
         """
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)
         roles: list[str] = self._task.args.get("roles", [])
         others: list[str] = self._task.args.get("others", [])
-        # A rule can't be evaluated if a value has the wrong type, which is a fault of its own.
+        # A rule may not be evaluable because a value has the wrong type, which is reported as a fault.
         self._errors: list[Exception] = []
         faults = [fault for role in roles for fault in self._faults(role, task_vars)]
         for role in others:
@@ -157,7 +156,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         return result
 
     def _load(self, role: str, name: str) -> dict[str, Any]:
-        """Read a file of a role; without it there is nothing."""
+        """Read a file of a role; a missing file is empty."""
         path = ROLES / role / name
         if not path.exists():
             return {}
@@ -167,7 +166,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def _options(self, role: str) -> dict[str, dict[str, Any]]:
         specs = self._load(role, "meta/argument_specs.yml")
         if not specs:
-            raise AnsibleActionFail(f"{role!r} is no role with an argument specification")
+            raise AnsibleActionFail(f"role {role!r} has no argument specification")
         options: dict[str, dict[str, Any]] = specs["argument_specs"]["main"]["options"]
         return options
 

@@ -47,14 +47,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         result.update(
             self._execute_module(module_args=self._task.args | {"files": prepared}, task_vars=task_vars)
         )
-        # What a task's own `notify` becomes; here it is only for the entries that changed.
+        # The executor reads the handlers to notify from this key; only changed entries notify.
         called = [name for path in result.get("changed_paths", []) for name in handlers[path]]
         if called:
             result["_ansible_notify"] = list(dict.fromkeys([*(self._task.notify or []), *called]))
         return result
 
     def _entries(self, entries: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str | None]]:
-        """Yield every entry that applies, repeated for each element of its `each`."""
+        """Yield every entry whose `when` is true, once for each element of its `each`."""
         for entry in entries:
             rest = {key: value for key, value in entry.items() if key not in ("each", "when")}
             if not boolean(entry.get("when", True)):
@@ -70,7 +70,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def _with_data(
         self, entry: dict[str, Any], element: str | None, task_vars: dict[str, Any]
     ) -> dict[str, Any]:
-        """Replace an entry's template, source or content by the compressed data."""
+        """Replace an entry's template, source or content with the compressed data."""
         variables = entry.pop("vars", {}) | ({} if element is None else {"item": element})
         if "template" in entry:
             text = self._render(entry.pop("template"), entry.get("path"), task_vars | variables)
@@ -89,7 +89,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         return entry | {"data": _pack(text.encode("utf-8", "surrogateescape"))}
 
     def _render(self, name: str, destination: Any, variables: dict[str, Any]) -> str:
-        """Render a template with the variables and the search path that the template module has."""
+        """Render a template with the variables and the search path of the template module."""
         source = self._find("templates", name)
         roots = [
             *variables.get("ansible_search_path", []),
@@ -116,7 +116,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
 
 def _fill(value: Any, element: str) -> Any:
-    """Put an element in the place of %s, in texts only."""
+    """Replace %s by an element if the value is text."""
     return value.replace("%s", element) if isinstance(value, str) else value
 
 

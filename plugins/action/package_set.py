@@ -1,4 +1,4 @@
-"""Install Debian packages that are missing, and ask the host nothing if none is."""
+"""Install missing Debian packages; run no module if none is missing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     _supports_check_mode = True
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Install what is missing.
+        """Install the missing packages.
 
-        task_vars are the host's variables. Returns apt's result, with the package facts if they were read.
-        Raises AnsibleActionFail without a list of names.
+        task_vars are the host's variables. Returns apt's result, and the package facts if they were gathered.
+        Raises AnsibleActionFail unless the names are a list.
         """
         task_vars = task_vars or {}
         result: dict[str, Any] = super().run(tmp, task_vars)

@@ -6,8 +6,8 @@
     hostvars.values() | write_lifetime          seconds that an attempt at a write can last on these hosts
     'redis' | exporter_port                     TCP port of an exporter, of Prometheus or of Alertmanager
 
-A host runs one or more instances of the app. The first has the plain names; further ones are named by their
-ports, since systemd can put a name into a template but cannot count:
+A host runs one or more instances of the app. The first has plain names; names of further ones include the
+port, because a systemd template unit can insert its instance name but cannot compute a number:
 
     name      unit         port   socket                  address          url
     t2        pixel        8000   /run/pixel.sock         10.0.0.2:8000    http://10.0.0.2:8000
@@ -20,7 +20,7 @@ import os.path
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-# The defaults of roles pixel_app and redis, which a host's variables lack unless the inventory sets them.
+# Defaults of roles pixel_app and redis. hostvars contains these variables only if the inventory sets them.
 APP_PORT = 8000
 APP_INSTANCES = 1
 APP_SOCKET = "/run/pixel.sock"
@@ -44,9 +44,9 @@ def pixel_instances(
     Args:
         variables: The host's variables, `hostvars[host]`.
         port: Port of the first instance, instead of its `pixel_app_port`.
-        count: How many there are, instead of its `pixel_app_instances`.
-        socket: Path of the first one's Unix socket, instead of its `pixel_app_socket`; empty if it has none.
-        name: Name of the first one, instead of the host's.
+        count: Number of instances, instead of its `pixel_app_instances`.
+        socket: Path of the first instance's Unix socket, instead of `pixel_app_socket`; empty for none.
+        name: Name of the first instance, instead of the host's name.
 
     Returns:
         For each instance `name`, `unit` (without a suffix), `port`, `socket`, `address` and `url`.
@@ -127,7 +127,7 @@ def _instance(
 
 
 class FilterModule:
-    """What Ansible loads."""
+    """The filters of this file."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Return the filters by name."""

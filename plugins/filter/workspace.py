@@ -42,15 +42,15 @@ def workspace(path: str) -> str:
         path: a path inside the repository or the installed collection
 
     Returns:
-        the nearest parent with a galaxy.yml, which an installed collection doesn't have;
-        the current directory where there is none
+        the nearest parent directory with a galaxy.yml, or the current directory if there is none, as in an
+        installed collection
     """
     parents = Path(path).resolve().parents
     return str(next((parent for parent in parents if (parent / "galaxy.yml").is_file()), Path.cwd()))
 
 
 class FilterModule:
-    """The filters of this file, by name."""
+    """The filters of this file."""
 
     def filters(self) -> dict[str, Callable[[str], str]]:
         """Return the filters by name."""

@@ -13,7 +13,7 @@ name: credential
 short_description: Generate a password at its first use, and keep it in a file
 description:
   - Reads the file on the control node, or creates it with 40 random letters and digits.
-  - A dry run creates no file. Until there is one, it gets another password each time.
+  - In check mode no file is created; while there is none, every lookup returns a new random password.
 options:
   _terms:
     description: Paths of the files.
@@ -24,7 +24,7 @@ author: Pixel Endpoint contributors
 """
 
 EXAMPLES = r"""
-redis_app_password: "{{ lookup('credential', inventory_dir ~ '/credentials/redis_app') }}"
+redis_app_password: "{{ lookup('pixel.endpoint.credential', inventory_dir ~ '/credentials/redis_app') }}"
 """
 
 RETURN = r"""
@@ -36,10 +36,10 @@ _raw:
 
 
 class LookupModule(LookupBase):  # type: ignore[misc]
-    """Leaves the work to the lookup ansible.builtin.password."""
+    """Calls the lookup ansible.builtin.password; in check mode it stores nothing."""
 
     def run(self, terms: list[str], variables: dict[str, Any] | None = None, **options: Any) -> list[str]:
-        """Return the password of each path; variables tell whether this is a dry run."""
+        """Return the password of each path; variables contain `ansible_check_mode`."""
         is_dry_run = (variables or {}).get("ansible_check_mode", False)
         paths = [path if not is_dry_run or Path(path).exists() else "/dev/null" for path in terms]
         password = lookup_loader.get("ansible.builtin.password", loader=self._loader, templar=self._templar)

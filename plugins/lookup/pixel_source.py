@@ -1,10 +1,10 @@
-"""Ansible lookup: the name of the release that the app's source makes."""
+"""Ansible lookup: the release name of a source tree."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: pixel_source
-short_description: Names the release that a source tree of the pixel app makes
+short_description: Compute the release name of a source tree of the pixel app
 description:
   - The name is the version in C(pyproject.toml) and a hash of all files that go into a release, with their
     paths. Equal sources give equal names.
@@ -37,11 +37,11 @@ from ansible.plugins.lookup import LookupBase  # type: ignore[import-untyped]
 
 
 def release_name(source: Path) -> str:
-    """The name of the release that a source tree makes.
+    """Return the release name of a source tree.
 
     Raises:
         OSError: a file can't be read.
-        KeyError: pyproject.toml names no version.
+        KeyError: pyproject.toml has no version.
     """
     package = [path for path in (source / "src").rglob("*") if path.is_file()]
     files = [
@@ -63,4 +63,4 @@ class LookupModule(LookupBase):  # type: ignore[misc]
         try:
             return [release_name(Path(term)) for term in terms]
         except (OSError, KeyError, ValueError) as error:
-            raise AnsibleLookupError(f"no release can be made of {', '.join(terms)}: {error}") from error
+            raise AnsibleLookupError(f"no release can be built from {', '.join(terms)}: {error}") from error

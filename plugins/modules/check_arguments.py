@@ -9,11 +9,14 @@ short_description: Check the arguments of roles, and report all faults at once
 description:
   - >-
     Types and choices are those of the role's C(meta/argument_specs.yml). Ranges, formats and rules that
-    concern several variables are in C(meta/checks.yml) beside it. No host is asked, but rules may use facts.
+    concern several variables are in C(meta/checks.yml) beside it. Rules may use facts; the action itself
+    connects to no host.
   - >-
     Values that Ansible would convert are accepted, such as C(-e redis_port=6380). Lists and mappings given as
     text are refused.
-  - A variable with the prefix of one of the roles that no role has is refused, with the most similar name.
+  - >-
+    An unknown variable with the prefix of one of the roles is refused; the message suggests the most similar
+    name.
 options:
   roles:
     description: Roles that run on this host. All their variables are checked, with their defaults.
@@ -31,23 +34,23 @@ attributes:
 author: Pixel Endpoint contributors
 notes:
   - >-
-    C(ranges) are phrases that the variable's description has too: V(1 to 60 seconds), V(at least 2),
+    C(ranges) are phrases that the variable's description repeats: V(1 to 60 seconds), V(at least 2),
     V(1 to 9, or 0), V(above 0, at most 1), V(above 0, below 1).
-  - C(formats) are V(ipv4), V(network) and V(user). For a list, both hold for each element.
+  - C(formats) are V(ipv4), V(network) and V(user). For a list, ranges and formats apply to each element.
   - >-
-    A rule has C(that), a condition, and C(message). With C(each), an expression, it is checked for every
-    C(item). Values are converted to their types before.
+    A rule consists of C(that), a condition, and C(message). With C(each), an expression, it is checked for
+    every C(item). Values are converted to their types first.
 """
 
 EXAMPLES = r"""
 - name: Check the arguments
-  check_arguments:
+  pixel.endpoint.check_arguments:
     roles: [redis]
 """
 
 RETURN = r"""
 faults:
-  description: What is wrong, one sentence each.
+  description: The faults, one sentence each.
   returned: always
   type: list
   elements: str

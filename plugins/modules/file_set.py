@@ -37,15 +37,15 @@ description:
     with its final owner and mode, and renamed only when all of them have been written. If the validation or a
     write fails, no file has changed.
   - >-
-    A link is never followed: a link at the destination is replaced, and a link on the way to it is accepted
-    only if nobody but root and the user that runs the module can have created it.
+    A link at the destination is replaced, never followed. A link in the path before it is followed only if it
+    can have been created by no other user than root and the user that runs the module.
   - >-
     Meant for configuration. Contents are held in memory and sent in every run; use M(ansible.builtin.copy)
     for large files.
 options:
   files:
     description: >-
-      Entries of the set, directories before what lies in them. An entry has exactly one of
+      Entries of the set, directories before their contents. An entry has exactly one of
       O(files[].template), O(files[].src), O(files[].content), O(files[].link) and O(files[].state).
     type: list
     elements: dict
@@ -68,7 +68,7 @@ options:
         description: The file's content.
         type: str
       link:
-        description: Target of a symbolic link, which is made at O(files[].path). It need not exist.
+        description: Target of a symbolic link that is created at O(files[].path). It need not exist.
         type: str
       state:
         description: >-
@@ -107,10 +107,10 @@ options:
         type: list
         elements: str
   owner:
-    description: Owner of all entries that name none. Without one, what is there keeps its owner.
+    description: Owner of entries without one of their own. By default existing paths keep their owner.
     type: str
   group:
-    description: Group of all entries that name none. Without one, what is there keeps its group.
+    description: Group of entries without one of their own. By default existing paths keep their group.
     type: str
   mode:
     description: Mode of files.
@@ -123,8 +123,8 @@ options:
   validate:
     description: >-
       Commands that check the set before anything is written, run only if a file or a link differs. C(%s) is
-      a private directory that holds every file of the set under its full path. Also run in check mode. No
-      shell.
+      a private directory that contains every file of the set under its full path. Also run in check mode, and
+      without a shell.
     type: list
     elements: str
     default: []
@@ -136,7 +136,7 @@ author: Pixel Endpoint contributors
 
 EXAMPLES = r"""
 - name: Configure the service
-  file_set:
+  pixel.endpoint.file_set:
     owner: root
     group: root
     validate: [exampled --check %s/etc/example/main.conf]
@@ -187,7 +187,7 @@ class Fault(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What is at a path, or is to be there.
+    """The state of a path, found or wanted.
 
     kind is "absent", "file", "directory", "link" or "other"; content is a file's bytes or a link's target. An
     owner, group or mode of None is not compared.
@@ -198,7 +198,7 @@ class Entry:
     mode: int | None = None
     owner: int | None = None
     group: int | None = None
-    shared: bool = False  # it has other names (hard links)
+    shared: bool = False  # the file has other names (hard links)
 
     def attributes(self) -> str:
         """Describe mode, owner and group, one a line."""
@@ -208,7 +208,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """An entry of the set with its wanted state and the one that was found."""
+    """An entry of the set: the wanted state and the state found."""
 
     path: PurePosixPath
     name: str
@@ -236,9 +236,9 @@ class Item:
 
 @contextlib.contextmanager
 def parent_of(path: PurePosixPath) -> Iterator[int]:
-    """Open the directory that holds a path, without following links that others may have planted.
+    """Open the parent directory of a path, without following links that other users may have created.
 
-    Yields a file descriptor. Raises FileNotFoundError if there is no such directory, Fault if a link can't be
+    Yields a file descriptor. Raises FileNotFoundError if the directory does not exist, Fault if a link is not
     trusted.
     """
     names = list(reversed(path.parts[1:-1]))
@@ -253,7 +253,7 @@ def parent_of(path: PurePosixPath) -> Iterator[int]:
                 holder = os.fstat(directory)
                 ours = {0, os.geteuid()}
                 if {there.st_uid, holder.st_uid} - ours or holder.st_mode & 0o022 or links > MOST_LINKS:
-                    raise Fault(f"{path}: the symbolic link {name!r} on the way to it is not followed")
+                    raise Fault(f"{path}: the symbolic link {name!r} in this path is not followed")
                 target = PurePosixPath(os.readlink(name, dir_fd=directory))
                 names += reversed(target.parts[1:] if target.is_absolute() else target.parts)
                 step = os.open("/", WALK) if target.is_absolute() else os.dup(directory)
@@ -261,7 +261,7 @@ def parent_of(path: PurePosixPath) -> Iterator[int]:
                 try:
                     step = os.open(name, WALK, dir_fd=directory)
                 except NotADirectoryError as error:
-                    raise Fault(f"{path}: {name!r} on the way to it is no directory") from error
+                    raise Fault(f"{path}: {name!r} in this path is not a directory") from error
             os.close(directory)
             directory = step
         yield directory
@@ -270,7 +270,7 @@ def parent_of(path: PurePosixPath) -> Iterator[int]:
 
 
 def read_entry(path: PurePosixPath) -> Entry:
-    """Read what is at a path. A path whose directory is missing is absent."""
+    """Read the state of a path. A path whose directory is missing is absent."""
     try:
         with parent_of(path) as parent:
             there = os.stat(path.name, dir_fd=parent, follow_symlinks=False)
@@ -289,14 +289,14 @@ def read_entry(path: PurePosixPath) -> Entry:
 
 
 def open_file(name: str, parent: int) -> int:
-    """Open a regular file in a directory, never a link and never one that would block."""
+    """Open a regular file in a directory, without following a link and without blocking."""
     return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
 
 
 def number_of(kind: str, name: str | None, may_lack: bool) -> int | None:
-    """Find the ID of a user ("owner") or a group ("group").
+    """Return the ID of a user ("owner") or a group ("group").
 
-    With may_lack an unknown name is -1, which matches nothing: a dry run may come before the user is created.
+    With may_lack an unknown name is -1, which equals no ID: a dry run may precede the user's creation.
     """
     if name is None:
         return None
@@ -311,14 +311,14 @@ def number_of(kind: str, name: str | None, may_lack: bool) -> int | None:
 
 
 def mode_of(text: str) -> int:
-    """Read a mode. Raises Fault unless it is octal."""
+    """Parse a mode. Raises Fault unless it is octal."""
     if not re.fullmatch(r"[0-7]{3,4}", text):
         raise Fault(f"mode {text!r} is invalid: write it as a quoted octal number, such as '0644'")
     return int(text, 8)
 
 
 def read_item(entry: dict[str, Any], params: dict[str, Any], check_mode: bool) -> Item:
-    """Convert an entry of the set to an item, and read what is there now."""
+    """Convert an entry of the set to an item, and read the current state of its path."""
     path = PurePosixPath(entry["path"])
     if not path.is_absolute() or ".." in path.parts or len(path.parts) < 2 or str(path) != entry["path"]:
         raise Fault(
@@ -340,9 +340,9 @@ def read_item(entry: dict[str, Any], params: dict[str, Any], check_mode: bool) -
         raise Fault(f"{path}: templates and files are read by the action plugin, which did not run")
     found = read_entry(path)
     if wanted.kind in ("file", "link") and found.kind in ("directory", "other"):
-        raise Fault(f"{path} is a {found.kind} and is to be a {wanted.kind}: remove it first")
+        raise Fault(f"{path} is a {found.kind}, not a {wanted.kind}: remove it first")
     if wanted.kind == "directory" and found.kind not in ("absent", "directory"):
-        raise Fault(f"{path} is a {found.kind} and is to be a directory: remove it first")
+        raise Fault(f"{path} is a {found.kind}, not a directory: remove it first")
     return Item(path, entry["name"] or entry["path"], entry["no_log"], wanted, found)
 
 
@@ -383,7 +383,7 @@ def as_text(entry: Entry) -> str:
 
 
 def validate(items: list[Item], commands: list[str], scratch: str) -> None:
-    """Run commands over a private copy of the set. Raises Fault with the output of the first that fails."""
+    """Run commands on a private copy of the set. Raises Fault with the output of the first that fails."""
     stage = Path(tempfile.mkdtemp(prefix="file_set.", dir=scratch))
     try:
         for item in items:
@@ -408,14 +408,14 @@ def validate(items: list[Item], commands: list[str], scratch: str) -> None:
                 output = (done.stdout + done.stderr).decode(errors="replace").replace(str(stage), "")
                 raise Fault(
                     f"validate: {command!r} ended with {done.returncode}; nothing was changed."
-                    f" It said:\n{without_secrets(output, items).strip()}"
+                    f" Output:\n{without_secrets(output, items).strip()}"
                 )
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
 def without_secrets(text: str, items: list[Item]) -> str:
-    """Hide every word of secret contents."""
+    """Replace every word of secret contents with asterisks."""
     contents = b"\n".join(item.wanted.content for item in items if item.secret).decode(errors="replace")
     for word in sorted(set(re.findall(r"[^\s'\"=:,;]{4,}", contents)), key=len, reverse=True):
         text = text.replace(word, "********")
@@ -471,9 +471,9 @@ def make_directory(path: PurePosixPath, wanted: Entry) -> None:
 
 
 def write_beside(item: Item) -> str:
-    """Write a file or a link under a name of its own beside its destination, with its owner and mode.
+    """Write a file or a link under a temporary name beside its destination, with its owner and mode.
 
-    Returns the name. An owner or group that isn't wanted stays what it was.
+    Returns the name. An owner or group that is not set stays unchanged.
     """
     new = f".{item.path.name}.{secrets.token_hex(6)}.tmp"
     try:
@@ -508,7 +508,7 @@ def write_beside(item: Item) -> str:
 def set_attributes(file: int, wanted: Entry) -> None:
     """Set owner, group and mode of an open file where they differ.
 
-    The mode comes last, because a change of owner may clear bits.
+    The mode is set last, because a change of owner may clear bits.
     """
     there = os.fstat(file)
     owner = there.st_uid if wanted.owner is None else wanted.owner
@@ -529,7 +529,7 @@ def own_link(name: str, wanted: Entry, parent: int) -> None:
 
 
 def remove(item: Item) -> None:
-    """Remove what is at a path: a file, a link, or a directory with all that it holds."""
+    """Remove a file, a link, or a directory with its contents."""
     with contextlib.suppress(FileNotFoundError), parent_of(item.path) as parent:
         if item.found.kind == "directory":
             shutil.rmtree(item.path.name, dir_fd=parent)
@@ -573,9 +573,9 @@ def main() -> None:
     try:
         items = [read_item(entry, module.params, module.check_mode) for entry in module.params["files"]]
         paths = [str(item.path) for item in items]
-        twice = sorted({path for path in paths if paths.count(path) > 1})
-        if twice:
-            raise Fault(f"duplicated in the set: {', '.join(twice)}")
+        duplicates = sorted({path for path in paths if paths.count(path) > 1})
+        if duplicates:
+            raise Fault(f"duplicated in the set: {', '.join(duplicates)}")
         changed = [item for item in items if item.differs]
         if any(item.content_differs and item.wanted.kind in ("file", "link") for item in changed):
             validate(items, module.params["validate"], module.tmpdir)

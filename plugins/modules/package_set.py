@@ -9,9 +9,9 @@ short_description: Install Debian packages that are missing
 description:
   - >-
     Compares the packages with C(ansible_facts['packages']), and runs M(ansible.builtin.apt) only for those
-    that are missing: an unchanged host is asked nothing. The facts are read if there are none, and again
-    after an installation.
-  - In check mode the package lists are refreshed, as a dry run couldn't find the packages otherwise.
+    that are missing. If none is missing, no module runs on the host. Missing facts are gathered first, and
+    again after an installation.
+  - In check mode the package lists are refreshed, because without them apt does not find the packages.
   - Further options are those of M(ansible.builtin.apt). Recommended packages are not installed by default.
 options:
   name:
@@ -20,7 +20,7 @@ options:
     elements: str
     required: true
   policy_rc_d:
-    description: As M(ansible.builtin.apt) has it; V(101) keeps the services of new packages from starting.
+    description: As in M(ansible.builtin.apt); V(101) keeps the services of new packages from starting.
     type: int
 attributes:
   check_mode: {support: full}
@@ -30,7 +30,7 @@ author: Pixel Endpoint contributors
 
 EXAMPLES = r"""
 - name: Install Redis
-  package_set:
+  pixel.endpoint.package_set:
     name: [redis-server]
 """
 

@@ -1,27 +1,27 @@
 #!/usr/bin/python
-"""Ansible module: the releases of the pixel app on a host, and the deployment that is in force."""
+"""Ansible module: the releases of the pixel app on a host, and the active deployment."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: pixel_release
-short_description: Builds, tries and switches releases of the pixel app
+short_description: Build, try and switch releases of the pixel app
 description:
   - Owns the layout below O(home) (C(releases/), C(current), C(history), C(former/)) and O(etc).
   - A release is a directory that can serve. A deployment is a release with its settings, password and units.
     The running service carries the fingerprint of its deployment in its environment (C(DEPLOYMENT)).
-  - Releases are never banned, because the fault may be the host's. The next run tries a release again.
+  - Releases are never banned, because the host may have caused a failure. The next run tries a release again.
 options:
   action:
     description:
       - V(status) reports releases, history and the state of the service. It changes nothing.
-      - V(build) builds O(release) from O(wheelhouse), unless it is there and its interpreter starts.
+      - V(build) builds O(release) from O(wheelhouse), unless it is complete and its interpreter starts.
       - V(stage) writes O(files) and O(password) to C(staged/) below O(etc), after the release has accepted
-        its settings. It is unchanged if the deployment is in force.
+        its settings. It changes nothing if the deployment is already active.
       - V(try) starts the staged deployment as C(pixel-candidate.service) on O(candidate_port) and checks it.
         If the check fails, a release that has never served on this host is removed.
-      - V(switch) puts the staged deployment in force and checks it. If the check fails, the former
-        deployment is put back. Then it enables O(units), stops surplus instances, and removes all but
+      - V(switch) activates the staged deployment and checks it. If the check fails, it restores the former
+        deployment. Then it enables O(units), stops surplus instances, and removes all but
         O(keep) releases.
     type: str
     choices: [status, build, stage, try, switch]
@@ -59,12 +59,12 @@ options:
     elements: str
     default: [pixel]
   urls:
-    description: Base URLs of the instances, which are asked whether they are ready.
+    description: Base URLs of the instances, whose C(/readyz) is checked.
     type: list
     elements: str
     default: []
   candidate_port:
-    description: TCP port of the loopback address on which a release is tried.
+    description: Loopback TCP port on which a release is tried.
     type: int
     default: 7999
   host:
@@ -126,11 +126,11 @@ current:
   type: str
   returned: success
 previous:
-  description: The newest other release in the history that is still on the host; a rollback goes there.
+  description: The newest other release in the history that is still on the host; the target of a rollback.
   type: str
   returned: success
 rolled_back_from:
-  description: The release that the last rollback left, if the current release is in force by it.
+  description: The release that the last rollback replaced, if the current release is the rollback's target.
   type: str
   returned: success
 releases:
@@ -152,7 +152,7 @@ service:
   type: dict
   returned: when O(action) is V(status)
 warning:
-  description: That a release is deployed again which was rolled back; also shown as a warning.
+  description: Warning that this run deploys a release that was rolled back; also shown as an Ansible warning.
   type: str
   returned: when O(action) is V(stage) and it changes something
 tidied:
@@ -161,7 +161,7 @@ tidied:
   elements: str
   returned: when O(action) is V(switch)
 redis:
-  description: What each of O(urls) answers about Redis; C(no answer) where nothing answers.
+  description: State of Redis as each of O(urls) reports it, or C(no answer).
   type: list
   elements: str
   returned: when O(action) is V(status)
@@ -233,7 +233,7 @@ class Host:
         """Run a command and return its standard output.
 
         Raises:
-            Failure: it ended with another status than 0, and `check` is set.
+            Failure: the exit status is not 0, and `check` is set.
         """
         command = [str(part) for part in argv]
         try:
@@ -254,7 +254,7 @@ class Host:
         return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
     def environment(self, unit: str) -> dict[str, str]:
-        """Return the environment of a unit's main process; empty if the unit doesn't run."""
+        """Return the environment of a unit's main process; empty if the unit is not running."""
         pid = self.properties(unit, "MainPID").get("MainPID", "0")
         try:
             text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace") if pid != "0" else ""
@@ -289,7 +289,7 @@ class Host:
             try:
                 probe.bind(("127.0.0.1", port))
             except PermissionError:
-                return "the system, for root alone"
+                return "the system, which reserves it for root"
             except OSError:
                 pass
             else:
@@ -326,7 +326,7 @@ class Host:
 
 
 def write(path: Path, text: str, mode: int = 0o644) -> None:
-    """Replace a file atomically. Its mode doesn't depend on the umask."""
+    """Replace a file atomically. Its mode does not depend on the umask."""
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -362,7 +362,7 @@ def remove(path: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock; the file contains the holder's process id.
 
-    The module of an interrupted run continues on the host; the next run waits until it has ended.
+    After an interrupted run the module continues on the host; the next run waits until it has ended.
     """
     make_directory(path.parent)
     with path.open("a") as file:
@@ -444,12 +444,12 @@ class Releases:
         return next((name for name in reversed(served) if name in complete and name != current), "")
 
     def rolled_back_from(self) -> str:
-        """Return the release that the last rollback left, while its target is the current release."""
+        """Return the release that the last rollback replaced, while its target is the current release."""
         history = self.history()
         return history[-1].rolled_back_from if history and history[-1].release == self.current() else ""
 
     def report(self) -> dict[str, Any]:
-        """Return the results that all actions have in common."""
+        """Return the results common to all actions."""
         return {
             "current": self.current(),
             "previous": self.previous(),
@@ -487,7 +487,7 @@ class Deployment:
     """Texts by relative path: `pixel.env`, `credentials/redis_password`, `units/NAME`."""
 
     def save(self, directory: Path) -> None:
-        """Replace a directory by this deployment."""
+        """Replace a directory with this deployment."""
         new = directory.with_name(f"{directory.name}.new")
         remove(new)
         make_directory(new, 0o700)
@@ -551,7 +551,7 @@ class Manager:
         return self.host.environment("pixel.service").get("DEPLOYMENT", "")
 
     def start_error(self, release: str) -> str:
-        """Return why the service's user can't start the release; empty if it can."""
+        """Return why the service's user cannot start the release; empty if it can."""
         python = self.releases.path(release) / "bin" / "python"
         try:
             self.host.run("runuser", "-u", self.user, "--", python, "-Ic", "import gunicorn, pixel")
@@ -578,7 +578,7 @@ class Manager:
         files = self.installed_files()
         facts = json.loads(files.pop("deployment.json", "{}"))
         units = [*self.host.further_instances(), "pixel"]
-        # A deployment that was made before this file existed has recorded no URLs.
+        # Older versions of this module did not record URLs.
         urls = facts.get("urls", []) if sorted(facts.get("units", [])) == sorted(units) else []
         return Deployment(self.releases.current(), self.running(), units, urls, files)
 
@@ -616,7 +616,7 @@ class Manager:
             self.host.run(
                 "tar", "--extract", "--no-same-owner", f"--file={wheelhouse}", f"--directory={wheels}"
             )
-            # It gets no pip: a release needs none to run, and it would be a third of what is written.
+            # Without pip: a release does not need it to run, and it would be a third of the files.
             self.host.run(sys.executable, "-m", "venv", "--without-pip", path)
             options = ("--isolated", "--quiet", "--no-index", "--require-hashes", "--no-cache-dir")
             self.host.run(
@@ -722,8 +722,8 @@ class Manager:
     def check(self, url: str, release: str) -> None:
         """Check that this release answers, can write to Redis, and serves reads and writes of pixels.
 
-        No pixel is written: between reading one and writing it back another client may set it. `/readyz` has
-        shown that Redis takes a write of this host.
+        No pixel is written, because another client may set the same pixel between the check's read and write.
+        `/readyz` has already written to Redis.
         """
         answering = self.wait_until_ready(url).get("release")
         if answering != release:
@@ -739,12 +739,12 @@ class Manager:
     # Switch
 
     def switch(self, staged: Deployment, rollback: bool = False) -> None:
-        """Put the staged deployment in force and check it; restore the former one if that fails."""
+        """Activate the staged deployment and check it; restore the former one if the check fails."""
         before = self.in_force() if self.running() else None
         left = self.releases.current()
         if before is not None:
             saved = Deployment.load(self.former)
-            # A run that was interrupted in its switch has saved it: the files in force now are the new ones.
+            # An interrupted switch has saved it already; the installed files are the new ones by now.
             if saved is not None and saved.fingerprint == before.fingerprint:
                 before, left = saved, saved.release
             else:
@@ -768,8 +768,8 @@ class Manager:
     def put_in_force(self, wanted: Deployment, changed_sockets: set[str]) -> None:
         """Install settings and units, make the release the current one, and restart the service once.
 
-        systemd holds the sockets meanwhile. A socket whose file has changed can't be restarted under a
-        running service; its name is added to `changed_sockets` before its file is written.
+        systemd keeps the sockets open during the restart. A socket whose file has changed cannot be restarted
+        while its service runs; its name is added to `changed_sockets` before its file is written.
         """
         make_directory(self.etc)
         make_directory(self.etc / "credentials", 0o700)
@@ -802,7 +802,7 @@ class Manager:
         return f"Its former deployment (release {before.release}) was restored and serves."
 
     def tidy(self, units: Sequence[str], keep: int, dry: bool) -> list[str]:
-        """Enable and start the units, remove surplus instances and releases. Returns what was done."""
+        """Enable and start the units, remove surplus instances and releases. Returns the changes."""
         done = []
         wanted = [f"{unit}.{kind}" for unit in units for kind in ("socket", "service")]
         for unit in wanted:
@@ -842,7 +842,7 @@ class Manager:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object; any other text gives an empty one."""
+    """Parse a JSON object; return an empty one for any other text."""
     with contextlib.suppress(ValueError):
         value = json.loads(text)
         if isinstance(value, dict):
@@ -878,7 +878,7 @@ def carry_out(manager: Manager, option: dict[str, Any], dry: bool) -> dict[str, 
 
     Args:
         option: the module's parameters.
-        dry: change nothing, and only tell what would change.
+        dry: only report what would change.
 
     Returns:
         The module's result.
@@ -915,7 +915,7 @@ def carry_out(manager: Manager, option: dict[str, Any], dry: bool) -> dict[str, 
             if not dry:
                 manager.attempt(manager.staged_deployment(release, fingerprint), option["candidate_port"])
         case "switch":
-            # Also if it runs and is staged: its files were altered, or a switch was interrupted at its end.
+            # Also if it runs but is staged: files were altered, or a switch was interrupted at its end.
             is_new = manager.running() != fingerprint or manager.is_staged(fingerprint)
             if is_new and not dry:
                 manager.switch(manager.staged_deployment(release, fingerprint), option["rollback"])

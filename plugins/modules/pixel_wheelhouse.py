@@ -1,27 +1,27 @@
 #!/usr/bin/python
-"""Ansible module: all wheels that a host needs to build a release, in one file on the control node."""
+"""Ansible module: pack all wheels that a host needs to build a release into one file."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: pixel_wheelhouse
-short_description: Makes the wheelhouse of a release on the control node
+short_description: Make the wheelhouse of a release on the control node
 description:
-  - Fetches the locked libraries for a Python version and an architecture, builds the app's wheel, and packs
-    them with a C(requirements.txt) that has all hashes into one tar file. The cache keeps what was made.
-  - A file of the cache gets its name when it is complete, so an interrupted run leaves nothing that counts
-    as made.
+  - Downloads the locked libraries for a Python version and an architecture, builds the app's wheel, and packs
+    them with a C(requirements.txt) that has all hashes into one tar file. Results are cached.
+  - Files in the cache get their final name when they are complete, so an interrupted run leaves no incomplete
+    result.
 options:
   source:
     description: Directory of the app, with C(pyproject.toml) and C(requirements.txt).
     type: path
     required: true
   cache:
-    description: Directory in which wheels and wheelhouses are kept.
+    description: Cache directory for wheels and wheelhouses.
     type: path
     required: true
   name:
-    description: Name of the source, as the lookup P(pixel.endpoint.pixel_source#lookup) gives it.
+    description: Release name, as the lookup P(pixel.endpoint.pixel_source#lookup) returns it.
     type: str
     required: true
   python_version:
@@ -68,18 +68,18 @@ from pathlib import Path
 from ansible.module_utils.basic import AnsibleModule  # type: ignore[import-untyped]
 
 GLIBC = range(17, 37)
-"""Minor versions of glibc 2 that wheels may ask for: Debian 12, the oldest that is supported, has 2.36."""
+"""Minor versions of glibc 2 that wheels may require: Debian 12, the oldest supported system, has 2.36."""
 
 
 class Failure(Exception):
-    """No wheelhouse can be made; the text is for the operator."""
+    """The wheelhouse cannot be made; the text is for the operator."""
 
 
 def run(*argv: str | Path) -> None:
     """Run a command.
 
     Raises:
-        Failure: it ended with another status than 0.
+        Failure: the exit status is not 0.
     """
     done = subprocess.run([str(part) for part in argv], text=True, capture_output=True, check=False)
     if done.returncode != 0:
@@ -87,11 +87,11 @@ def run(*argv: str | Path) -> None:
 
 
 def libraries(folder: Path, lock: Path, python: str, version: str, architecture: str) -> Path:
-    """Fetch the locked libraries into a folder; gives the folder."""
+    """Download the locked libraries into a directory; return the directory."""
     if not folder.exists():
         new = _empty(folder)
-        # pip judges markers by the Python that it runs on. All libraries are fetched, and the host, which
-        # knows its own Python, judges the markers when it installs.
+        # pip evaluates markers for the Python that runs it, not for the host's. So remove the markers and
+        # download all libraries; the host's pip evaluates the markers when it installs.
         plain = new / "all.txt"
         plain.write_text(re.sub(r" ; [^\\\n]+", " ", lock.read_text()))
         platforms = [f"manylinux_2_{minor}_{architecture}" for minor in GLIBC] + [
@@ -118,7 +118,7 @@ def libraries(folder: Path, lock: Path, python: str, version: str, architecture:
 
 
 def own_wheel(folder: Path, source: Path, python: str) -> Path:
-    """Build the app's wheel into a folder; gives the wheel."""
+    """Build the app's wheel into a directory; return its path."""
     if not folder.exists():
         new = _empty(folder)
         options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation")
@@ -146,12 +146,12 @@ def pack(bundle: Path, wheels: Path, own: Path, lock: Path) -> None:
 def make(
     source: Path, cache: Path, name: str, python: str, version: str, architecture: str
 ) -> tuple[Path, bool]:
-    """The wheelhouse of a source for a Python version and an architecture, and whether it had to be made."""
+    """Return the wheelhouse of a source for a Python version and an architecture, and whether it is new."""
     lock = source / "requirements.txt"
     platform = f"{version}-{architecture}"
     bundle = cache / "wheelhouses" / f"{name}-{platform}.tar"
     bundle.parent.mkdir(parents=True, exist_ok=True)
-    # Hosts ask at the same time, and operators may share a cache.
+    # Tasks for several hosts run at the same time, and operators may share a cache.
     with (cache / "lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         if bundle.exists():
@@ -164,7 +164,7 @@ def make(
 
 
 def _empty(folder: Path) -> Path:
-    """A new folder beside the one that it is renamed to when it is whole."""
+    """Create an empty temporary directory beside the one that it is renamed to when it is complete."""
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -183,7 +183,7 @@ def main() -> None:
             "architecture": text,
             "python": {"type": "path"},
         },
-        # It fills a cache on the control node, and a dry run that can't is worth knowing of.
+        # Also fills the cache in check mode, so that a dry run reports a failing download or build.
         supports_check_mode=True,
     )
     option = module.params

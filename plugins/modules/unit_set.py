@@ -12,8 +12,8 @@ module: unit_set
 short_description: Enable and start, or disable and stop, a set of systemd units in one run
 description:
   - >-
-    One run replaces a loop of M(ansible.builtin.systemd_service) with C(enabled) and C(state). systemd is
-    asked once for all units, and only those that differ are changed.
+    One run replaces a loop of M(ansible.builtin.systemd_service) with C(enabled) and C(state). The state of
+    all units is read at once, and only units that differ are changed.
 options:
   names:
     description: Names of the units with their suffix.
@@ -22,13 +22,13 @@ options:
     required: true
   state:
     description: >-
-      V(started) enables and starts the units. V(stopped) disables and stops them; a unit that doesn't exist
-      is stopped. In check mode a unit that doesn't exist would be started.
+      V(started) enables and starts the units. V(stopped) disables and stops them. A unit that does not exist
+      counts as stopped; in check mode with V(started) it counts as changed.
     type: str
     choices: [started, stopped]
     default: started
   daemon_reload:
-    description: Make systemd read its units again before.
+    description: Make systemd reload its unit files first.
     type: bool
     default: false
 attributes:
@@ -39,7 +39,7 @@ author: Pixel Endpoint contributors
 
 EXAMPLES = r"""
 - name: Enable and start the exporters
-  unit_set:
+  pixel.endpoint.unit_set:
     names: [prometheus-node-exporter.service, prometheus-nginx-exporter.service]
 """
 
@@ -56,7 +56,7 @@ RUNNING = {"active", "reloading", "activating"}
 
 
 def parse(text: str) -> list[dict[str, str]]:
-    """Read what `systemctl show` prints: properties one a line, units apart by an empty line."""
+    """Parse the output of `systemctl show`: one property a line, an empty line between units."""
     return [
         dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
         for block in text.strip().split("\n\n")
@@ -65,9 +65,9 @@ def parse(text: str) -> list[dict[str, str]]:
 
 
 def differences(unit: dict[str, str], state: str) -> list[str]:
-    """Return the commands of systemctl that bring a unit into a state.
+    """Return the systemctl commands that bring a unit into a state.
 
-    Raises LookupError if the unit doesn't exist or is masked.
+    Raises LookupError if the unit does not exist or is masked.
     """
     there = unit["LoadState"] != "not-found"
     enabled = unit["UnitFileState"] in ENABLED
@@ -82,7 +82,7 @@ def differences(unit: dict[str, str], state: str) -> list[str]:
 
 
 def systemctl(module: AnsibleModule, *arguments: str) -> str:
-    """Run systemctl. Ends the module if it fails."""
+    """Run systemctl; fail the module if it fails."""
     code, output, errors = module.run_command(["systemctl", *arguments])
     if code != 0:
         module.fail_json(msg=f"systemctl {' '.join(arguments)}: {errors.strip() or output.strip()}")

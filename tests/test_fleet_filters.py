@@ -1,3 +1,0 @@
-"""The filter plugin for the fleet's facts."""
-
-from __future__ import annotations
