@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Build the agent's zipapp: build.py TARGET.
 
-The same sources give the same bytes, whatever the files' times and modes, the time zone or the umask are,
-so that a playbook that installs it again changes nothing. Nothing is compressed: zlib differs between
-machines.
+The result depends only on the sources, not on file times, modes, the time zone or the umask, so installing it
+again changes nothing. It is not compressed, because zlib's output differs between machines.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent / "src"
 INTERPRETER = "/usr/bin/python3"
-# The earliest time that a zip file can hold.
+# The earliest time that a zip file can store.
 EPOCH = (1980, 1, 1, 0, 0, 0)
 ENTRY_POINT = SOURCE / "pixel_lb" / "__main__.py"
 
@@ -39,7 +38,7 @@ def build(target: Path) -> None:
 
 def _entry(name: str) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name, EPOCH)
-    entry.create_system = 3  # Unix, wherever it is built
+    entry.create_system = 3  # Unix, on every platform
     entry.external_attr = 0o100644 << 16
     return entry
 

@@ -1,4 +1,4 @@
-"""A balancer in a directory of its own, whose Nginx does not run."""
+"""A balancer in a temporary directory, without a running Nginx."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pixel_lb.weights import Share
 
 
 def instance(host: str, address: str, number: int = 0) -> dict[str, Any]:
-    """An instance as the inventory's filter plugin describes it."""
+    """An instance in the format of the filter `pixel_instances`."""
     suffix = f"-{8000 + number}" if number else ""
     return {
         "name": host + suffix,
@@ -26,7 +26,7 @@ def instance(host: str, address: str, number: int = 0) -> dict[str, Any]:
 
 
 def host_facts(name: str, address: str = "10.0.0.1", instances: int = 1, **facts: Any) -> dict[str, Any]:
-    """What the inventory says of one host."""
+    """The facts of one host in `backends.json`."""
     return {
         "name": name,
         "instances": [instance(name, address, number) for number in range(instances)],
@@ -41,7 +41,7 @@ def host_facts(name: str, address: str = "10.0.0.1", instances: int = 1, **facts
 
 
 def fleet_facts(*hosts: dict[str, Any], **facts: Any) -> dict[str, Any]:
-    """What `backends.json` says, with the role's defaults but for what the tests need."""
+    """The content of `backends.json`, close to the role's defaults."""
     controller = {
         "health_checks": True,
         "interval": 2,
@@ -88,7 +88,7 @@ class Balancer:
         self.write_facts()
 
     def write_facts(self, **facts: Any) -> None:
-        """Change facts of the fleet; `self.facts["hosts"]` can be changed before."""
+        """Change the given facts and write `self.facts`."""
         self.facts |= facts
         self.paths.facts.write_text(json.dumps(self.facts))
 
@@ -114,7 +114,7 @@ class Balancer:
 
     @property
     def server_parameters(self) -> list[str]:
-        """What follows each server's address, also if it is commented out, without the retry upstreams."""
+        """The parameters of each server line, commented out or not, without the retry upstreams."""
         upstreams = [text for text in self.upstreams.split("\n}\n") if "_without_" not in text]
         lines = [line.strip().removeprefix("# ") for text in upstreams for line in text.splitlines()]
         return [line.split(" ", 2)[2] for line in lines if line.startswith("server")]
@@ -136,5 +136,5 @@ def balancer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Balancer:
 
 @pytest.fixture
 def make_fleet() -> Any:
-    """Make a fleet of hosts' facts: `make_fleet({"name": "a", …}, …, weights="measured")`."""
+    """Build a fleet from hosts' facts: `make_fleet({"name": "a", …}, …, weights="measured")`."""
     return lambda *hosts, **facts: Fleet.parse(fleet_facts(*(host_facts(**host) for host in hosts), **facts))

@@ -1,4 +1,4 @@
-"""Latencies from Nginx' access log."""
+"""Latencies from Nginx's access log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pixel_lb.access_log import LogTail
 
 
 def line(uri: str, upstream: str, seconds: str) -> bytes:
-    # As nginx.conf.j2 writes it.
+    # In the format of nginx.conf.j2.
     text = (
         f'{{"time":"2026-11-21T08:00:00+00:00","client":"10.0.0.9","uri":"{uri}","status":200,"bytes":99,'
         f'"seconds":0.001,"upstream":"{upstream}","upstream_status":"200","upstream_seconds":"{seconds}",'
@@ -18,11 +18,11 @@ def line(uri: str, upstream: str, seconds: str) -> bytes:
     return text.encode()
 
 
-def test_time_for_pixels_is_summed_up_by_backend(tmp_path: Path) -> None:
+def test_seconds_of_pixel_requests_are_summed_by_backend(tmp_path: Path) -> None:
     log = tmp_path / "access.log"
     log.write_bytes(line("/pixel", "10.0.0.1:8000", "9.999"))
     tail = LogTail(log)
-    assert tail.read() == {}  # It was there before.
+    assert tail.read() == {}  # Earlier lines are skipped.
     with log.open("ab") as file:
         file.write(line("/pixel", "10.0.0.1:8000", "0.004") + line("/pixel/1/2", "10.0.0.1:8000", "0.002"))
         file.write(line("/cluster/t2/pixel", "unix:/run/pixel.sock", "30.5"))
@@ -34,7 +34,7 @@ def test_time_for_pixels_is_summed_up_by_backend(tmp_path: Path) -> None:
     seen = tail.read()
     assert seen["10.0.0.1:8000"] == pytest.approx((4, 1.006))
     assert seen["10.0.0.3:8000"] == pytest.approx((1, 0.002))
-    assert seen["unix:/run/pixel.sock"] == pytest.approx((2, 1.001))  # One counts for a second at most.
+    assert seen["unix:/run/pixel.sock"] == pytest.approx((2, 1.001))  # Each request counts at most 1 s.
     assert tail.read() == {}
 
 

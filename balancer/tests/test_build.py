@@ -18,7 +18,7 @@ def build(source: Path, target: Path, **environment: str) -> bytes:
     return target.read_bytes()
 
 
-def test_equal_sources_make_equal_bytes(tmp_path: Path) -> None:
+def test_the_build_is_reproducible(tmp_path: Path) -> None:
     first = build(BALANCER, tmp_path / "first")
     copy = tmp_path / "copy"
     shutil.copytree(BALANCER / "src", copy / "src", ignore=shutil.ignore_patterns("test_*"))
@@ -32,7 +32,7 @@ def test_equal_sources_make_equal_bytes(tmp_path: Path) -> None:
     assert build(copy, tmp_path / "third") != first
 
 
-def test_it_runs_without_its_sources(tmp_path: Path) -> None:
+def test_the_zipapp_runs_without_its_sources(tmp_path: Path) -> None:
     build(BALANCER, tmp_path / "pixel-lb")
     assert os.access(tmp_path / "pixel-lb", os.X_OK)
     run: list[str | Path] = [sys.executable, "-S", tmp_path / "pixel-lb"]
@@ -42,8 +42,8 @@ def test_it_runs_without_its_sources(tmp_path: Path) -> None:
     assert (done.returncode, "usage: pixel-lb drain" in done.stderr) == (2, True)
 
 
-def test_a_module_of_it_runs_by_itself(tmp_path: Path) -> None:
-    """As the controller starts `pixel_lb.cloudwatch`."""
+def test_a_module_of_the_zipapp_can_be_run(tmp_path: Path) -> None:
+    """The controller runs `pixel_lb.cloudwatch` in this way."""
     build(BALANCER, tmp_path / "pixel-lb")
     done = subprocess.run(
         [sys.executable, "-m", "pixel_lb", "--help"],

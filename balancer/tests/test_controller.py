@@ -1,4 +1,4 @@
-"""The controller's judgement, on a simulated clock."""
+"""The controller's decisions, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODES = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
 
 
 class World:
-    """Two hosts, probed every two seconds; decisions are applied at once."""
+    """Two simulated hosts, probed every two seconds; decisions are applied immediately."""
 
     def __init__(self, **settings: float) -> None:
         self.now = 1000.0
@@ -36,9 +36,9 @@ class World:
     def probe(self) -> None:
         self.now += 2
         for name in "AB":
-            had = self.counters[name]
+            last = self.counters[name]
             busy, steal = 8 * self.busy[name], 8 * self.steal[name]  # four processors, two seconds
-            self.counters[name] = Cpu(had.busy + busy, had.steal + steal, had.total + 8)
+            self.counters[name] = Cpu(last.busy + busy, last.steal + steal, last.total + 8)
             ready = self.ready[name]
             cpu = self.counters[name] if ready and self.cpu_known else None
             self.controller.observe(name, Sample(self.now, ready, "" if ready else "is dead", cpu))
@@ -105,11 +105,11 @@ def test_marking_down_does_not_wait_for_the_interval_but_recovery_does() -> None
     world = World(slow_start=0)
     world.ready["B"] = False
     world.run(6)
-    out_at = world.decisions[-1][0]
-    assert out_at == 1006
+    down_at = world.decisions[-1][0]
+    assert down_at == 1006
     world.ready["B"] = True
     world.run(30)
-    assert world.decisions[-1] == (out_at + 16, {"A": FULL, "B": FULL})
+    assert world.decisions[-1] == (down_at + 16, {"A": FULL, "B": FULL})
     world.ready["A"] = False
     world.run(6)
     assert world.applied == {"A": DOWN, "B": FULL}
@@ -145,7 +145,7 @@ def test_the_last_backend_stays_up_and_the_operator_is_alerted() -> None:
 
 
 def test_a_failure_of_all_backends_marks_none_down() -> None:
-    """As when Redis is unavailable."""
+    """As during an outage of Redis."""
     world = World()
     world.ready = {"A": False, "B": False}
     world.run(20)
@@ -190,7 +190,7 @@ def test_equal_loads_change_nothing() -> None:
 
 def test_small_differences_change_nothing() -> None:
     world = World(adaptive=True)
-    world.busy = {"A": 0.30, "B": 0.36}  # 64 of 70 are left: less than a tenth fewer
+    world.busy = {"A": 0.30, "B": 0.36}  # 64 % free and 70 % free differ by less than a tenth
     world.run(300)
     assert world.decisions == []
 
@@ -213,7 +213,7 @@ def test_a_slow_host_gets_less_even_if_its_cpu_is_idle() -> None:
     world = World(adaptive=True)
     world.latency["B"] = 0.05
     world.run(16)
-    assert world.applied["B"].factor == 0.5  # as far as one step goes
+    assert world.applied["B"].factor == 0.5  # the limit of one step
     assert "corrected by latency" in world.why("B")
     world.latency["B"] = 0.003
     world.run(300)
@@ -255,10 +255,10 @@ def test_a_boot_resets_counters_but_changes_nothing() -> None:
 
 
 def test_weights_converge_at_any_load() -> None:
-    """Shares change the load, and the load the shares: that must not oscillate."""
+    """Shares and load depend on each other; the feedback must not oscillate."""
     for load in (0.3, 0.5, 0.7, 0.8, 0.9, 0.97):
         world = World(adaptive=True, slow_start=0)
-        power = {"A": 3.0, "B": 1.0}  # and base weights are equal: they are wrong
+        power = {"A": 3.0, "B": 1.0}  # real capacity, unlike the equal base weights
         late: list[float] = []
         for step in range(600):
             total = sum(share.factor for share in world.applied.values())
@@ -271,7 +271,7 @@ def test_weights_converge_at_any_load() -> None:
         assert max(late) < 0.95
 
 
-# --- stolen time: /proc/stat of a throttled host -----------------------------------------------------------
+# --- CPU steal: /proc/stat of a throttled host --------------------------------------------------
 
 
 def cpu_of_stat(text: str) -> Cpu:
@@ -337,14 +337,14 @@ def test_credits_that_run_out_reduce_a_share_before_cpu_time_is_stolen() -> None
     world.busy = {"A": 0.5, "B": 0.5}
     shares = []
     for line in (Path(__file__).parent / "data" / "credits-running-out").read_text().splitlines():
-        # What five minutes took is known at their end.
+        # The balance of a period is published at its end.
         world.run(300)
         world.controller.set_credits({"b": credits_of(float(line.split()[1]), world.now)})
         shares.append(world.applied["B"].factor)
-    # So long as they last for a quarter of an hour, it is a host like the other.
+    # No effect while the credits last for 15 minutes.
     assert shares[:4] == [1, 1, 1, 1]
     assert all(later < earlier for earlier, later in itertools.pairwise(shares[3:7]))
-    # At last: a fifth of its baseline, beside half of the other's CPU.
+    # In the end: LEAST_LEFT of the baseline, relative to half of the other host's CPU.
     assert shares[-1] == pytest.approx(0.2 * 0.225 / 0.5, rel=0.12)
     assert world.applied["A"] == FULL
     assert "0 CPU credits left, enough for 22% of its CPU" in world.why("B")
@@ -357,7 +357,7 @@ def test_old_credit_data_are_ignored() -> None:
     world.run(14 * 60)
     assert world.applied["B"].factor < 0.5
     world.run(10 * 60)
-    assert world.applied["B"].factor > 0.9  # a tenth is left alone
+    assert world.applied["B"].factor > 0.9  # the dead band is a tenth
     assert "credits" not in world.why("B")
 
 

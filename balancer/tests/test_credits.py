@@ -1,4 +1,4 @@
-"""CPU credits; that CloudWatch is asked correctly, tests/test_ec2.py shows."""
+"""Baselines of CPU credits. tests/test_ec2.py tests the queries to CloudWatch."""
 
 from __future__ import annotations
 

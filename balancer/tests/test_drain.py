@@ -1,4 +1,4 @@
-"""Who receives requests: drained hosts, the controller's shares, and what Nginx rejects."""
+"""Drained hosts, the controller's shares, and changes that Nginx rejects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_drain_marks_down_and_an_undrain_restores(balancer: Any) -> None:
         "weight=3 max_fails=3 fail_timeout=5s; # a",
         "weight=2 max_fails=3 fail_timeout=5s down; # b",
     ]
-    # Nginx sees the only server that is left, and no other.
+    # The remaining server is the only one that is not commented out.
     used = balancer.upstreams.split("upstream pixel_without_b")[0]
     assert [line.strip() for line in used.splitlines() if "server " in line] == [
         "server 10.0.0.1:8000 weight=3 max_fails=3 fail_timeout=5s; # a",
@@ -53,7 +53,7 @@ def test_an_unready_backend_is_down_but_never_all_of_them(balancer: Any) -> None
     assert balancer.status()["backends"]["b"]["state"] == "down"
     with pytest.raises(LastBackend):
         balancer.drain("a")
-    # A host that is drained by force stays out; an unready one is the better choice then.
+    # A drained host stays down; then the unready host receives the requests.
     balancer.drain("a", force=True)
     assert balancer.downs == [True, False]
 
@@ -79,11 +79,11 @@ def reject(_: Nginx) -> bool:
 
 def test_shares_that_nginx_rejects_are_not_kept(balancer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     balancer.apply_shares(a=FULL, b=Share(0.5, False))
-    good = balancer.upstreams
+    valid = balancer.upstreams
     monkeypatch.setattr(Nginx, "reload_if_needed", reject)
     with pytest.raises(Refused):
         balancer.apply_shares(a=FULL, b=Share(0.1, False))
-    assert balancer.upstreams == good
+    assert balancer.upstreams == valid
     assert balancer.state.shares()["b"].factor == 0.5
 
 
@@ -123,7 +123,7 @@ def test_a_host_that_may_receive_no_request_is_not_waited_for(
 def test_a_drain_waits_for_requests_in_flight_at_every_address(
     balancer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # On a ring, the balancer's own host is reached by TCP; otherwise by its socket.
+    # The balancer's own host has two addresses: TCP with consistent hashing, otherwise its socket.
     balancer.write_facts(balancer="b", sticky=True)
     in_flight = {"unix:/run/pixel.sock": 1, "10.0.0.2:8000": 1}
     monkeypatch.setattr(drain, "connections", lambda address: in_flight[address])

@@ -9,7 +9,7 @@ from pixel_lb.errors import Refused
 from pixel_lb.fleet import CreditQuery
 
 
-def test_every_instance_has_a_name_and_an_address_of_its_own(make_fleet: Any) -> None:
+def test_every_instance_has_its_own_name_and_address(make_fleet: Any) -> None:
     fleet = make_fleet(
         {"name": "a", "instances": 2}, {"name": "b", "address": "10.0.0.2", "instances": 2}, balancer="a"
     )
@@ -29,7 +29,7 @@ def test_without_sockets_the_balancers_own_host_is_reached_by_tcp(balancer: Any)
     assert balancer.fleet.servers[0].address == "10.0.0.1:8000"
 
 
-def test_a_ring_has_the_same_addresses_on_all_balancers(make_fleet: Any) -> None:
+def test_consistent_hashing_uses_the_same_addresses_on_all_balancers(make_fleet: Any) -> None:
     hosts = ({"name": "a"}, {"name": "b", "address": "10.0.0.2"})
     fleet = make_fleet(*hosts, balancer="a", sticky=True)
     pixel, sticky = fleet.upstreams
@@ -74,7 +74,7 @@ def test_a_cluster_is_a_group_a_type_or_a_family_and_has_no_backups(make_fleet: 
     assert not fleet.upstreams[2].servers[0].backup
 
 
-def test_credits_are_asked_for_where_there_is_an_instance_id(make_fleet: Any) -> None:
+def test_credits_are_queried_for_hosts_with_an_instance_id(make_fleet: Any) -> None:
     fleet = make_fleet(
         {"name": "a", "instance_type": "c5.xlarge"},
         {"name": "b", "instance_type": "t2.xlarge", "instance_id": "i-0123456789abcdef0", "vcpus": 4},

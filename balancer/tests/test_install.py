@@ -1,4 +1,4 @@
-"""Applying files, which are restored if Nginx rejects them."""
+"""Files are applied, and restored if Nginx rejects them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def test_files_are_written_once(balancer: Any) -> None:
     assert not install.apply(balancer.nginx, {new: b"new", old: None})
 
 
-def test_an_interrupted_run_is_reloaded(balancer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reload_without_changed_files_counts_as_a_change(
+    balancer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an interrupted run."""
     monkeypatch.setattr(Nginx, "reload_if_needed", lambda _: True)
     assert install.apply(balancer.nginx, {})
 

@@ -1,4 +1,4 @@
-"""Nginx' connections; its reloads are tested on hosts."""
+"""Counting of Nginx's connections. Scenario nginx_lb tests reloads."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def test_open_connections_are_counted(tmp_path: Path) -> None:
             client.connect(name)
             with server.accept()[0]:
                 assert connections(address, own) == 1
-                # As those of Prometheus.
+                # Connections of other users, such as Prometheus, do not count.
                 assert family == socket.AF_UNIX or connections(address, other) == 0

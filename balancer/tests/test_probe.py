@@ -14,7 +14,7 @@ MODES = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
 
 
 class Standin(BaseHTTPRequestHandler):
-    """Answers /readyz and /metrics with these statuses; 0 closes the connection without an answer."""
+    """A stub that answers /readyz and /metrics with these statuses; 0 closes the connection."""
 
     ready = 200
     metrics = 200
@@ -33,7 +33,7 @@ class Standin(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_probe_sees_readiness_and_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_returns_readiness_and_cpu_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     with HTTPServer(("127.0.0.1", 0), Standin) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_port}"

@@ -24,7 +24,7 @@ REPORT = {
 
 @pytest.fixture
 def report(balancer: Any) -> Any:
-    """Write the controller's report as it was some seconds ago."""
+    """Write a controller's report with a given age in seconds."""
 
     def write(age: float) -> None:
         path = balancer.paths.report
@@ -64,7 +64,7 @@ def test_without_health_checks_and_adaptive_weights_there_is_no_controller(balan
     assert balancer.status()["controller"]["state"] == "stopped"
 
 
-def test_measurements_are_those_of_a_running_controller(balancer: Any, report: Any) -> None:
+def test_measurements_are_shown_only_while_the_controller_runs(balancer: Any, report: Any) -> None:
     report(0)
     backends = balancer.status()["backends"]
     assert (backends["b"]["cpu_credits"], backends["b"]["cpu_steal"], backends["b"]["probe_age_s"]) == (
@@ -76,7 +76,7 @@ def test_measurements_are_those_of_a_running_controller(balancer: Any, report: A
     report(100)
     backend = balancer.status()["backends"]["b"]
     assert (backend["ready"], backend["cpu_credits"], backend["cpu_steal"]) == (None, None, None)
-    # The reason of a share that is still in force.
+    # The reason stays, because the share is still in force.
     assert backend["why"] == "60% stolen"
 
 

@@ -30,17 +30,17 @@ def test_weighted_round_robin_needs_no_directive(balancer: Any) -> None:
     ]
 
 
-def test_a_backup_that_is_left_alone_is_none(balancer: Any) -> None:
+def test_the_only_remaining_server_is_not_a_backup(balancer: Any) -> None:
     balancer.facts["hosts"][1]["backup"] = True
     balancer.write_facts()
     balancer.undrain("a")
     assert " backup;" in balancer.server_parameters[1]
     balancer.drain("a")
-    # Nginx rejects an upstream of backups alone.
+    # Nginx rejects an upstream that contains only backups.
     assert "backup" not in balancer.server_parameters[1]
 
 
-def test_shares_make_weights_in_their_ratio(balancer: Any) -> None:
+def test_shares_scale_the_weights(balancer: Any) -> None:
     balancer.apply_shares(a=FULL, b=Share(0.5, False))
     assert balancer.weights == ["weight=3", "weight=1"]
     balancer.apply_shares(a=FULL, b=Share(0.001, False))
@@ -49,7 +49,7 @@ def test_shares_make_weights_in_their_ratio(balancer: Any) -> None:
     assert balancer.weights == ["weight=3", "weight=2"]
 
 
-def test_a_ring_keeps_its_base_weights(balancer: Any) -> None:
+def test_consistent_hashing_keeps_base_weights(balancer: Any) -> None:
     balancer.write_facts(method="hash")
     balancer.apply_shares(a=Share(0.3, False), b=Share(1.0, True))
     assert "    hash $request_uri consistent;" in balancer.upstreams.splitlines()
@@ -57,7 +57,7 @@ def test_a_ring_keeps_its_base_weights(balancer: Any) -> None:
     assert " down;" in balancer.server_parameters[1]
 
 
-def test_a_request_is_sent_again_to_another_host(balancer: Any) -> None:
+def test_retries_go_to_another_host(balancer: Any) -> None:
     text = render(balancer.fleet, (), {})
     assert text.split("upstream pixel_without_a {")[1].split("}")[0].splitlines()[1:] == [
         "    zone pixel_without_a 256k;",
@@ -76,7 +76,7 @@ def test_a_request_is_sent_again_to_another_host(balancer: Any) -> None:
     ]
 
 
-def test_where_no_other_host_is_up_the_same_is_asked_again(balancer: Any) -> None:
+def test_without_another_host_retries_go_to_the_same_upstream(balancer: Any) -> None:
     for text in (
         render(balancer.fleet, ("b",), {}),
         render(balancer.fleet, (), {"b": Share(1.0, True)}),

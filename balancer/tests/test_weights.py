@@ -1,4 +1,4 @@
-"""Base weights from what the inventory says of hosts."""
+"""Base weights from the inventory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_instances_share_a_hosts_weight_in_the_smallest_integers(
     assert weights(make_fleet(*facts)) == expected
 
 
-def test_measured_weights_are_in_the_ratio_of_what_was_measured(make_fleet: Any) -> None:
+def test_measured_weights_have_the_ratio_of_the_measured_rates(make_fleet: Any) -> None:
     fleet = make_fleet(
         {"name": "a", "weight": 7, "measured": 3000},
         {"name": "b", "measured": 1290, "instances": 2},

@@ -1,10 +1,10 @@
-"""Compares ways to serve POST /pixel on this machine: requests, latency, CPU, memory.
+"""Compares implementations of POST /pixel on this machine: requests, latency, CPU, memory.
 
     python -m bench.compare                # all variants, about 12 minutes
     python -m bench.compare --quick        # one short round, to test the bench itself
 
-Every round starts every variant again, with its own Redis and Nginx, on the same processors; the
-load runs on another processor. README.md explains the output.
+Every round starts every variant with its own Redis and Nginx on the same processors; the load runs on
+another processor. bench/README.md explains the output.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ HELD = Plan(rate=500, seconds=10, connections=2000)
 
 
 class ImpossibleError(Exception):
-    """The comparison can't run on this machine; the message says why."""
+    """The comparison can't run on this machine; the message contains the reason."""
 
 
 def processors(text: str) -> frozenset[int]:
@@ -93,7 +93,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_tools(only: set[str]) -> None:
-    """Raises ImpossibleError with all that is missing, and the packages to install."""
+    """Raises ImpossibleError with all missing programs and the packages to install."""
     packages = {"gunicorn", "uvicorn_worker", "uvloop", "httptools", "fastapi", "redis"}
     packages |= {"pixel"} if any(name.startswith("ours") for name in only) else set()
     if absent := {name for name in packages if importlib.util.find_spec(name) is None}:
@@ -135,7 +135,7 @@ class Progress:
 
 
 def rotated(planned: list[Job], by: int) -> list[Job]:
-    """Returns the jobs in another order for each round."""
+    """Returns the jobs rotated, so that each round starts with another one."""
     first = by * len(planned) // 3 % max(len(planned), 1)
     return planned[first:] + planned[:first]
 
@@ -215,7 +215,7 @@ class Bench:
         )
 
     def _hold(self) -> dict[str, Any]:
-        """Measures many connections with few requests each, as browsers have."""
+        """Measures many connections with few requests each, like those of browsers."""
         with self._stack(Job("ours_unix", "always", ())) as stack:
             return asyncio.run(self._hold_connections(f"http://127.0.0.1:{stack.port}"))
 

@@ -1,4 +1,4 @@
-"""Checks that a variant fulfils the API's contract before it is measured."""
+"""Checks that a variant implements the API before it is measured."""
 
 from __future__ import annotations
 

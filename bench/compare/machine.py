@@ -1,4 +1,4 @@
-"""Describes the machine on which figures were measured."""
+"""Describes the machine: hardware, kernel, versions, and the CPU use of other programs."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def _tool_versions() -> dict[str, str]:
     versions = {}
     for name, command in TOOLS.items():
         if shutil.which(command[0]):
-            said = subprocess.run(command, capture_output=True, text=True, check=False)
-            found = re.search(r"\d+\.\d+(\.\d+)?", said.stdout + said.stderr)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            found = re.search(r"\d+\.\d+(\.\d+)?", done.stdout + done.stderr)
             versions[name] = found[0] if found else "unknown"
     return versions
 
@@ -75,7 +75,7 @@ def _package_versions() -> dict[str, str]:
 
 
 def _filesystem(directory: Path) -> str:
-    """Returns the type of the filesystem that holds the directory."""
+    """Returns the type of the directory's filesystem."""
     above = {str(parent) for parent in [directory.resolve(), *directory.resolve().parents]}
     mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
     _, kind = max((len(point), kind) for point, kind in mounts if point in above)
@@ -103,7 +103,7 @@ class Interference:
         self._wall = time.monotonic()
 
     def share(self, own_cpu_seconds: float) -> float:
-        """Returns their share of all processors' time since the start, steal included."""
+        """Returns the other programs' share of all processors' time since the start, including steal."""
         available = (time.monotonic() - self._wall) * (os.cpu_count() or 1)
         return max(0.0, (_busy_seconds() - self._began - own_cpu_seconds) / available)
 

@@ -23,7 +23,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """A stack that every round starts, and the steps that are measured on it."""
+    """A variant that every round starts, and the steps measured on it."""
 
     variant: str
     fsync: str
@@ -53,7 +53,7 @@ def jobs(only: set[str], main_seconds: int, quick: bool) -> list[Job]:
     Args:
         only: names of the variants.
         main_seconds: length of a step of the main comparison.
-        quick: leave out other numbers of connections.
+        quick: measure only the main number of connections.
     """
     main = _write(MAIN_CONNECTIONS, main_seconds)
     batch, mix = Step("batch100", "batch", 16, 1), Step("mix90", "mix", MAIN_CONNECTIONS, 1)

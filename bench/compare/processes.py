@@ -1,4 +1,4 @@
-"""Starts programs, pinned to processors, and reads their CPU time and memory."""
+"""Starts programs pinned to processors, and reads their CPU time and memory."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class Program:
         return self._process.poll() is None
 
     def log_tail(self) -> str:
-        """Returns the last lines of its output."""
+        """Returns the last lines of the program's output."""
         lines = self._log.read_text(errors="replace").splitlines()[-15:]
         return "\n".join(line[-500:] for line in lines)
 
     def pids(self) -> list[int]:
-        """Returns its first process, then the others of its session."""
+        """Returns the program's first process, then the others of its session."""
         leader = self._process.pid
         others = [
             pid
@@ -75,7 +75,7 @@ class Program:
         return others or [leader]
 
     def cpu_seconds(self) -> float:
-        """Returns the CPU time of all its processes, ended ones included."""
+        """Returns the CPU time of all the program's processes, including ended ones."""
         return sum(map(_ticks, self.pids())) / TICKS_PER_SECOND
 
     def memory(self) -> list[Memory]:

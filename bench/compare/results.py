@@ -28,7 +28,7 @@ PAIRS = [
 
 
 class Key(NamedTuple):
-    """What was measured."""
+    """The setting of a measurement."""
 
     variant: str
     fsync: str
@@ -55,7 +55,7 @@ class Sample(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """A figure of one variant divided by another's; `fsync` is `a/b` where theirs differ."""
+    """A figure of one variant divided by another's; `fsync` is `a/b` if they differ."""
 
     a: str
     b: str

@@ -1,4 +1,4 @@
-"""The variants that are compared: their programs and workloads."""
+"""The compared variants: their programs and workloads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEEP_ALIVE_SECONDS = "75"
 
 @dataclass(frozen=True)
 class Place:
-    """Where one stack runs: its directory, processors and `appendfsync`."""
+    """Where and how a variant runs: directory, processors, `appendfsync`, number of workers."""
 
     directory: Path
     processors: frozenset[int]
@@ -29,7 +29,7 @@ class Place:
 
 @dataclass
 class Stack:
-    """The running programs of a variant, by the group that their CPU time is counted in."""
+    """The running programs of a variant, by the group of their CPU time."""
 
     port: int = 0
     programs: dict[str, Program] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to serve the endpoint; `start` starts its programs, the caller stops them."""
+    """An implementation of the endpoint; `start` starts its programs, the caller stops them."""
 
     name: str
     what: str
@@ -89,7 +89,7 @@ def start_nginx(stack: Stack, place: Place, site: str, lua: bool = False, **name
             f"load_module {MODULES}/{name}.so;" for name in ("ndk_http_module", "ngx_http_lua_module")
         ]
     if os.geteuid() == 0:
-        preamble.append(f"user {pwd.getpwuid(0).pw_name};")  # or Nginx can't read the directory
+        preamble.append(f"user {pwd.getpwuid(0).pw_name};")  # otherwise Nginx can't read the directory
     config = render(
         "nginx.conf",
         place.directory / "nginx.conf",

@@ -1,11 +1,11 @@
-"""Measures how many requests per second one host serves well, by reads at rising rates.
+"""Measures how many requests per second one host serves within the limits, by reads at rising rates.
 
     python -m bench.report.calibrate --url http://10.0.0.12:8000
 
-Several addresses are the instances of one host; each gets its part of the rate. Each rate is 1.5
+Several addresses are the instances of one host; the rate is divided among them. Each rate is 1.5
 times the one before, until the 99th percentile is over the limit or too many requests fail. Then
-the interval between the last good and the first bad rate is halved a few times. High rates are
-sent by several processes, at most one for each available processor. Pixels are only read. The
+the interval between the last passing and the first failing rate is halved a few times. Several
+processes send high rates, at most one for each available processor. Pixels are only read. The
 result is one line of JSON. Only the standard library is needed; `playbooks/calibrate.yml` runs
 this on a host.
 """
@@ -47,14 +47,14 @@ class Limits(NamedTuple):
 
 
 class ImpreciseError(Exception):
-    """No usable figure was measured; the message says why."""
+    """No usable figure was measured; the message contains the reason."""
 
 
 Measure = Callable[[float], Awaitable[Step]]
 
 
 async def search(measure: Measure, limits: Limits, first: float, most: float) -> tuple[Step, list[Step]]:
-    """Returns the highest good rate, and all rates that were tried."""
+    """Returns the highest rate within the limits, and all rates tried."""
     steps: list[Step] = []
 
     async def is_good(rate: float) -> bool:
@@ -67,12 +67,12 @@ async def search(measure: Measure, limits: Limits, first: float, most: float) ->
     good = max((step.rate for step in steps if limits.met_by(step)), default=0.0)
     if not good:
         raise ImpreciseError(
-            f"{first:g} requests/s are too many already: p99 {steps[0].p99_ms:.0f} ms,"
+            f"the first rate, {first:g} requests/s, is over the limits: p99 {steps[0].p99_ms:.0f} ms,"
             f" {steps[0].failed:.1%} failed"
         )
     if good == rate:
         raise ImpreciseError(
-            f"the highest rate, {rate:g} requests/s, is served well, so the limit is not known:"
+            f"the highest rate, {rate:g} requests/s, is within the limits, so the capacity is not known:"
             " raise --most (-e most=)"
         )
     bad = rate
@@ -98,7 +98,7 @@ async def measure(
     for report in reports:
         report.timeline = report.timeline[round(SETTLE) :]
     failed, sent = (sum(getattr(each, what) for each in reports) for what in ("failed", "sent"))
-    # The slowest instance decides.
+    # Use the slowest instance's figures.
     p99, lag = (max(getattr(each, what).p99 for each in reports) for what in ("latency", "lag"))
     return Step(rate, p99, failed / max(1, sent), lag)
 

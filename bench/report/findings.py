@@ -1,4 +1,4 @@
-"""Findings of a load test: rates between samples of hosts, and sentences derived from them."""
+"""Findings of a load test: rates from the hosts' samples, and sentences derived from them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Interval:
 
 
 def intervals(samples: Sequence[dict[str, Any]]) -> list[Interval]:
-    """Returns the rates between a host's samples; a counter that went back has rate 0."""
+    """Returns the rates between a host's samples; a counter that was reset has rate 0."""
 
     def per_second(old: dict[str, float], new: dict[str, float], seconds: float) -> dict[str, float]:
         return {
@@ -90,7 +90,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Reads a directory; raises OSError or ValueError if it holds no run."""
+        """Reads a directory; raises OSError or ValueError if it contains no run."""
         data = json.loads((folder / "load.json").read_text())
         hosts = {}
         for path in sorted((folder / "hosts").glob("*.jsonl")):
@@ -114,13 +114,13 @@ class Run:
         return mean(each.busy / each.processors for each in seen)
 
     def stolen(self, host: str, stage: dict[str, Any]) -> float:
-        """Returns the share of steal in a stage; 0 for containers, which see their machine's."""
+        """Returns the share of steal in a stage; 0 for containers, whose counter is the machine's."""
         if self.meta.get("shared_processors"):
             return 0.0
         return mean(each.steal / each.processors for each in self.during(host, stage))
 
     def load(self, host: str, stage: dict[str, Any]) -> float:
-        """Returns used share and steal: a throttled host is full although it is not busy."""
+        """Returns used share plus steal: a throttled host is saturated although its use is low."""
         return self.busy(host, stage) + self.stolen(host, stage)
 
     def steps(self, target: str) -> list[dict[str, Any]]:
@@ -165,46 +165,46 @@ def rows(run: Run) -> list[dict[str, Any]]:
 
 def sentences(run: Run) -> list[str]:
     """Returns the findings as sentences."""
-    said = []
+    found = []
     for row in rows(run):
         name = "The balancer as a whole" if row["target"] == WHOLE else f"Cluster {row['target']}"
         if not row["knee"]:
-            said.append(f"{name} sustained no step: {row['why']}.")
+            found.append(f"{name} sustained no step: {row['why']}.")
             continue
         end = f"; the next step: {row['why']}" if row["why"] else ", which was the last step tried"
-        said.append(
+        found.append(
             f"{name} sustained {row['knee']:.0f} writes/s with a p99 of {row['p99_knee']:.1f} ms{end}."
         )
-    said += [sentence for part in (_saturation, _steal, _weights, _errors) for sentence in part(run)]
-    return said
+    found += [sentence for part in (_saturation, _steal, _weights, _errors) for sentence in part(run)]
+    return found
 
 
 def _saturation(run: Run) -> list[str]:
     steps = run.steps(WHOLE)
     if not steps or not run.hosts:
         return []
-    said = []
+    found = []
     for step in steps:
         host = max(run.hosts, key=lambda name: run.load(name, step))
         if run.load(host, step) >= SATURATED:
-            said.append(f"{host} is the first host to saturate: {_used(run, host, step)}.")
+            found.append(f"{host} is the first host to saturate: {_used(run, host, step)}.")
             break
     else:
-        said.append(
+        found.append(
             f"No host used {SATURATED:.0%} of its CPU. The busiest was {host} with {_used(run, host, step)}."
         )
     generator = max(step["generator"]["cpu_share"] for step in steps)
     if generator > BUSY or any("generator" in step["verdict"] for step in steps):
-        said.append(
+        found.append(
             f"The generator used {generator:.0%} of a processor: the fleet may sustain more"
             " than this machine can send."
         )
     if run.meta.get("shared_processors"):
-        said.append(
+        found.append(
             "Hosts and generator shared the processors of one machine, so a host may be slow"
-            " before its own CPU share is full."
+            " before it reaches its own CPU limit."
         )
-    return said
+    return found
 
 
 def _used(run: Run, host: str, step: dict[str, Any]) -> str:
@@ -228,18 +228,18 @@ def _most_used(run: Run, host: str, step: dict[str, Any]) -> str:
 
 def _steal(run: Run) -> list[str]:
     if run.meta.get("shared_processors"):
-        return []  # a container sees its machine's
+        return []  # a container's counter is the machine's
     stolen = {
         host: max((each.steal / each.processors for each in seen), default=0.0)
         for host, seen in run.hosts.items()
     }
-    said = [
+    found = [
         f"Up to {share:.0%} of the CPU of {host} was steal: a burstable host out of credits, or"
         " a busy host machine."
         for host, share in stolen.items()
         if share > 0.05
     ]
-    return said or (["No host had more than 5% steal."] if stolen else [])
+    return found or (["No host had more than 5% steal."] if stolen else [])
 
 
 def _weights(run: Run) -> list[str]:
@@ -252,8 +252,8 @@ def _weights(run: Run) -> list[str]:
         for instance in shares(run.steps(cluster)):
             homes[instance].append(cluster)
     answered = shares(kept)
-    if why := _unjudged(alone, homes, answered):
-        return [f"The weights can't be judged: {why}."]
+    if reason := _not_comparable(alone, homes, answered):
+        return [f"The weights can't be checked: {reason}."]
     got = dict.fromkeys(alone, 0.0)
     for instance, share in answered.items():
         got[homes[instance][0]] += share
@@ -263,8 +263,8 @@ def _weights(run: Run) -> list[str]:
     by_knee = ", ".join(f"{name} {share:.0%}" for name, share in fit.items())
     if run.meta.get("shared_processors"):
         return [
-            f"Shares were {by_share}; by each knee alone {by_knee}. On one machine's processors"
-            " this says little about the weights."
+            f"Shares were {by_share}; by each knee alone {by_knee}. Hosts that share one machine's"
+            " processors do not show whether the weights fit."
         ]
     worst = max(got, key=lambda name: abs(got[name] / fit[name] - 1))
     if abs(got[worst] / fit[worst] - 1) <= FITTING:
@@ -276,10 +276,10 @@ def _weights(run: Run) -> list[str]:
     ]
 
 
-def _unjudged(alone: dict[str, float], homes: dict[str, list[str]], answered: Iterable[str]) -> str:
+def _not_comparable(alone: dict[str, float], homes: dict[str, list[str]], answered: Iterable[str]) -> str:
     """Returns why shares can't be compared with the clusters' knees; empty if they can."""
     if len(alone) < 2:
-        return "two clusters must be driven separately"
+        return "at least two clusters must be tested separately"
     for cluster, most in alone.items():
         if not most:
             return f"cluster {cluster} alone sustained no step"
@@ -299,37 +299,37 @@ def _errors(run: Run) -> list[str]:
         for stage in stages:
             if stage["kind"] == "requests" or stage.get("rate", float("inf")) <= limit:
                 below.update(stage["errors"])
-    said = []
+    found = []
     if any("429" in error for stages in run.targets.values() for s in stages for error in s["errors"]):
-        said.append(
-            "The balancer limited this client (429): name its address in nginx_lb_limit_exempt"
-            " while you measure."
+        found.append(
+            "The balancer limited this client (429): add its address to nginx_lb_limit_exempt"
+            " during measurements."
         )
     if below:
         listed = ", ".join(f"{error} ({count})" for error, count in below.most_common(3))
-        said.append(f"{below.total()} requests failed at rates up to the knees: {listed}.")
+        found.append(f"{below.total()} requests failed at rates up to the knees: {listed}.")
     else:
-        said.append("No request failed at rates up to the knees.")
-    return said
+        found.append("No request failed at rates up to the knees.")
+    return found
 
 
 def changes(before: Run, after: Run) -> list[str]:
     """Returns the differences between two runs, as a sentence for each target."""
     old = {row["target"]: row for row in rows(before)}
     new = {row["target"]: row for row in rows(after)}
-    said = []
+    found = []
     for name, former in old.items():
         row = new.get(name)
         if row is None:
-            said.append(f"{name}: knee {former['knee']:.0f}/s before, not driven now.")
+            found.append(f"{name}: knee {former['knee']:.0f}/s before, not tested now.")
         elif not row["knee"]:
             why = f" ({row['why']})" if row["why"] else ""
-            said.append(f"{name}: knee {former['knee']:.0f}/s before, no step sustained now{why}.")
+            found.append(f"{name}: knee {former['knee']:.0f}/s before, no step sustained now{why}.")
         elif not former["knee"]:
-            said.append(f"{name}: no step sustained before, knee {row['knee']:.0f}/s now.")
+            found.append(f"{name}: no step sustained before, knee {row['knee']:.0f}/s now.")
         else:
-            said.append(_change(name, former, row))
-    return said
+            found.append(_change(name, former, row))
+    return found
 
 
 def _change(target: str, former: dict[str, Any], row: dict[str, Any]) -> str:

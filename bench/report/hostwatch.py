@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Samples a host's counters every second, one line of JSON each.
 
-It runs on the host with the standard library only; playbooks/loadtest.yml copies it there. Figures
+It runs on the host and needs only the standard library; playbooks/loadtest.yml copies it there. Figures
 are counters, or gauges whose names end in `_gauge`; the report computes the differences.
 """
 
@@ -29,7 +29,7 @@ REDIS = {
 
 
 def cpu() -> dict[str, float]:
-    """CPU seconds of all processors, and steal."""
+    """Return the CPU seconds of all processors, and steal."""
     numbers = [int(field) / TICKS for field in Path("/proc/stat").read_text().split()[1:9]]
     idle = numbers[3] + numbers[4]
     busy = own_cpu()
@@ -41,7 +41,7 @@ def cpu() -> dict[str, float]:
 
 
 def own_cpu() -> float | None:
-    """CPU seconds of a container, whose /proc/stat is its machine's; None on a real host."""
+    """Return the CPU seconds of a container, whose /proc/stat is the machine's; None on a real host."""
     own = Path("/proc/1/cgroup").read_text()
     for line in own.splitlines():
         _, controllers, path = line.split(":", 2)
@@ -65,7 +65,7 @@ def read(path: str) -> str:
 
 
 def services() -> dict[str, dict[str, float]]:
-    """CPU seconds and resident bytes of each service's processes."""
+    """Return CPU seconds and resident bytes of each service's processes."""
     seconds: defaultdict[str, float] = defaultdict(float)
     resident: defaultdict[str, int] = defaultdict(int)
     page = os.sysconf("SC_PAGE_SIZE")
@@ -83,7 +83,7 @@ def services() -> dict[str, dict[str, float]]:
 
 
 def memory() -> int:
-    """Bytes used by the services of a container, or by the whole of a real host."""
+    """Return the bytes used by the services of a container, or by a real host as a whole."""
     if own_cpu() is not None:
         return int(sum(service["bytes_gauge"] for service in services().values()))
     sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", read("/proc/meminfo"), re.M))
@@ -91,7 +91,7 @@ def memory() -> int:
 
 
 def network() -> dict[str, int]:
-    """Bytes received and sent on all interfaces except loopback."""
+    """Return the bytes received and sent on all interfaces except loopback."""
     lines = [line.split(":", 1) for line in read("/proc/net/dev").splitlines()[2:]]
     counters = [rest.split() for name, rest in lines if name.strip() != "lo"]
     return {
@@ -110,13 +110,13 @@ def fetch(url: str) -> str:
 
 
 def redis(url: str) -> dict[str, float]:
-    """Figures from the exporter of Redis."""
+    """Return figures from the Redis exporter."""
     found = re.findall(r"^(\w+) ([0-9.e+]+)$", fetch(url), re.M)
     return {REDIS[name]: float(value) for name, value in found if name in REDIS}
 
 
 def nginx(url: str) -> dict[str, float]:
-    """Figures from the stub_status of Nginx."""
+    """Return figures from Nginx's stub_status."""
     found = re.search(r"Active connections: (\d+).*?\n\s*\d+ \d+ (\d+)", fetch(url), re.S)
     return {"connections_gauge": int(found[1]), "requests": int(found[2])} if found else {}
 

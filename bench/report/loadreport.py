@@ -107,7 +107,7 @@ def over_time(run: Run, _: Run | None) -> Figure:
 
 
 def shade(axes: Axes, run: Run, start: float) -> None:
-    """Marks the time in which each target was driven."""
+    """Marks the time in which each target was tested."""
     for number, (target, stages) in enumerate(run.targets.items()):
         first = stages[0]["began"] - start
         last = stages[-1]["began"] + stages[-1]["seconds"] - start
@@ -206,7 +206,7 @@ def draw(run: Run, before: Run | None, folder: Path) -> dict[str, tuple[str, str
             if figure is None:
                 continue
             buffer = io.BytesIO()
-            # Without the program's version, equal data give equal files.
+            # Omit matplotlib's version, so that equal data give equal files.
             figure.savefig(buffer, format="png", metadata={"Software": None})
             pyplot.close(figure)
             (folder / f"{name}.png").write_bytes(buffer.getvalue())

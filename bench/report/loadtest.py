@@ -2,7 +2,7 @@
 
     python -m bench.report.loadtest --url http://127.0.0.1:8080/cluster/c5 --target c5 --out DIR
 
-A target is a part of the fleet that has its own URL, or the whole. Results are added to `load.json`
+A target is a part of the fleet with its own URL, or the whole fleet. Results are added to `load.json`
 in the directory; playbooks/loadtest.yml runs this for each target and stage, and `loadreport.py`
 draws the results. Exit status: 0, or 2 if the target can't be reached.
 """
@@ -83,13 +83,13 @@ def stage_of(
 
 
 def throughput(stage: dict[str, Any]) -> float:
-    """Acknowledged writes per second until the last answer, which old files don't have."""
+    """Returns acknowledged writes per second until the last answer, whose time old files lack."""
     within: float = max(stage["seconds"], stage.get("answered_within", 0.0))
     return float(stage["acknowledged"] / within)
 
 
 class ClosedLoop:
-    """A number of writes, so many at a time; each waits for the answer before it."""
+    """Sends a number of writes over concurrent connections; each waits for its answer."""
 
     def __init__(self, target: Target, requests: int, at_once: int) -> None:
         self._target = target
@@ -140,7 +140,7 @@ async def constant(target: Target, rate: float, seconds: float) -> dict[str, Any
 
 
 async def spike(target: Target, calm: float, high: float) -> dict[str, Any]:
-    """A constant rate, with a higher one for some seconds."""
+    """Sends at a constant rate, and at a higher one for some seconds."""
     samples: list[Sample] = []
 
     async def sending(rate: float, seconds: float) -> Report:
@@ -159,20 +159,20 @@ async def spike(target: Target, calm: float, high: float) -> dict[str, Any]:
 def effort(reports: Sequence[Report]) -> dict[str, float]:
     """Returns the generator's share of a processor, and its lateness."""
     return {
-        # All reports are of this one process, and each has all of its CPU.
+        # All reports are of this process, and each includes its whole CPU time.
         "cpu_share": round(max(report.cpu_share for report in reports), 3),
         "late_ms": round(max(report.lag.p99 for report in reports), 3),
     }
 
 
 def verdict(step: dict[str, Any]) -> str:
-    """Returns why a step was not sustained; empty if it was."""
+    """Returns the reason why a step was not sustained; empty if it was."""
     latency = step["latency_ms"]["p99"]
     failed = step["sent"] - step["acknowledged"]
     if failed > FEW_FAILED * step["sent"]:
         [(error, _)] = Counter(step["errors"]).most_common(1)
         return f"{failed / step['sent']:.0%} failed ({error})"
-    # Before the latency, which includes the lateness.
+    # Checked before the latency, which includes the generator's lateness.
     if step["generator"]["cpu_share"] > BUSY or step["generator"]["late_ms"] > LATE_MS:
         return "the generator can't send faster from here"
     if latency is None or latency > SLOW_MS:
@@ -181,7 +181,7 @@ def verdict(step: dict[str, Any]) -> str:
 
 
 async def staircase(target: Target, first: float = FIRST_RATE) -> list[dict[str, Any]]:
-    """Drives rising rates up to the first that is not sustained."""
+    """Sends at rising rates up to the first that is not sustained."""
     steps = []
     for number in range(STEPS):
         step = await constant(target, round(first * GROWTH**number), STEP_SECONDS)
@@ -190,7 +190,7 @@ async def staircase(target: Target, first: float = FIRST_RATE) -> list[dict[str,
         say(step)
         if step["verdict"]:
             break
-        await asyncio.sleep(1)  # lets requests of this step end before the next
+        await asyncio.sleep(1)  # let requests of this step end before the next
     return steps
 
 
@@ -221,7 +221,7 @@ def say(stage: dict[str, Any]) -> None:
 
 
 async def drive(target: Target, stage: str, before: Sequence[dict[str, Any]]) -> list[Any]:
-    """Drives one stage of a target; `before` has the stages driven already."""
+    """Runs one stage of a target; `before` contains the earlier stages."""
     if stage == "requests":
         stages = [await closed(target, at_once) for at_once in (1, 50)]
     elif stage == "staircase":

@@ -1,9 +1,9 @@
-"""Measures what a viewer waits for: pictures of the canvas, and others' pixels on the live page.
+"""Measures how long a viewer waits for pictures of the canvas and for pixels on the live page.
 
     python -m bench.report.viewer --url http://127.0.0.1:8080
 
-The canvas is filled with noise, which does not compress, and is not restored. A browser (Chromium,
-with Playwright) has the live page open while the generator of `bench.load` writes. Exit status: 0;
+The canvas is filled with noise, which does not compress, and is not restored. A browser (Chromium
+with Playwright) shows the live page while the generator of `bench.load` writes. Exit status: 0;
 1 if the page did not show every acknowledged write; 2 if the run was not possible.
 """
 
@@ -32,12 +32,12 @@ from bench.load.options import ImpossibleError, positive
 from bench.load.readback import read_canvas
 
 BATCH = 10_000
-LOOKS = 15
+FETCHES = 15
 CONNECTIONS = 64
 SETTLE = 3.0
 JSON = {"Content-Type": "application/json"}
 
-# The browser sends nothing of its own to the network.
+# Disable the browser's own network requests.
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update"]
 FLAGS += ["--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run"]
 
@@ -50,8 +50,8 @@ WATCH = """(() => {
     constructor(...all) {
       super(...all);
       this.addEventListener("message", ({ data }) => {
-        const heard = now();
-        for (const change of JSON.parse(data)) pending.push([change.join(), heard]);
+        const received = now();
+        for (const change of JSON.parse(data)) pending.push([change.join(), received]);
       });
     }
   };
@@ -120,11 +120,11 @@ def noise(width: int, height: int) -> Iterator[bytes]:
         ).encode()
 
 
-def look(client: httpx.Client, path: str) -> dict[str, Any]:
+def measure_picture(client: httpx.Client, path: str) -> dict[str, Any]:
     """Fetches a picture right after a change, and again without a change."""
     pixel = {"x": 0, "y": 0, "channel": "R"}
     fresh, known = [], []
-    for number in range(LOOKS):
+    for number in range(FETCHES):
         client.post("/pixel", json=pixel | {"value": number}).raise_for_status()
         fresh.append(fetch(client, path))
         known.append(fetch(client, path))
@@ -139,7 +139,7 @@ def look(client: httpx.Client, path: str) -> dict[str, Any]:
 
 
 async def watch(page: Page, options: argparse.Namespace, rate: float) -> dict[str, Any]:
-    """Measures when the page shows writes at a constant rate, from when each was due."""
+    """Measures the delay from each write's due time until the page shows it, at a constant rate."""
     target: Target = options.target
     width, height = await page.evaluate("[board.width, board.height]")
     ledger = Ledger(width, height, await read_canvas(target, width, height, cells=[]))
@@ -155,7 +155,7 @@ async def watch(page: Page, options: argparse.Namespace, rate: float) -> dict[st
         for number, sample in enumerate(sorted(samples, key=lambda sample: sample.due))
         if sample.error is None
     }
-    shown = {change: (heard, drawn) for change, heard, drawn in seen["changes"] if change in due}
+    shown = {change: (received, drawn) for change, received, drawn in seen["changes"] if change in due}
     frames = [after - before for before, after in pairwise(seen["frames"])]
     return {
         "rate": rate,
@@ -163,7 +163,7 @@ async def watch(page: Page, options: argparse.Namespace, rate: float) -> dict[st
         "failed": report.failed,
         "not_shown": len(due) - len(shown),
         "acknowledged_ms": report.latency.as_json(),
-        "heard_ms": Spread.of_seconds((shown[one][0] - due[one]) / 1000 for one in shown).as_json(),
+        "received_ms": Spread.of_seconds((shown[one][0] - due[one]) / 1000 for one in shown).as_json(),
         "drawn_ms": Spread.of_seconds((shown[one][1] - due[one]) / 1000 for one in shown).as_json(),
         "frame_ms": Spread.of_seconds(each / 1000 for each in frames).as_json(),
         "generator_lag_ms": report.lag.as_json(),
@@ -197,11 +197,11 @@ def describe(found: dict[str, Any]) -> str:
     for seen in found["viewer"]:
         lines.append(
             f"{seen['rate']:g} writes/s: {seen['acknowledged']} acknowledged,"
-            f" {seen['failed']} failed, {seen['not_shown']} not shown; from when a write was due:"
+            f" {seen['failed']} failed, {seen['not_shown']} not shown; delays from the due time:"
         )
         lines += [
             f"  {name:<14}{spread(seen[f'{name}_ms'])}"
-            for name in ("acknowledged", "heard", "drawn", "frame")
+            for name in ("acknowledged", "received", "drawn", "frame")
         ]
     return "\n".join(lines)
 
@@ -212,7 +212,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         width, height = (int(canvas.headers[f"X-Pixel-{side}"]) for side in ("Width", "Height"))
         for body in noise(width, height):
             client.post("/pixels", content=body, headers=JSON).raise_for_status()
-        pictures = {path: look(client, path) for path in ("/canvas.rgb", "/canvas.png")}
+        pictures = {path: measure_picture(client, path) for path in ("/canvas.rgb", "/canvas.png")}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "canvas": [width, height],

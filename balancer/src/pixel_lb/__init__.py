@@ -1,5 +1,5 @@
-"""The agent of a Pixel Endpoint balancer: it writes Nginx' upstreams and decides which backends are in them.
+"""The agent of a Pixel Endpoint balancer: it selects backends and writes Nginx's upstreams.
 
-Ansible installs it as one zipapp, `/usr/local/sbin/pixel-lb`. Only the standard library is used, except in
-`cloudwatch`, which needs boto3 and runs only where CPU credits are asked for.
+Ansible installs it as one zipapp, `/usr/local/sbin/pixel-lb`. It uses only the standard library, except for
+`cloudwatch`, which needs boto3 and runs only if CPU credits are queried.
 """

@@ -1,7 +1,6 @@
-"""Latencies from Nginx' access log.
+"""Latencies from Nginx's access log.
 
-What a client waits for includes the time that a request spends in the socket of a throttled host, which the
-app cannot measure.
+They include the time that a request waits in the socket of a throttled host, which the app cannot measure.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-# At most this much is read at a time; of more, only the end, which stands for all of it.
+# Limit of a read. If the log has grown by more, only its end is read and scaled up.
 READ_BYTES = 128 * 1024
-# A request for one pixel is always the same work; a picture, a stream or a batch is not.
+# Requests for one pixel: their cost is constant, unlike that of pictures, streams and batches.
 PIXEL_LINE = re.compile(
     rb'"uri":"/(?:cluster/[^/"]+/)?pixel[/?"][^\n]*?"upstream":"([^"]+)"[^\n]*?"upstream_seconds":"([^"]+)"'
 )
 SEPARATOR = re.compile(", | : ")
-# One slow request must not dominate a mean.
+# Cap, so that one slow request does not dominate a mean.
 MAX_SECONDS = 1.0
 
 
@@ -31,12 +30,12 @@ class LogTail:
         self._offset = 0
 
     def read(self) -> dict[str, tuple[float, float]]:
-        """Return the requests for pixels since the last call: their count and total seconds by address."""
+        """Return count and total seconds of pixel requests since the last call, by backend address."""
         try:
             with self._path.open("rb") as log:
                 facts = os.fstat(log.fileno())
                 if self._inode == 0:
-                    self._offset = facts.st_size  # Start with what is written from now on.
+                    self._offset = facts.st_size  # Skip lines written before the first call.
                 elif facts.st_ino != self._inode or facts.st_size < self._offset:
                     self._offset = 0
                 self._inode = facts.st_ino
@@ -50,11 +49,11 @@ class LogTail:
 
 
 def parse(lines: bytes, multiplier: float = 1.0) -> dict[str, tuple[float, float]]:
-    """Sum up requests for pixels.
+    """Sum up pixel requests.
 
     Args:
         lines: A part of the log; an incomplete first line is ignored.
-        multiplier: How many requests each line stands for.
+        multiplier: Number of requests that each line represents.
 
     Returns:
         Count and total seconds by the backend's address.
@@ -62,7 +61,7 @@ def parse(lines: bytes, multiplier: float = 1.0) -> dict[str, tuple[float, float
     counts: dict[str, float] = defaultdict(float)
     seconds: dict[str, float] = defaultdict(float)
     for upstreams, took in PIXEL_LINE.findall(lines):
-        # A request that was sent to a second backend has both: "a, b" or "a : b", and "2.001 : 0.004".
+        # A retried request lists both backends: "a, b" or "a : b", and "2.001 : 0.004".
         fields = (SEPARATOR.split(each.decode()) for each in (upstreams, took))
         for address, text in zip(*fields, strict=False):
             if text != "-":

@@ -1,16 +1,16 @@
 """The command line.
 
-    pixel-lb install        check the staged configuration and put it in force
+    pixel-lb install        check and apply the staged configuration
     pixel-lb drain HOST     send no new requests to a host (never the last one, unless --force), and wait
-                            until those in flight have ended
-    pixel-lb undrain HOST   send requests to it again, and wait until it answers one (not where requests go
-                            by a key, or to a backup: it may receive none)
+                            until requests in flight have ended
+    pixel-lb undrain HOST   send requests to a host again, and wait until it answers one (no wait with methods
+                            that use a key, or for a backup: it may receive no request)
     pixel-lb certificate DIRECTORY
-                            put this certificate and its key in force (certbot's hook after a renewal)
-    pixel-lb reload         make Nginx read its files again
+                            install this certificate and its key (certbot's deploy hook)
+    pixel-lb reload         reload Nginx's files
     pixel-lb watch          run the controller (pixel-lb.service)
     pixel-lb status         print the state of backends, controller and Nginx as JSON
-    pixel-lb loaded         record that Nginx has just read its files (nginx.service)
+    pixel-lb loaded         record that Nginx has loaded the current files (run by nginx.service)
 
 install, certificate, drain and undrain print `changed` or `unchanged`. Exit status: 0 done, 1 refused and
 nothing changed, 3 refused because it is the last backend, 4 changed but the wait timed out.
@@ -34,23 +34,23 @@ from pixel_lb.watch import Watch
 
 
 def parser() -> argparse.ArgumentParser:
-    """Make the parser."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(prog="pixel-lb", description="The balancer's upstreams and controller.")
     commands = made.add_subparsers(dest="command", required=True)
-    commands.add_parser("install", help="check the staged configuration and put it in force")
+    commands.add_parser("install", help="check and apply the staged configuration")
     draining = commands.add_parser("drain", help="send no new requests to a host")
     draining.add_argument("--force", action="store_true", help="even if it is the last one")
     undraining = commands.add_parser("undrain", help="send requests to a host again")
     for command in (draining, undraining):
         command.add_argument("host")
         command.add_argument("--wait", type=float, default=10, metavar="SECONDS", help="default 10")
-    certificate = commands.add_parser("certificate", help="put a certificate and its key in force")
+    certificate = commands.add_parser("certificate", help="install a certificate and its key")
     certificate.add_argument("directory", type=Path, help="contains fullchain.pem and privkey.pem")
-    commands.add_parser("reload", help="make Nginx read its files again")
+    commands.add_parser("reload", help="reload Nginx's files")
     commands.add_parser("status", help="print the state of backends, controller and Nginx as JSON")
     watching = commands.add_parser("watch", help="run the controller until it is stopped")
     watching.add_argument("--dry-run", action="store_true", help="log decisions, apply nothing")
-    commands.add_parser("loaded", help="record that Nginx has just read its files")
+    commands.add_parser("loaded", help="record that Nginx has loaded the current files")
     return made
 
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: The command line without the program's name; that of the process by default.
+        arguments: The command line without the program's name; by default that of the process.
 
     Returns:
         The exit status.
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _change(args: argparse.Namespace, paths: Paths) -> None:
     nginx = Nginx(paths)
     with exclusive(paths.lock):
-        # A run that was killed may have left it.
+        # Remove the mark of an earlier run that was killed.
         paths.closing.unlink(missing_ok=True)
         match args.command:
             case "install":
@@ -99,7 +99,7 @@ def _change(args: argparse.Namespace, paths: Paths) -> None:
                 nginx.reload()
             case "loaded":
                 nginx.mark_loaded()
-    # Without the lock: the controller may have to mark another backend down meanwhile.
+    # Wait without the lock, so that the controller can mark other backends down.
     match args.command:
         case "drain":
             wait_until_idle(paths, args.host, args.wait)

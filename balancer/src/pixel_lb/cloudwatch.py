@@ -2,9 +2,9 @@
 
     python -m pixel_lb.cloudwatch REGION INSTANCE…
 
-It prints JSON: by instance, the end of its last period of five minutes (seconds since 1970) and its credits
-then. An instance whose credits are `unlimited` is never throttled, and is left out; so is one without data.
-The credentials are the balancer's own: its instance profile allows the two actions
+Prints JSON: by instance ID, the end of its last five-minute period (seconds since 1970) and its credit
+balance. Instances with `unlimited` credits, which are never throttled, and instances without data are left out.
+The credentials come from the balancer's instance profile, which must allow the actions
 `cloudwatch:GetMetricData` and `ec2:DescribeInstanceCreditSpecifications`.
 """
 
@@ -19,19 +19,19 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-# Credits are counted every five minutes, and known some minutes later.
+# CloudWatch records credits every five minutes, and publishes them some minutes later.
 PERIOD_SECONDS = 300
 PERIODS = 6
 
 
 def balances(region: str, instances: list[str]) -> dict[str, tuple[float, float]]:
-    """Ask for the credit balances of instances.
+    """Query the credit balances of instances.
 
     Returns:
-        By instance: the end of its last period, in seconds since 1970, and its credits then.
+        By instance ID: the end of its last period, in seconds since 1970, and its credit balance.
 
     Raises:
-        BotoCoreError, ClientError: AWS can't be asked, or refuses.
+        BotoCoreError, ClientError: AWS is unreachable or refuses the request.
     """
     config = Config(connect_timeout=5, read_timeout=10, retries={"max_attempts": 1})
     ec2 = boto3.client("ec2", region_name=region, config=config)

@@ -1,17 +1,17 @@
-"""The controller's judgement of the backends: logic without input or output.
+"""The controller's decisions about backends, without input or output.
 
-A `Controller` receives observations (`observe`, `observe_requests`, `set_credits`), and says at any time
-which share of its base weight each backend should have (`decide`). Times are in seconds on one monotonic
-clock, which the caller has, so that tests can have their own.
+A `Controller` receives observations (`observe`, `observe_requests`, `set_credits`), and computes the share of
+its base weight that each backend should have (`decide`). Times are seconds on a monotonic clock that the
+caller supplies, so that tests can simulate it.
 
-Health: `fails` failed probes in a row mark a backend down if another one is ready; `passes` successful ones
-in a row bring it back, with a weight that increases in steps. If no backend is ready, none is marked down:
-requests have a chance, and an operator is alerted.
+Health: `fails` consecutive failed probes mark a backend down if another one is ready; `passes` consecutive
+successful ones bring it back, with a weight that increases in steps. If no backend is ready, none is marked
+down: requests may still succeed, and the controller raises an alarm.
 
-Load (mode adaptive): a share is the CPU that a backend has left, relative to the backend that has most
-left, times a correction for latency. CPU time that is stolen from a virtual machine is not left to it, so a
-throttled host that looks idle gets less, not more. Where CPU credits are known, a host has only what they
-last for. They are known minutes late, so they reduce a share and never increase it.
+Load (mode adaptive): a share is a backend's free CPU relative to that of the backend with most free CPU,
+times a correction for latency. Stolen CPU time (steal) is not free, so a throttled host that looks idle gets
+less, not more. CPU credits, if known, limit a host's free CPU to what they sustain. They arrive minutes late,
+so they only reduce a share.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from typing import Any, NamedTuple
 
 from pixel_lb.weights import FULL, Share
 
-# Least part of a host's CPU that counts as left. Below it, differences mean little and would be answered too
-# strongly: a backend at 90 % is not half of one at 80 %.
+# Minimum of a host's free CPU in the computation. Below it, ratios overstate differences: a backend at 90 %
+# load does not have half the capacity of one at 80 %.
 LEAST_LEFT = 0.2
-# How far a share moves towards its target at a time. More oscillates: at 80 % load, a tenth more requests
-# to one of two hosts take away four tenths of what it has left.
+# Exponent of a share's step towards its target. Larger values oscillate: at 80 % load, a tenth more requests
+# to one of two hosts reduce its free CPU by four tenths.
 DAMPING = 0.35
-# Latency above the fastest backend's that is tolerated, in seconds.
+# Tolerated latency above that of the fastest backend, in seconds.
 TOLERANCE = 0.005
-# Requests that a mean needs.
+# Minimum number of requests for a mean.
 ENOUGH_REQUESTS = 20
-# Factor by which a latency correction recovers at a time.
+# Factor of each recovery step of a latency correction.
 RECOVERY = 1.15
 LEAST_SHARE = 0.01
-# Minutes that CPU credits should last; they are known up to this late.
+# Minutes that CPU credits should last, and the maximum age of credit data.
 CREDIT_MINUTES = 15
 
 
@@ -50,7 +50,7 @@ class Cpu(NamedTuple):
 
     @classmethod
     def of_modes(cls, modes: Mapping[str, float]) -> Cpu:
-        """Make it of seconds by mode, as /proc/stat names them (guest time is part of user there)."""
+        """Compute the counters from seconds by mode of /proc/stat (where guest time is included in user)."""
         total = sum(modes.values())
         steal = modes.get("steal", 0.0)
         return cls(total - steal - modes.get("idle", 0.0) - modes.get("iowait", 0.0), steal, total)
@@ -59,7 +59,7 @@ class Cpu(NamedTuple):
 class Credits(NamedTuple):
     """CPU credits of a host at a time; one credit runs a processor for a minute.
 
-    `baseline` is the part of its CPU, 0 to 1, that the host has without credits.
+    `baseline` is the fraction of its CPU, 0 to 1, that the host may use without credits.
     """
 
     at: float
@@ -69,12 +69,12 @@ class Credits(NamedTuple):
 
     @property
     def sustainable(self) -> float:
-        """The part of its CPU, 0 to 1, that it can use for CREDIT_MINUTES."""
+        """The fraction of its CPU, 0 to 1, that the host can use for CREDIT_MINUTES."""
         return min(1.0, self.baseline + self.balance / (self.processors * CREDIT_MINUTES))
 
 
 class Sample(NamedTuple):
-    """One probe of a backend. `why` says what was wrong if it is not ready; `cpu` may be unknown."""
+    """One probe of a backend. `why` is the reason if it is not ready; `cpu` may be unknown."""
 
     at: float
     ready: bool
@@ -84,7 +84,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to judge; the role's variables of these names. `dead_band` and `step` are parts, 0 to 1."""
+    """Settings of the controller, named like the role's variables. `dead_band` and `step` are fractions."""
 
     health: bool = True
     adaptive: bool = False
@@ -99,7 +99,7 @@ class Settings:
 
 @dataclass
 class Backend:
-    """The state of one server. A host may have several; an operator drains them together."""
+    """The state of one server. A host may have several; draining the host drains all of them."""
 
     name: str
     host: str
@@ -108,8 +108,8 @@ class Backend:
     passes: int = 0
     why: str = ""
     recovered_at: float = -math.inf
-    adapted: float = 1.0  # the share for its load, in force
-    target: float = 1.0  # the same, damped, before dead band and step
+    adapted: float = 1.0  # share in force because of the load
+    target: float = 1.0  # damped target of that share, before dead band and step
     correction: float = 1.0
     busy: float | None = None
     steal: float | None = None
@@ -151,25 +151,25 @@ class Backend:
 
 
 class Controller:
-    """Judges backends by what was observed of them."""
+    """Computes health and shares of the backends from observations."""
 
     def __init__(self, settings: Settings, now: float) -> None:
         self.settings = settings
         self.backends: dict[str, Backend] = {}
-        self.notes: list[str] = []  # messages for the operator, until the caller takes them
-        self.none_ready = False  # no backend is ready, and so none is marked down
+        self.notes: list[str] = []  # messages for the operator; the caller removes them
+        self.none_ready = False  # no backend is ready, so none is marked down
         self._applied: dict[str, Share] = {}
-        self._applied_at = self._judged_at = now
+        self._applied_at = self._load_updated_at = now
 
     # --- observations ----------------------------------------------------------------------
 
     def configure(self, servers: Mapping[str, str], applied: Mapping[str, Share], settings: Settings) -> None:
-        """Set the servers and the settings; what is known of a server that stays is kept.
+        """Set the servers and the settings. Servers that remain keep their observations.
 
         Args:
             servers: The host of each server.
-            applied: The share in force of each server; missing ones have their full weight.
-            settings: How to judge from now on.
+            applied: The share in force of each server; servers without one have their full weight.
+            settings: The new settings.
         """
         self.settings = settings
         former = self.backends
@@ -195,40 +195,40 @@ class Controller:
             backend.fails, backend.passes, backend.why = backend.fails + 1, 0, sample.why
 
     def observe_requests(self, at: float, name: str, count: float, seconds: float) -> None:
-        """Record how many requests a backend has answered, and in how many seconds in total."""
+        """Record the number of requests that a backend has answered, and their total seconds."""
         if name in self.backends:
             self.backends[name].requests.append((at, count, seconds))
 
     def set_credits(self, known: Mapping[str, Credits]) -> None:
-        """Replace what is known of CPU credits, by host."""
+        """Replace the CPU credits, by host."""
         for backend in self.backends.values():
             backend.credits = known.get(backend.host)
 
     # --- decisions -------------------------------------------------------------------------
 
     def decide(self, now: float, drained: Collection[str] = ()) -> dict[str, Share] | None:
-        """Decide what should be in force.
+        """Compute the shares that should be in force.
 
         Args:
             now: The time.
             drained: Hosts that an operator has drained.
 
         Returns:
-            The share of each server, or None if nothing is to change now.
+            The share of each server, or None if nothing should change now.
         """
-        self._judge_health(now, [each for each in self.backends.values() if each.host not in drained])
+        self._update_health(now, [each for each in self.backends.values() if each.host not in drained])
         rested = now - self._applied_at >= self.settings.reload_interval
-        if rested and now - self._judged_at >= self.settings.reload_interval:
-            self._judged_at = now
+        if rested and now - self._load_updated_at >= self.settings.reload_interval:
+            self._load_updated_at = now
             for backend in self.backends.values():
                 backend.measure(now, min(self.settings.reload_interval, now - self._applied_at))
-            self._judge_load(now)
+            self._update_load(now)
         wanted = {name: self._share(backend, now) for name, backend in self.backends.items()}
         if wanted == self._applied:
             return None
         urgent = any(wanted[each].down and not share.down for each, share in self._applied.items())
         if urgent and not rested:
-            # Only the servers that go down are changed before the interval has passed.
+            # Before the interval has passed, only mark servers down.
             return {name: share if share.down else self._applied[name] for name, share in wanted.items()}
         return wanted if urgent or rested else None
 
@@ -236,12 +236,12 @@ class Controller:
         """Record that these shares are in force."""
         self._applied = dict(shares)
         self._applied_at = now
-        # Earlier measurements say nothing about these weights.
+        # Earlier measurements were made with other weights.
         for backend in self.backends.values():
             backend.cpus = deque(list(backend.cpus)[-1:])
             backend.requests.clear()
 
-    def _judge_health(self, now: float, candidates: list[Backend]) -> None:
+    def _update_health(self, now: float, candidates: list[Backend]) -> None:
         settings = self.settings
         if not settings.health:
             for backend in self.backends.values():
@@ -268,7 +268,7 @@ class Controller:
             self.notes.append("a backend is ready again")
         self.none_ready = none_ready
 
-    def _judge_load(self, now: float) -> None:
+    def _update_load(self, now: float) -> None:
         settings = self.settings
         if not settings.adaptive:
             for backend in self.backends.values():
@@ -296,11 +296,11 @@ class Controller:
                 backend.adapted = min(max(share, backend.adapted * low), backend.adapted * high, 1.0)
 
     def _is_stale(self, backend: Backend, now: float) -> bool:
-        """Whether its CPU data are too old."""
+        """Return whether a backend's CPU data are too old."""
         return not backend.cpus or now - backend.cpus[-1][0] > self.settings.stale
 
     def _cpu_left(self, backend: Backend, now: float) -> float | None:
-        """The part of its CPU, 0 to 1, that is neither stolen nor busy; None if it is unknown."""
+        """Return the fraction of a backend's CPU that is neither stolen nor busy; None if unknown."""
         if backend.busy is None or backend.steal is None or backend.steal >= 1:
             return None
         owned = 1 - backend.steal
@@ -309,7 +309,7 @@ class Controller:
         return owned * max(LEAST_LEFT, 1 - backend.busy / owned)
 
     def _credits(self, backend: Backend, now: float) -> Credits | None:
-        """Its CPU credits, unless they are unknown or too old."""
+        """Return a backend's CPU credits; None if they are unknown or too old."""
         known = backend.credits
         return known if known and now - known.at <= CREDIT_MINUTES * 60 else None
 
@@ -319,7 +319,7 @@ class Controller:
         return Share(round(backend.adapted * self._slow_start(backend, now), 4), False)
 
     def _slow_start(self, backend: Backend, now: float) -> float:
-        """The part of its weight, in steps, that a backend has after its recovery."""
+        """Return the factor of a backend's weight after its recovery, which increases in steps to 1."""
         settings = self.settings
         age = now - backend.recovered_at
         if not settings.health or age >= settings.slow_start:
@@ -330,7 +330,7 @@ class Controller:
     # --- for the operator ------------------------------------------------------------------
 
     def explain(self, backend: Backend, now: float) -> str:
-        """Say why a backend has its share."""
+        """Return the reason for a backend's share as text."""
         if not backend.up:
             return f"down: {backend.why or 'was not ready'}; {backend.passes} successful probes since"
         reasons = []

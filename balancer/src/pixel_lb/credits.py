@@ -1,7 +1,7 @@
-"""CPU credits of burstable instances: asked for every five minutes, without making anybody wait.
+"""CPU credits of burstable instances, queried every five minutes without blocking the control loop.
 
-CloudWatch is asked by a process of its own (`python -m pixel_lb.cloudwatch`), since boto3 takes time and
-memory that the controller has no other use for.
+A separate process (`python -m pixel_lb.cloudwatch`) queries CloudWatch, because boto3 would cost the
+controller start time and memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from pixel_lb.controller import Credits
 from pixel_lb.fleet import CreditQuery
 
-# How often CloudWatch is asked, and how long an answer may take.
+# Interval and timeout of queries.
 INTERVAL_SECONDS = 300.0
 TIMEOUT_SECONDS = 60.0
-# The part of its CPU that a host has without credits, as AWS documents it: by size for T3 and later, and by
-# type where T2 differs.
+# Baselines as AWS documents them: the fraction of its CPU that a host may use without credits. By size for T3
+# and later, by type where T2 differs.
 BASELINES = {
     "nano": 0.05,
     "micro": 0.1,
@@ -35,7 +35,7 @@ BASELINES = {
     "t2.xlarge": 0.225,
     "t2.2xlarge": 0.17,
 }
-# The zipapp, or the directory of the package.
+# The zipapp, or the parent directory of the package.
 PROGRAM = Path(__file__).resolve().parents[1]
 
 
@@ -45,15 +45,15 @@ def baseline(instance_type: str) -> float:
 
 
 class CreditMonitor:
-    """Asks CloudWatch for the credits of some hosts."""
+    """Queries the credits of hosts from CloudWatch."""
 
     def __init__(self, region: str, hosts: Mapping[str, CreditQuery], log: Callable[[str], None]) -> None:
-        """Ask nothing yet.
+        """Set up the monitor without a query.
 
         Args:
-            region: Region of AWS.
-            hosts: What to ask for, by host; may be empty.
-            log: Receives a message if CloudWatch can't be asked.
+            region: AWS region.
+            hosts: The instances to query, by host; may be empty.
+            log: Receives a message if a query fails.
         """
         self._region = region
         self._hosts = hosts
@@ -62,14 +62,14 @@ class CreditMonitor:
         self._asked_at = -math.inf
 
     def poll(self, pool: Executor, now: float) -> dict[str, Credits] | None:
-        """Ask if it is time to, and collect an answer if there is one.
+        """Start a query if one is due, and collect the answer of the last one.
 
         Args:
-            pool: Runs the process that asks.
+            pool: Runs the query's process.
             now: The time on the monotonic clock.
 
         Returns:
-            All that is known, by host, if an answer has arrived since the last call; otherwise None.
+            The credits by host if an answer has arrived since the last call; otherwise None.
         """
         if self._asking and self._asking.done():
             asking, self._asking = self._asking, None

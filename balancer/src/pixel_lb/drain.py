@@ -1,4 +1,4 @@
-"""Who receives requests: operators drain hosts, the controller gives shares."""
+"""Which hosts receive requests: operators drain hosts, the controller sets shares."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def drain(paths: Paths, nginx: Nginx, host: str, *, force: bool = False) -> bool
         paths: The agent's directories.
         nginx: The Nginx that reads the upstreams.
         host: The host, with all its instances.
-        force: Drain it even if it is the last one that receives requests.
+        force: Drain the host even if it is the last one that receives requests.
 
     Returns:
         Whether anything changed.
 
     Raises:
-        LastBackend: It is the last one that receives requests.
+        LastBackend: The host is the last one that receives requests.
         Refused: There is no such host, or Nginx rejects the change; nothing was changed.
     """
     fleet = Fleet.load(paths.facts)
@@ -68,7 +68,7 @@ def _mark(paths: Paths, nginx: Nginx, fleet: Fleet, host: str, *, drained: bool)
 
 
 def apply_shares(paths: Paths, nginx: Nginx, shares: Mapping[str, Share]) -> None:
-    """Put the controller's shares in force.
+    """Apply the controller's shares.
 
     Raises:
         Refused: Nginx rejects the change; the former shares are kept.
@@ -78,7 +78,7 @@ def apply_shares(paths: Paths, nginx: Nginx, shares: Mapping[str, Share]) -> Non
 
 
 def receiving(fleet: Fleet, drained: Collection[str], shares: Mapping[str, Share]) -> set[str]:
-    """Return the hosts that receive requests: not drained, and with a server that is not down."""
+    """Return the hosts that receive requests: those not drained, with at least one server not down."""
     up = {server.host for server in fleet.servers if not shares.get(server.name, FULL).down}
     return up - set(drained)
 
@@ -86,11 +86,11 @@ def receiving(fleet: Fleet, drained: Collection[str], shares: Mapping[str, Share
 def wait_until_idle(paths: Paths, host: str, seconds: float) -> None:
     """Wait until Nginx has no request in flight at a host.
 
-    New workers do not connect to a server that is down, and old ones close idle connections: every
-    connection that is left is a request.
+    New workers do not connect to a server that is down, and old workers close idle connections, so each
+    remaining connection is a request in flight.
 
     Raises:
-        WaitTimeout: There are still some after `seconds`.
+        WaitTimeout: Requests are still in flight after `seconds`.
     """
     addresses = Fleet.load(paths.facts).addresses(host)
     deadline = time.monotonic() + seconds
@@ -103,10 +103,10 @@ def wait_until_idle(paths: Paths, host: str, seconds: float) -> None:
 def wait_until_seen(paths: Paths, host: str, seconds: float) -> None:
     """Wait until a host has answered a request through Nginx.
 
-    Where requests go by a key, or the host is a backup, it may receive none: then this returns at once.
+    Returns at once with methods that use a key or if the host is a backup, because it may receive no request.
 
     Raises:
-        WaitTimeout: It has answered none after `seconds`.
+        WaitTimeout: The host has answered no request after `seconds`.
     """
     fleet = Fleet.load(paths.facts)
     servers = {server.name for server in fleet.servers if server.host == host and not server.backup}
@@ -122,7 +122,7 @@ def wait_until_seen(paths: Paths, host: str, seconds: float) -> None:
 
 
 def answering_instance(url: str) -> str | None:
-    """Return the name of the instance that answers a request, or None if none does."""
+    """Return the name of the instance that answers a GET, or None if none does."""
     try:
         with DIRECT.open(url, timeout=2) as answer:
             name: str | None = answer.headers["X-Pixel-Instance"]

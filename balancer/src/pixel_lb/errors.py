@@ -1,4 +1,4 @@
-"""What the agent refuses, with the exit status of each."""
+"""The agent's errors and their exit statuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the agent's files are, and how it reads, replaces and locks them."""
+"""Paths of the agent's files; reading, atomic replacement and locking."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Paths:
-    """The agent's directories; tests have their own."""
+    """The agent's directories; tests use others."""
 
     nginx: Path = Path("/etc/nginx")
     state: Path = Path("/var/lib/pixel-lb")
@@ -59,7 +59,7 @@ class Paths:
 
     @property
     def lock(self) -> Path:
-        """Held by whoever changes anything."""
+        """The lock of every command that changes something."""
         return self.run / "lock"
 
 
@@ -83,7 +83,7 @@ def write(path: Path, content: bytes | None) -> bool:
         content: Its new content, or None to remove it.
 
     Returns:
-        Whether anything changed; an equal file is left untouched.
+        Whether anything changed; a file with equal content is not written.
     """
     if read(path) == content:
         return False
@@ -91,7 +91,7 @@ def write(path: Path, content: bytes | None) -> bool:
         path.unlink()
         return True
     temporary = path.with_name(path.name + ".new")
-    # Private keys are readable by root only, whatever their directory's mode is.
+    # Private keys are readable by root only, independent of the directory's mode.
     temporary.touch(0o600 if path.parent.name == "tls" else 0o644)
     temporary.write_bytes(content)
     temporary.replace(path)

@@ -1,7 +1,7 @@
-"""The inventory's facts: which backends exist, and which upstreams they form.
+"""The inventory's facts: backends and upstreams.
 
-Ansible writes them to `backends.json` (`roles/nginx_lb/templates/backends.json.j2`); this module is the only
-one that knows that file's format.
+Ansible writes them to `backends.json` (`roles/nginx_lb/templates/backends.json.j2`). Only this module depends
+on that file's format.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STICKY_METHOD = "hash $uri consistent"
 
 @dataclass(frozen=True)
 class Server:
-    """One instance of the app, as one upstream has it.
+    """One instance of the app in one upstream.
 
     `address` is `unix:/path` or `a.b.c.d:port`; `weight` is its base weight.
     """
@@ -36,7 +36,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Upstream:
-    """A group of servers. `method` is Nginx' directive, empty for weighted round robin."""
+    """A group of servers. `method` is Nginx's directive, empty for weighted round robin."""
 
     name: str
     method: str
@@ -44,13 +44,13 @@ class Upstream:
 
     @property
     def is_ring(self) -> bool:
-        """Whether servers are chosen on a consistent-hash ring, where a weight is a number of keys."""
+        """Whether the method is consistent hashing, where a weight determines the number of keys."""
         return self.method.endswith(" consistent")
 
 
 @dataclass(frozen=True)
 class CreditQuery:
-    """A host whose CPU credits CloudWatch is asked for."""
+    """A host whose CPU credits are queried."""
 
     instance_id: str
     instance_type: str
@@ -59,11 +59,12 @@ class CreditQuery:
 
 @dataclass(frozen=True)
 class Fleet:
-    """What the inventory says of the backends, and how the agent treats them.
+    """The backends from the inventory, and the agent's settings.
 
-    `upstreams` has `pixel`, with all servers, first. `max_fails`, `fail_timeout` (seconds) and `keepalive`
-    are Nginx' parameters; `interval` and `timeout` (seconds) are the health probe's. `credits` has the
-    hosts whose CPU credits are asked for in `credit_region`. `access_log` is None if Nginx writes none.
+    The first of `upstreams` is `pixel`, with all servers. `max_fails`, `fail_timeout` (seconds) and
+    `keepalive` are Nginx's parameters; `interval` and `timeout` (seconds) are those of the health probe.
+    `credits` contains the hosts whose CPU credits are queried in `credit_region`. `access_log` is None if Nginx
+    writes none.
     """
 
     upstreams: list[Upstream]
@@ -85,8 +86,8 @@ class Fleet:
         """Read the facts.
 
         Raises:
-            FileNotFoundError: There are none.
-            Refused: The file has another format, as that of an older release.
+            FileNotFoundError: The file does not exist.
+            Refused: The file has another format, such as that of an older release.
         """
         text = path.read_text()
         try:
@@ -96,7 +97,7 @@ class Fleet:
 
     @classmethod
     def parse(cls, facts: dict[str, Any]) -> Fleet:
-        """Make upstreams and weights of the facts.
+        """Compute upstreams and weights from the facts.
 
         Raises:
             KeyError, TypeError, ValueError: The facts have another format.
@@ -133,7 +134,7 @@ class Fleet:
 
     @property
     def servers(self) -> list[Server]:
-        """All servers, as upstream `pixel` has them."""
+        """The servers of upstream `pixel`, which are all servers."""
         return self.upstreams[0].servers
 
     @property
@@ -143,11 +144,11 @@ class Fleet:
 
     @property
     def is_controlled(self) -> bool:
-        """Whether there is anything for the controller to do."""
+        """Whether the controller has something to do."""
         return self.settings.health or self.settings.adaptive
 
     def addresses(self, host: str) -> set[str]:
-        """Return all addresses of a host; on a ring, it has others."""
+        """Return all addresses of a host; with consistent hashing it has other ones."""
         servers = (server for upstream in self.upstreams for server in upstream.servers)
         return {server.address for server in servers if server.host == host}
 
@@ -158,7 +159,7 @@ class Fleet:
 
 
 def _upstreams(facts: dict[str, Any]) -> list[Upstream]:
-    """Make `pixel`, the sticky upstream and the clusters."""
+    """Compute upstream `pixel`, the sticky upstream and the clusters."""
     hosts = facts["hosts"]
     method = _directive(facts)
     capacities = [
@@ -175,7 +176,7 @@ def _upstreams(facts: dict[str, Any]) -> list[Upstream]:
     def upstream(name: str, members: list[dict[str, Any]], method: str, *, backups: bool) -> Upstream:
         made = Upstream(name, method, [])
         for host in members:
-            # A ring is made of addresses: every balancer has to use the same ones.
+            # Consistent hashing hashes addresses, so all balancers must use the same ones.
             is_local = host["name"] == facts["balancer"] and not made.is_ring
             made.servers.extend(
                 Server(
@@ -195,7 +196,7 @@ def _upstreams(facts: dict[str, Any]) -> list[Upstream]:
     if facts["sticky"]:
         upstreams.append(upstream("pixel_sticky", hosts, STICKY_METHOD, backups=True))
     for name, what in facts["clusters"].items():
-        # An inventory group, an instance type or its family.
+        # `what` is an inventory group, an instance type or its family.
         members = [
             host
             for host in hosts
@@ -206,7 +207,7 @@ def _upstreams(facts: dict[str, Any]) -> list[Upstream]:
 
 
 def _directive(facts: dict[str, Any]) -> str:
-    """Nginx' directive for a balancing method."""
+    """Return Nginx's directive for a balancing method."""
     method = str(facts["method"])
     if method == "hash":
         return f"hash {facts['hash_key']}{' consistent' if facts['hash_consistent'] else ''}"

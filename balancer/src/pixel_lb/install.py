@@ -1,4 +1,4 @@
-"""Applying files: checked by Nginx, reloaded, and restored if that fails."""
+"""Apply files: write, check and reload them; restore the former ones on failure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def apply(nginx: Nginx, changes: Mapping[Path, bytes | None]) -> bool:
         Whether a file was changed or Nginx was reloaded.
 
     Raises:
-        Refused: Nginx rejects the files; they are as they were before.
+        Refused: Nginx rejects the files; the former ones are restored.
     """
     former = {path: read(path) for path in changes}
     changed = False
@@ -42,7 +42,7 @@ def apply(nginx: Nginx, changes: Mapping[Path, bytes | None]) -> bool:
 
 
 def install(paths: Paths, nginx: Nginx) -> bool:
-    """Check the staged configuration, put it in place, reload.
+    """Check the staged configuration, copy it into place, and reload Nginx.
 
     Returns:
         Whether anything changed.
@@ -63,7 +63,7 @@ def install(paths: Paths, nginx: Nginx) -> bool:
 
 
 def install_certificate(paths: Paths, nginx: Nginx, source: Path) -> bool:
-    """Put a renewed certificate and its key in force, and stage them for the next install.
+    """Install a renewed certificate and its key, and stage them for the next install.
 
     Args:
         paths: The agent's directories.

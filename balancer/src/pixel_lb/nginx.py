@@ -1,4 +1,4 @@
-"""Nginx' processes: checks, announced reloads, open connections."""
+"""Nginx's processes: checks, announced reloads, open connections."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from pathlib import Path
 from pixel_lb.errors import Refused
 from pixel_lb.files import Paths
 
-# The user of Nginx' workers.
+# The user of Nginx's workers.
 WORKERS_USER = "www-data"
 RELOAD_SECONDS = 10.0
-# Longer than busy clients leave a connection idle.
+# Longer than the time that a busy client leaves a connection idle.
 ANNOUNCE_SECONDS = 2.0
 
 
 class Nginx:
-    """The running Nginx and the files that it reads.
+    """The running Nginx and its files.
 
-    A reload is announced: for some seconds before it, answers ask clients to open a new connection for their
-    next request. Nginx closes idle connections when it reloads, and would lose requests on their way there.
+    A reload is announced: for some seconds before it, answers contain `Connection: close`, so that clients
+    open a new connection for their next request. Nginx closes idle connections when it reloads, and would
+    lose requests that arrive on them.
     """
 
     def __init__(self, paths: Paths) -> None:
@@ -42,7 +43,7 @@ class Nginx:
         return digest.hexdigest()
 
     def mark_loaded(self) -> None:
-        """Record that Nginx has just read its files."""
+        """Record that Nginx has loaded the current files."""
         self._paths.loaded.write_text(self.fingerprint())
 
     def is_running(self) -> bool:
@@ -50,12 +51,12 @@ class Nginx:
         return master_pid() is not None
 
     def is_current(self) -> bool:
-        """Return whether Nginx runs with the files that are on disk."""
+        """Return whether Nginx has loaded the files that are on disk."""
         stamp = self._paths.loaded
         return stamp.exists() and stamp.read_text() == self.fingerprint()
 
     def reload_if_needed(self) -> bool:
-        """Reload Nginx if it runs with other files than there are, as after an interrupted run.
+        """Reload Nginx if it has not loaded the current files, as after an interrupted run.
 
         Returns:
             Whether it was reloaded.
@@ -88,8 +89,8 @@ class Nginx:
             done = run_nginx("-s", "reload")
             if done.returncode != 0:
                 raise Refused(f"nginx -s reload failed: {done.stderr.strip()}")
-            # Nginx handles the signal later, and old workers go on after new ones have started: clients are
-            # asked not to keep connections until the last old worker accepts no more requests.
+            # Nginx handles the signal asynchronously, and old workers keep accepting for a while after new
+            # ones have started. Keep the announcement until the last old worker accepts no more requests.
             deadline = time.monotonic() + RELOAD_SECONDS
             while not (workers := worker_pids(master)) or workers & before:
                 if time.monotonic() > deadline:
@@ -97,10 +98,10 @@ class Nginx:
                         f"old workers still serve {RELOAD_SECONDS:.0f} s after the reload; see the error log"
                     )
                     if not workers - before:
-                        # Nginx may still reload, with whatever files there are then.
+                        # Nginx may still reload later, with the files of that time.
                         self._paths.loaded.unlink(missing_ok=True)
                         raise Refused(late)
-                    # New workers have started, so the new files are in force.
+                    # New workers have started, so the new files are loaded.
                     print(f"pixel-lb: {late}", file=sys.stderr)
                     break
                 time.sleep(0.02)
@@ -125,7 +126,7 @@ def master_pid() -> int | None:
 
 
 def worker_pids(master: int) -> set[int]:
-    """Return the workers that accept connections, without those that only finish theirs."""
+    """Return the pids of workers that accept connections, without those that are shutting down."""
     pids = set()
     for child in Path(f"/proc/{master}/task/{master}/children").read_text().split():
         with contextlib.suppress(OSError):
@@ -140,7 +141,7 @@ def connections(address: str, user: str = WORKERS_USER) -> int:
 
     Args:
         address: `unix:/path` or `a.b.c.d:port`.
-        user: Owner of the connections; others, such as Prometheus, connect to backends too.
+        user: Owner of the connections, because other programs such as Prometheus connect to backends too.
 
     Returns:
         The number of established connections.
@@ -148,7 +149,7 @@ def connections(address: str, user: str = WORKERS_USER) -> int:
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
         table = Path("/proc/net/unix").read_text().splitlines()[1:]
-        # A connected socket at the server's end has the path of the listening one.
+        # The server's end of a connection has the path of the listening socket.
         return sum(line.endswith(" " + path) and line.split()[5] == "03" for line in table)
     host, port = address.rsplit(":", 1)
     remote = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{int(port):04X}"

@@ -10,7 +10,7 @@ import time
 
 from pixel_lb.controller import Cpu, Sample
 
-# At most this much of an answer is read.
+# Limit of an answer's size.
 ANSWER_BYTES = 1024 * 1024
 CPU_LINE = re.compile(r'^pixel_host_cpu_seconds_total\{mode="(\w+)"\} (\S+)$', re.M)
 
@@ -30,14 +30,14 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 def probe(address: str, timeout: float) -> Sample:
-    """Ask a backend for `/readyz`, and for `/metrics` if it is ready.
+    """GET `/readyz` from a backend, and `/metrics` if it is ready.
 
     Args:
         address: `unix:/path` or `a.b.c.d:port`.
         timeout: Seconds that each step may take.
 
     Returns:
-        Whether it is ready, or why not, and its host's CPU counters if they are known.
+        Whether the backend is ready, or the reason if not, and its host's CPU counters if they are known.
     """
     connection: http.client.HTTPConnection
     if address.startswith("unix:"):
@@ -49,7 +49,7 @@ def probe(address: str, timeout: float) -> Sample:
         status, _ = _get(connection, "/readyz")
         if status != 200:
             return Sample(time.monotonic(), False, f"/readyz returned {status}")
-        # It is ready, whatever happens here; the controller notices missing CPU data itself.
+        # A failure from here on does not affect readiness; the controller handles missing CPU data.
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             status, body = _get(connection, "/metrics")
             modes = {mode: float(seconds) for mode, seconds in CPU_LINE.findall(body.decode())}

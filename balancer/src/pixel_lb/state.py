@@ -1,4 +1,4 @@
-"""What the agent keeps between its runs: drained hosts, the controller's shares and its latest report."""
+"""State kept between runs: drained hosts, the controller's shares and its latest report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pixel_lb.weights import Share
 
 
 class State:
-    """Reads the agent's state, and encodes it."""
+    """Reads and encodes the agent's state."""
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
@@ -22,13 +22,13 @@ class State:
         return {path.name for path in self._paths.drained.glob("*")}
 
     def shares(self) -> dict[str, Share]:
-        """Return the controller's share of each server that it has given one."""
+        """Return the shares that the controller has set, by server."""
         content = read(self._paths.shares)
         return {name: Share(*share) for name, share in json.loads(content or b"{}").items()}
 
     @staticmethod
     def encode_shares(shares: Mapping[str, Share]) -> bytes:
-        """Encode shares as `shares()` reads them."""
+        """Encode shares in the format that `shares()` reads."""
         return json.dumps(shares, indent=1).encode()
 
     def write_report(self, report: dict[str, Any]) -> None:

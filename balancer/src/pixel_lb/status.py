@@ -12,7 +12,7 @@ from pixel_lb.weights import FULL, effective_weights
 
 # The controller counts as stopped after this many seconds, or two rounds, without a report.
 REPORT_SECONDS = 60.0
-# What only a running controller knows: our key, and its key in the controller's report.
+# Measurements of a running controller: the key in the status and the key in the controller's report.
 MEASURED = {
     "ready": "ready",
     "cpu_busy": "cpu_busy",

@@ -15,7 +15,7 @@ def render(fleet: Fleet, drained: Collection[str], shares: Mapping[str, Share]) 
     Args:
         fleet: The inventory's facts.
         drained: Hosts that receive no requests.
-        shares: The controller's share of each server; a server without one has all of its weight.
+        shares: The controller's share of each server; a server without one has its full weight.
 
     Returns:
         A configuration for Nginx' `http` block.
@@ -31,9 +31,9 @@ def render(fleet: Fleet, drained: Collection[str], shares: Mapping[str, Share]) 
 def _retry_upstreams(
     fleet: Fleet, drained: Collection[str], shares: Mapping[str, Share]
 ) -> dict[tuple[str, str], Upstream]:
-    """For each upstream and host, the upstream that takes what this host did not serve.
+    """Return the upstream for retries by upstream and failed host: the same upstream without that host.
 
-    There is none where no other host is up: the same upstream is then asked again.
+    If no other host is up, there is none, and the retry goes to the same upstream.
     """
     retries = {}
     for upstream in fleet.upstreams:
@@ -48,7 +48,7 @@ def _retry_upstreams(
 
 
 def _render_map(fleet: Fleet, retries: Mapping[tuple[str, str], Upstream]) -> str:
-    """Render `$pixel_other`: where a request is sent again, by upstream and the address that failed."""
+    """Render `$pixel_other`: the upstream of a retry, by upstream and failed address."""
     lines = ["volatile;", "default $pixel_upstream;"]
     for upstream in fleet.upstreams:
         for server in upstream.servers:
@@ -65,11 +65,11 @@ def _render_one(
 ) -> str:
     servers = upstream.servers
     given = [shares.get(server.name, FULL) for server in servers]
-    # On a ring, a weight is a number of keys; they stay where they are.
+    # With consistent hashing, weights determine the placement of keys, so shares do not change them.
     weights = effective_weights(
         [server.weight for server in servers], [FULL] * len(servers) if upstream.is_ring else given
     )
-    # If no server would be left, those that are not drained stay in.
+    # If no server would be left, servers that are not drained stay up.
     none_left = all(
         share.down or server.host in drained for server, share in zip(servers, given, strict=True)
     )
@@ -77,8 +77,9 @@ def _render_one(
         server.host in drained or (share.down and not none_left)
         for server, share in zip(servers, given, strict=True)
     ]
-    # Nginx sees the last server as the only one. It then asks it again if it closed a kept connection just as
-    # a request was sent on it (with several servers, it would ask another one), and never marks it failed.
+    # A single remaining server is the only line that Nginx sees. Nginx then retries it if it closed a
+    # keep-alive connection as a request was sent (with several servers it would try another one), and never
+    # marks it failed.
     is_alone = downs.count(False) == 1
     lines = [f"zone {upstream.name} 256k;"]
     if upstream.method:

@@ -1,11 +1,10 @@
 """The controller's loop: probe the backends, decide, apply.
 
-Every `interval` seconds each backend is asked for `/readyz`, and for `/metrics`, which has its host's CPU
-counters. Latencies come from Nginx' access log, CPU credits from CloudWatch if the inventory says so. What
-is known of each backend, and why it has its share, is written as a report, which Nginx serves as
-`/lb/status`.
+Every `interval` seconds each backend is probed: `/readyz`, and `/metrics` for its host's CPU counters.
+Latencies come from Nginx's access log, and CPU credits from CloudWatch if configured. The report contains the
+measurements of each backend and the reason for its share; Nginx serves it as `/lb/status`.
 
-Whatever fails here, Nginx keeps the last good configuration.
+If anything fails here, Nginx keeps the last valid configuration.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from pixel_lb.probe import probe
 from pixel_lb.state import State
 from pixel_lb.weights import Share
 
-# Backends that are probed at the same time.
+# Maximum number of concurrent probes.
 PROBES = 32
-# Seconds between two rounds before the inventory's facts could be read.
+# Seconds between rounds until the inventory's facts have been read.
 FIRST_INTERVAL = 2.0
 
 
@@ -81,7 +80,7 @@ class Watch:
         while self.controller.notes:
             self.log(self.controller.notes.pop(0))
         if shares is None:
-            self._error = ""  # What could not be applied is no longer wanted.
+            self._error = ""  # The shares that could not be applied are no longer wanted.
         else:
             self._apply(shares)
         if not self.dry_run:
@@ -95,7 +94,7 @@ class Watch:
         if self._fleet and self._facts_read == read:
             return self._fleet
         fleet = Fleet.load(path)
-        # On a ring, a server may have another address.
+        # With consistent hashing a server may have another address.
         self._names = {
             server.address: server.name for upstream in fleet.upstreams for server in upstream.servers
         }
@@ -108,7 +107,7 @@ class Watch:
         return fleet
 
     def poll_credits(self, pool: Executor, now: float) -> None:
-        """Hand new CPU credits to the controller."""
+        """Pass new CPU credits to the controller."""
         known = self.credits.poll(pool, now)
         if known is not None:
             self.controller.set_credits(known)

@@ -1,4 +1,4 @@
-"""Weights: what the inventory gives each backend, and what the controller leaves of it."""
+"""Base weights from the inventory, and effective weights after the controller's shares."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 
 class Share(NamedTuple):
-    """What the controller gives a backend.
+    """A backend's share, set by the controller.
 
-    `factor` is the part of its base weight, 0 to 1; `down` means no requests at all.
+    `factor` multiplies its base weight, 0 to 1; `down` means no requests at all.
     """
 
     factor: float
@@ -22,9 +22,9 @@ FULL = Share(1.0, False)
 
 
 class Capacity(NamedTuple):
-    """What the inventory knows of a host's capacity.
+    """A host's capacity from the inventory.
 
-    `explicit` is 0 and `measured` (requests/s) is 0.0 where it is not set; `instance_type` may be empty.
+    `explicit` is 0 and `measured` (requests/s) is 0.0 if not set; `instance_type` may be empty.
     """
 
     instances: int
@@ -36,7 +36,7 @@ class Capacity(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """Where weights come from: the role's `nginx_lb_weights`, `…_factors` and `…_factor_default`."""
+    """The source of weights: the role's `nginx_lb_weights`, `…_factors` and `…_factor_default`."""
 
     source: str
     factors: dict[str, float]
@@ -56,7 +56,7 @@ def base_weights(hosts: Sequence[Capacity], policy: Policy) -> list[int]:
 
     Args:
         hosts: The capacity of each host.
-        policy: Where weights come from.
+        policy: The source of weights.
 
     Returns:
         One positive integer for each host, in the order of `hosts`.
@@ -77,7 +77,7 @@ def effective_weights(base: Sequence[int], shares: Sequence[Share]) -> list[int]
 
     Args:
         base: Base weights.
-        shares: One share for each; `down` is not looked at.
+        shares: One share for each; `down` is ignored.
 
     Returns:
         The base weights if no share is reduced, otherwise the smallest integers in the new ratio.

@@ -1,4 +1,4 @@
--- Shared by the scripts: random pixels, raw requests, and the result as JSON.
+-- Common to the scripts: random pixels, raw requests, and the result as JSON.
 
 local common = {}
 

@@ -1,4 +1,4 @@
-"""The minimum of an ASGI service: a constant answer."""
+"""The minimal ASGI service: a constant answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pixel as a usual pydantic model."""
+"""The pixel as a pydantic model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 -- The pixel endpoint in Lua: validates, stores, appends the event, then answers.
--- Lua has one type of number, so 255.0 is accepted as 255; all other checks are the app's.
+-- Lua has one type of number, so 255.0 is accepted as 255; all other checks are those of the app.
 
 local cjson = require("cjson.safe")
 local resp = require("resp")

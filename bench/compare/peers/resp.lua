@@ -1,4 +1,4 @@
--- Redis' protocol over Nginx's cosockets: pipelined commands on kept connections.
+-- Redis's protocol over Nginx's cosockets: pipelined commands on keep-alive connections.
 
 local resp = {}
 
@@ -48,7 +48,7 @@ local function read_reply(socket)
     return list
 end
 
--- Sends commands, already encoded and joined, and returns the replies, or nil and the reason.
+-- Sends encoded commands, and returns the replies, or nil and the reason.
 function resp.exchange(host, port, commands, count)
     local socket = ngx.socket.tcp()
     socket:settimeout(5000)

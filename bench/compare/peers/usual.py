@@ -1,4 +1,4 @@
-"""A usual service: FastAPI and one awaited redis-py command for each request."""
+"""A typical service: FastAPI and one awaited redis-py command for each request."""
 
 from __future__ import annotations
 

@@ -7,14 +7,14 @@ from bench.compare.plan import MAIN_CONNECTIONS, jobs
 from bench.compare.variants import VARIANTS
 
 
-def test_everything_fits_into_a_quarter_of_an_hour() -> None:
+def test_the_full_comparison_takes_at_most_15_minutes() -> None:
     options = bench.parse_arguments([])
     planned = jobs(options.only, options.seconds, quick=False)
     assert options.rounds >= 5
     assert sum(job.seconds for job in planned) * options.rounds < 15 * 60
 
 
-def test_every_variant_is_measured_at_the_connections_that_are_compared() -> None:
+def test_every_variant_is_measured_at_the_main_number_of_connections() -> None:
     planned = jobs(set(VARIANTS), 4, quick=False)
     for name, variant in VARIANTS.items():
         fsyncs = {
@@ -27,7 +27,7 @@ def test_every_variant_is_measured_at_the_connections_that_are_compared() -> Non
     assert MAIN_CONNECTIONS == 64
 
 
-def test_a_round_measures_each_thing_once() -> None:
+def test_a_round_measures_each_setting_once() -> None:
     planned = jobs(set(VARIANTS), 4, quick=False)
     measured = [
         (job.variant, job.fsync, step.connections, step.workload) for job in planned for step in job.steps
@@ -35,7 +35,7 @@ def test_a_round_measures_each_thing_once() -> None:
     assert len(measured) == len(set(measured))
 
 
-def test_rounds_do_not_all_begin_with_the_same() -> None:
+def test_rounds_start_with_different_variants() -> None:
     planned = jobs(set(VARIANTS), 1, quick=True)
     rounds = [bench.rotated(planned, number) for number in range(5)]
     assert len({each[0] for each in rounds}) >= 3
@@ -51,7 +51,7 @@ def test_rounds_do_not_all_begin_with_the_same() -> None:
         (["--load-cpus", "4096"], "processor 4096 is not available"),
     ],
 )
-def test_bad_arguments_are_explained(
+def test_invalid_arguments_are_explained(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):

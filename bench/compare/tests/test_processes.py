@@ -64,7 +64,7 @@ def test_children_are_counted_and_pinned(tmp_path: Path) -> None:
         assert program.cpu_seconds() < 1
 
 
-def test_what_does_not_want_to_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_ignore_sigterm_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.3)
     with python(STUBBORN_WITH_A_CHILD, tmp_path) as program:
         wait_until(lambda: len(program.pids()) == 2)
@@ -73,7 +73,7 @@ def test_what_does_not_want_to_end_is_ended(tmp_path: Path, monkeypatch: pytest.
     assert os.getpid() not in pids
 
 
-def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
+def test_the_error_of_a_failed_program_contains_its_output(tmp_path: Path) -> None:
     with (
         python("raise SystemExit('no such thing')", tmp_path) as program,
         pytest.raises(StartError, match=r"snake did not start:\nno such thing"),

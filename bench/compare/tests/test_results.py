@@ -19,7 +19,7 @@ USUAL = Key("usual", "always", 64)
 
 @pytest.fixture
 def results() -> Results:
-    """Three rounds; everything took four times as long in the second."""
+    """Three rounds; in the second, everything took four times as long."""
     results = Results()
     for number, noise in enumerate([1, 4, 1]):
         results.add(number, OURS, sample(0.5 * noise, 4))
@@ -29,19 +29,19 @@ def results() -> Results:
     return results
 
 
-def test_noise_that_hits_a_round_leaves_its_ratios_alone(results: Results) -> None:
+def test_noise_in_a_round_does_not_change_its_ratios(results: Results) -> None:
     ratio = results.ratio(OURS, USUAL, "cpu_total")
     assert ratio == pytest.approx((1 / 6, 1 / 6, 1 / 6))
     assert results.figure(OURS, "cpu_total") == pytest.approx((0.5, 0.5, 2.0))
 
 
-def test_a_ratio_takes_only_rounds_that_both_have(results: Results) -> None:
+def test_a_ratio_uses_only_rounds_that_measured_both_variants(results: Results) -> None:
     results.add(3, OURS, sample(100))
     assert results.ratio(OURS, USUAL, "cpu_total") == pytest.approx((1 / 6, 1 / 6, 1 / 6))
     assert results.ratio(OURS, Key("nginx_lua", "always", 64), "cpu_total") is None
 
 
-def test_a_group_that_a_variant_does_not_have_gives_no_ratio() -> None:
+def test_a_group_without_cpu_time_gives_no_ratio() -> None:
     results = Results()
     bare = sample(1)._replace(cpu={"app": 0.0, "nginx": 1.0, "redis": 0.0, "total": 1.0})
     results.add(0, OURS, sample(1))
@@ -49,9 +49,9 @@ def test_a_group_that_a_variant_does_not_have_gives_no_ratio() -> None:
     assert {ratio.figure for ratio in results.ratios()} == {"cpu_total", "p99_ms", "rps"}
 
 
-def test_ratios_pair_variants_and_ways_to_flush(results: Results) -> None:
-    told = {(ratio.a, ratio.b, ratio.fsync) for ratio in results.ratios()}
-    assert told == {
+def test_ratios_pair_variants_and_appendfsync_settings(results: Results) -> None:
+    pairs = {(ratio.a, ratio.b, ratio.fsync) for ratio in results.ratios()}
+    assert pairs == {
         ("ours_unix", "usual", "always"),
         ("ours_unix", "literal", "always"),
         ("ours_unix", "literal", "everysec"),
@@ -71,7 +71,7 @@ def test_bars_are_met_or_missed(results: Results) -> None:
     assert text.count("met") == 2
 
 
-def test_the_document_has_its_shape(results: Results) -> None:
+def test_the_json_document_has_the_documented_fields(results: Results) -> None:
     rows = json.loads(json.dumps(results.as_json()))
     row = next(row for row in rows if (row["variant"], row["fsync"]) == ("usual", "always"))
     assert row["connections"] == 64
@@ -91,6 +91,6 @@ def test_the_table_shows_every_key_and_every_error(results: Results) -> None:
     assert "ours_unix / usual" in tables.ratios(results)
 
 
-def test_nothing_measured_is_no_ratio_and_no_bar() -> None:
+def test_empty_results_give_no_ratio_and_no_bar() -> None:
     assert tables.ratios(Results()) == ""
     assert tables.bars(Results()) == ""

@@ -1,4 +1,4 @@
-"""The search for the highest good rate; the service is a formula."""
+"""The search for the highest rate within the limits, with a simulated service."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def found(measure: Measure, most: float = 20_000) -> tuple[Step, list[Step]]:
 
 
 class Service:
-    """Serves well up to a rate; above it the p99 grows."""
+    """A simulated service whose p99 grows above a rate."""
 
     def __init__(self, capacity: float, lag_ms: float = 0.1) -> None:
         self.capacity = capacity
@@ -33,13 +33,13 @@ class Service:
 
 
 @pytest.mark.parametrize("capacity", [120.0, 333.0, 1000.0, 4321.0])
-def test_it_comes_near_the_capacity_from_below(capacity: float) -> None:
+def test_the_result_is_close_to_the_capacity(capacity: float) -> None:
     best, steps = found(Service(capacity))
     assert 0.9 * capacity < best.rate <= capacity + 45
     assert len(steps) < 16
 
 
-def test_failures_are_too_much_as_well() -> None:
+def test_failures_limit_the_rate_too() -> None:
     async def service(rate: float) -> Step:
         return Step(rate, 1, 0.0 if rate < 500 else 0.01, 0.1)
 
@@ -47,23 +47,23 @@ def test_failures_are_too_much_as_well() -> None:
     assert 450 < best.rate < 500
 
 
-def test_a_host_that_bears_all_that_is_tried_has_no_number() -> None:
-    with pytest.raises(ImpreciseError, match=r"1000 requests/s, is served well.*-e most="):
+def test_a_host_within_the_limits_at_the_highest_rate_has_no_result() -> None:
+    with pytest.raises(ImpreciseError, match=r"1000 requests/s, is within the limits.*-e most="):
         found(Service(1e9), 1000)
 
 
-def test_the_most_that_is_tried_may_be_too_much() -> None:
+def test_the_highest_rate_may_be_over_the_limits() -> None:
     best, steps = found(Service(900), 1000)
     assert 850 < best.rate <= 945
     assert max(step.rate for step in steps) == 1000
 
 
-def test_a_host_that_bears_nothing_is_told() -> None:
-    with pytest.raises(ImpreciseError, match="100 requests/s are too many already: p99 55 ms"):
+def test_a_host_over_the_limits_at_the_first_rate_is_reported() -> None:
+    with pytest.raises(ImpreciseError, match="100 requests/s, is over the limits: p99 55 ms"):
         found(Service(50))
 
 
-def test_a_generator_that_is_the_limit_is_told() -> None:
+def test_a_generator_that_is_the_limit_is_reported() -> None:
     with pytest.raises(ImpreciseError, match="the generator itself was 40 ms late"):
         found(Service(1000, lag_ms=40))
 
@@ -82,7 +82,7 @@ def test_processes_share_a_plan(processes: int) -> None:
         assert report.latency.p99 > 0
 
 
-def test_a_service_that_is_away_is_told_by_processes_as_well() -> None:
+def test_an_unreachable_service_is_reported_by_several_processes_too() -> None:
     plan = Plan(100, 1, connections=4, reads=True)
     with pytest.raises(ConnectionError, match="0 of 2 connections opened"):
         asyncio.run(run_together(["http://127.0.0.1:1"], plan, 2))
@@ -107,7 +107,7 @@ def test_high_rates_take_more_processes(
     assert seen == [(["http://127.0.0.1:1"], processes)]
 
 
-def test_parts_are_merged_second_by_second() -> None:
+def test_reports_of_several_processes_are_merged_by_second() -> None:
     plan = Plan(20, 2)
     fast = Report(plan, lags=array("d", [0.1]), wall_seconds=2, cpu_seconds=1.8, started_at=7)
     fast.timeline = [Second(10, 10, 0, array("d", [0.001] * 10))]

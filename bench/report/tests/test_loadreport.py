@@ -1,4 +1,4 @@
-"""The load test against a stand-in service; its figures, sentences and page."""
+"""The load test against a stub service: figures, findings and page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "SPIKE_SECONDS": 1.5,
         "SPIKE_FROM": 0.5,
         "SPIKE_TO": 1.0,
-        "LATE_MS": 300.0,  # the tests' machine may be busy
+        "LATE_MS": 300.0,  # the test machine may be busy
     }.items():
         monkeypatch.setattr(loadtest, name, value)
 
@@ -42,7 +42,7 @@ def drive(service: StandIn, folder: Path, *stages: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_stages_are_driven_and_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_are_run_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with StandIn().serving() as service:
         drive(service, tmp_path, "requests")
         stages = drive(service, tmp_path, "staircase", "spike")
@@ -54,9 +54,9 @@ def test_stages_are_driven_and_told_of(tmp_path: Path, capsys: pytest.CaptureFix
         assert not stage["errors"]
         assert sum(second["due"] for second in stage["timeline"]) == stage["sent"]
         assert stage["latency_ms"]["p50"] > 0
-    said = capsys.readouterr().out
-    assert "60 requests, 50 at once" in said
-    assert "225/s" in said
+    output = capsys.readouterr().out
+    assert "60 requests, 50 at once" in output
+    assert "225/s" in output
 
 
 def test_a_staircase_ends_at_the_first_step_that_fails(tmp_path: Path) -> None:
@@ -67,14 +67,16 @@ def test_a_staircase_ends_at_the_first_step_that_fails(tmp_path: Path) -> None:
     assert loadtest.knee(steps) == 100
 
 
-def test_a_target_that_nobody_serves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_target_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--url", "http://127.0.0.1:1", "--target", "all", "--stage", "staircase"]
     assert loadtest.main([*arguments, "--out", str(tmp_path)]) == 2
     assert "cannot reach http://127.0.0.1:1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_any_certificate_can_be_taken(wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insecure_accepts_any_certificate(
+    wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def drive(target: Target, stage: str, before: object) -> list[Any]:
         assert target.tls is not None
         assert target.tls.check_hostname is not wanted
@@ -86,7 +88,7 @@ def test_any_certificate_can_be_taken(wanted: bool, tmp_path: Path, monkeypatch:
 
 
 def step(rate: float, shares: dict[str, float], began: float, **others: Any) -> dict[str, Any]:
-    """Returns a step of five seconds as the file has it."""
+    """Returns a step of five seconds in the file's format."""
     sent = int(rate * 5)
     return {
         "kind": "step",
@@ -114,7 +116,7 @@ def step(rate: float, shares: dict[str, float], began: float, **others: Any) -> 
 
 
 def samples(busy: float, steal: float = 0.0) -> list[dict[str, Any]]:
-    """Returns samples of a host with two processors and a constant load from noon on."""
+    """Returns samples of a host with two processors under a constant load."""
     return [
         {
             "time": NOON + second,
@@ -153,7 +155,7 @@ def reference(folder: Path, shares: dict[str, float], **meta: Any) -> Run:
     return write(folder, targets, {"c5": samples(1.8), "t2": samples(1.0, 0.4)}, **meta)
 
 
-def test_counters_become_rates_and_gauges_stay(tmp_path: Path) -> None:
+def test_counters_are_converted_to_rates_and_gauges_are_kept(tmp_path: Path) -> None:
     seen = reference(tmp_path / "run", {"c5": 0.6, "t2": 0.4}).hosts["c5"]
     assert len(seen) == 19
     one = seen[3]
@@ -164,7 +166,7 @@ def test_counters_become_rates_and_gauges_stay(tmp_path: Path) -> None:
     assert one.nginx == {"requests": 1000, "connections_gauge": 60}
 
 
-def test_a_service_that_was_started_anew_has_used_nothing_rather_than_less_than_nothing() -> None:
+def test_the_rate_of_a_restarted_service_is_not_negative() -> None:
     old, new = samples(1.0)[5:7]
     new["services"]["app"]["cpu"] = 0.1
     new["redis"] = {}
@@ -174,8 +176,8 @@ def test_a_service_that_was_started_anew_has_used_nothing_rather_than_less_than_
 
 
 def test_findings_follow_from_the_data(tmp_path: Path) -> None:
-    said = sentences(reference(tmp_path / "run", {"c5": 0.6, "t2": 0.4}))
-    assert said == [
+    found = sentences(reference(tmp_path / "run", {"c5": 0.6, "t2": 0.4}))
+    assert found == [
         "Cluster c5 sustained 600 writes/s with a p99 of 3.0 ms, which was the last step tried.",
         "Cluster t2 sustained 400 writes/s with a p99 of 3.0 ms, which was the last step tried.",
         "The balancer as a whole sustained 1000 writes/s with a p99 of 3.0 ms, which was the last"
@@ -189,25 +191,25 @@ def test_findings_follow_from_the_data(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    said = sentences(reference(tmp_path / "run", {"c5": 0.4, "t2": 0.6}))
-    assert any(line.startswith("The weights don't fit: t2 gets more than its part") for line in said)
+    found = sentences(reference(tmp_path / "run", {"c5": 0.4, "t2": 0.6}))
+    assert any(line.startswith("The weights don't fit: t2 gets more than its part") for line in found)
 
 
-def test_shares_of_instances_are_those_of_their_clusters(tmp_path: Path) -> None:
+def test_shares_of_instances_are_added_by_cluster(tmp_path: Path) -> None:
     shares = {"c5-1": 0.3, "c5-8001": 0.3, "t2-1": 0.4}
-    said = sentences(reference(tmp_path / "run", shares))
-    assert ("The weights fit: shares were c5 60%, t2 40%; by each knee alone c5 60%, t2 40%.") in said
+    found = sentences(reference(tmp_path / "run", shares))
+    assert ("The weights fit: shares were c5 60%, t2 40%; by each knee alone c5 60%, t2 40%.") in found
 
 
 def test_a_cluster_that_gets_nothing_is_named(tmp_path: Path) -> None:
-    said = sentences(reference(tmp_path / "run", {"c5-1": 1.0, "t2-1": 0.0}))
-    assert any(line.startswith("The weights don't fit: t2 gets less than its part") for line in said)
+    found = sentences(reference(tmp_path / "run", {"c5-1": 1.0, "t2-1": 0.0}))
+    assert any(line.startswith("The weights don't fit: t2 gets less than its part") for line in found)
 
 
 @pytest.mark.parametrize(
-    ("others", "why"),
+    ("others", "reason"),
     [
-        ({}, "two clusters must be driven separately"),
+        ({}, "at least two clusters must be tested separately"),
         ({"t2": [step(400, {"c5": 1}, NOON)]}, "c5 answers in the clusters c5 and t2"),
         ({"t2": [step(400, {"t2": 1}, NOON)]}, "stray answers in no cluster"),
         (
@@ -216,42 +218,44 @@ def test_a_cluster_that_gets_nothing_is_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_weights_that_can_not_be_judged_are_told(tmp_path: Path, others: dict[str, Any], why: str) -> None:
+def test_weights_that_can_not_be_checked_are_reported(
+    tmp_path: Path, others: dict[str, Any], reason: str
+) -> None:
     targets = {
         "c5": [step(600, {"c5": 1}, NOON)],
         **others,
         "all": [step(1000, {"c5": 0.6, "stray": 0.4}, NOON)],
     }
-    said = sentences(write(tmp_path / "run", targets, {}))
-    assert f"The weights can't be judged: {why}." in said
+    found = sentences(write(tmp_path / "run", targets, {}))
+    assert f"The weights can't be checked: {reason}." in found
 
 
-def test_a_throttled_host_is_full_although_not_busy(tmp_path: Path) -> None:
+def test_steal_counts_towards_saturation(tmp_path: Path) -> None:
     targets = {"all": [step(1000, {"c5": 0.6, "t2": 0.4}, NOON)]}
     hosts = {"c5": samples(1.0), "t2": samples(0.5, 1.3)}
-    said = sentences(write(tmp_path / "run", targets, hosts))
+    found = sentences(write(tmp_path / "run", targets, hosts))
     assert (
         "t2 is the first host to saturate: 25% of its CPU and 65% steal at 1000 writes/s;"
         " app used 75% of its services' CPU time."
-    ) in said
+    ) in found
     shared = sentences(write(tmp_path / "shared", targets, hosts, shared_processors=True))
     assert any(line.startswith("No host used 85% of its CPU. The busiest was c5") for line in shared)
 
 
 @pytest.mark.parametrize("answered_within", [None, 5.0, 7.5])
-def test_throughput_is_until_the_last_answer(answered_within: float | None) -> None:
+def test_throughput_counts_until_the_last_answer(answered_within: float | None) -> None:
     one = step(1500, {}, NOON)
     if answered_within is not None:
         one["answered_within"] = answered_within
     assert loadtest.throughput(one) == (1000 if answered_within == 7.5 else 1500)
 
 
-def test_a_stage_knows_when_its_last_answer_came() -> None:
+def test_a_stage_records_the_time_of_its_last_answer() -> None:
     samples = [Sample(10, 0.1, None, ""), Sample(11, 2.5, None, ""), Sample(12, 5, "late", "")]
     assert loadtest.stage_of("step", samples, NOON, 3)["answered_within"] == 3.5
 
 
-def test_a_late_generator_is_told_before_the_latency_that_it_made() -> None:
+def test_a_late_generator_is_reported_before_a_high_latency() -> None:
     late = step(100, {}, NOON, generator={"cpu_share": 0.3, "late_ms": 400})
     late["latency_ms"]["p99"] = 450
     assert loadtest.verdict(late) == "the generator can't send faster from here"
@@ -259,29 +263,29 @@ def test_a_late_generator_is_told_before_the_latency_that_it_made() -> None:
     assert loadtest.verdict(late) == "p99 450 ms"
 
 
-def test_runs_in_one_process_do_not_add_up_their_cpu() -> None:
+def test_cpu_time_of_runs_in_one_process_is_not_added() -> None:
     calm = Report(Plan(1, 1), cpu_seconds=4.8, wall_seconds=16)
     on_top = Report(Plan(1, 1), cpu_seconds=1.8, wall_seconds=3)
     assert loadtest.effort([calm, on_top])["cpu_share"] == 0.6
 
 
-def test_hosts_that_share_a_machine_say_little_of_weights_and_credits(tmp_path: Path) -> None:
-    said = sentences(reference(tmp_path / "run", {"c5": 0.4, "t2": 0.6}, shared_processors=True))
-    assert any("shared the processors of one machine" in line for line in said)
+def test_weights_and_credits_are_not_evaluated_on_a_shared_machine(tmp_path: Path) -> None:
+    found = sentences(reference(tmp_path / "run", {"c5": 0.4, "t2": 0.6}, shared_processors=True))
+    assert any("shared the processors of one machine" in line for line in found)
     assert (
-        "Shares were c5 40%, t2 60%; by each knee alone c5 60%, t2 40%. On one machine's"
-        " processors this says little about the weights."
-    ) in said
-    assert not any("credits" in line for line in said)
+        "Shares were c5 40%, t2 60%; by each knee alone c5 60%, t2 40%. Hosts that share one machine's"
+        " processors do not show whether the weights fit."
+    ) in found
+    assert not any("credits" in line for line in found)
 
 
 def test_limits_and_failures_are_named(tmp_path: Path) -> None:
     failed = step(100, {"c5": 1}, NOON, errors={"status 429": 20}, acknowledged=480)
     late = step(150, {"c5": 1}, NOON + 6, errors={"status 503": 400}, verdict="53% failed (status 503)")
-    said = sentences(write(tmp_path / "run", {"all": [failed, late]}, {}))
-    assert "20 requests failed at rates up to the knees: status 429 (20)." in said
-    assert any("nginx_lb_limit_exempt" in line for line in said)
-    assert said[0].endswith("; the next step: 53% failed (status 503).")
+    found = sentences(write(tmp_path / "run", {"all": [failed, late]}, {}))
+    assert "20 requests failed at rates up to the knees: status 429 (20)." in found
+    assert any("nginx_lb_limit_exempt" in line for line in found)
+    assert found[0].endswith("; the next step: 53% failed (status 503).")
 
 
 def test_two_runs_are_compared(tmp_path: Path) -> None:
@@ -291,21 +295,21 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
         {"all": [step(1000, {"c5": 1}, NOON), step(1500, {"c5": 1}, NOON + 6)]},
         {"c5": samples(1.4)},
     )
-    c5, t2, said = changes(before, after)
-    assert c5 == "c5: knee 600/s before, not driven now."
-    assert t2 == "t2: knee 400/s before, not driven now."
-    assert said.startswith("all: knee 1000 → 1500/s, p99 at half of it 3.00 → 3.00 ms (+0%)")
-    assert "CPU per write 2.80 → 0.93 ms (-67%)" in said
+    c5, t2, whole = changes(before, after)
+    assert c5 == "c5: knee 600/s before, not tested now."
+    assert t2 == "t2: knee 400/s before, not tested now."
+    assert whole.startswith("all: knee 1000 → 1500/s, p99 at half of it 3.00 → 3.00 ms (+0%)")
+    assert "CPU per write 2.80 → 0.93 ms (-67%)" in whole
 
 
-def test_a_knee_that_collapsed_is_said(tmp_path: Path) -> None:
+def test_a_lost_knee_is_reported(tmp_path: Path) -> None:
     good = write(tmp_path / "good", {"all": [step(1000, {}, NOON)]}, {})
     bad = write(tmp_path / "bad", {"all": [step(100, {}, NOON, verdict="p99 300 ms")]}, {})
     assert changes(good, bad) == ["all: knee 1000/s before, no step sustained now (p99 300 ms)."]
     assert changes(bad, good) == ["all: no step sustained before, knee 1000/s now."]
 
 
-def test_the_page_needs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_self_contained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     reference(folder, {"c5": 0.6, "t2": 0.4}, inventory="<local>")
     reference(tmp_path / "before", {"c5": 0.6, "t2": 0.4})
@@ -321,7 +325,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "c5 is the first host to saturate" in capsys.readouterr().out
 
 
-def test_a_table_for_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_in_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference(tmp_path / "run", {"c5": 0.6, "t2": 0.4})
     assert loadreport.main([str(tmp_path / "run"), "--table"]) == 0
     head, _, *body = capsys.readouterr().out.splitlines()
@@ -331,7 +335,7 @@ def test_a_table_for_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"targets": {}}'])
-def test_a_folder_that_holds_no_run(
+def test_a_directory_without_a_run_is_reported(
     tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content:
@@ -340,7 +344,7 @@ def test_a_folder_that_holds_no_run(
     assert capsys.readouterr().err.startswith("bench.report.loadreport: ")
 
 
-def test_a_host_is_watched() -> None:
+def test_hostwatch_samples_this_host() -> None:
     program = Path(findings.__file__).with_name("hostwatch.py")
     done = subprocess.run(
         [sys.executable, program, "--seconds", "2.5"], capture_output=True, text=True, check=True
