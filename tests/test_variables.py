@@ -199,6 +199,21 @@ def test_variables_of_other_hosts_are_never_silently_a_default(path: Path) -> No
     assert {(str(path.relative_to(ROOT)), name) for name in found} <= LOOKED_FOR
 
 
+def test_documented_variables_are_roles() -> None:
+    """Names in code spans. `nginx_lb_limit_*` stands for several."""
+    known = set(role_variables())
+    roles = "|".join(path.parents[1].name for path in SPECS)
+    named = {
+        (path.name, name)
+        for path in DOCUMENTS
+        if path.suffix == ".md"
+        for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", path.read_text(), flags=re.S))
+        for name in re.findall(rf"(?<![\w./-])(?:{roles})_[a-z_]*[a-z](?![\w./*-]|_\*)", span)
+    }
+    assert len(named) > 50
+    assert {(page, name) for page, name in named if name not in known} == set()
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documented_arguments_are_variables(path: Path) -> None:
     """Of a role, or of a playbook that reads it."""
