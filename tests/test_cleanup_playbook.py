@@ -22,6 +22,11 @@ TRACES = {
     "redis": "/etc/systemd/system/redis-server.service.d/pixel.conf",
     "monitoring": "/etc/prometheus/pixel.rules.yml",
 }
+STUBS = {
+    "systemctl": 'if [ "$1" = list-units ]; then echo "$5 loaded active"; else echo "$@" >>"$STOPPED"; fi',
+    "getent": 'case $2 in redis.internal) echo 10.0.0.1 STREAM ;; 10.*) echo "$2 STREAM" ;; *) exit 2; esac',
+    "hostname": "echo 192.0.2.7",
+}
 Run = Callable[..., tuple[str, list[str]]]
 
 
@@ -35,12 +40,11 @@ def cleanup(tmp_path: Path) -> Run:
         trace["file"] = "{{ root }}" + trace["file"]
         trace["remove"] = ["{{ root }}" + path for path in trace["remove"]]
     table.write_text(json.dumps(variables))
-    stub = tmp_path / "bin" / "systemctl"
-    stub.parent.mkdir()
-    stub.write_text(
-        '#!/bin/sh\nif [ "$1" = list-units ]; then echo "$5 loaded active"; else echo "$@" >>"$STOPPED"; fi\n'
-    )
-    stub.chmod(0o755)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, script in STUBS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
 
     def run(groups: dict[str, list[str]], *arguments: str, **variables: Any) -> tuple[str, list[str]]:
         hosts = {}
@@ -66,7 +70,7 @@ def cleanup(tmp_path: Path) -> Run:
         environment = os.environ | {
             "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
             "ANSIBLE_NOCOLOR": "1",
-            "PATH": f"{stub.parent}:{os.environ['PATH']}",
+            "PATH": f"{programs}:{os.environ['PATH']}",
             "STOPPED": str(stopped),
         }
         done = subprocess.run(
@@ -100,13 +104,30 @@ def test_services_of_a_group_that_a_host_has_left_are_stopped(cleanup: Run, tmp_
     assert (tmp_path / "a" / TRACES["pixel_app"][1:]).exists()
 
 
-def test_a_redis_that_the_app_uses_is_left_alone(cleanup: Run) -> None:
-    """Without group redis, pixel_app_redis_url names the Redis host."""
+@pytest.mark.parametrize("name", ["10.0.0.1", "redis.internal"])
+def test_a_redis_that_the_app_uses_is_left_alone(cleanup: Run, name: str) -> None:
+    """Without group redis, pixel_app_redis_url names the Redis host, by address or by name."""
     groups = {group: ["a", "b"] for group in GROUPS if group != "redis"}
-    words, disabled = cleanup(groups, pixel_app_redis_url="redis://10.0.0.1:6379/0")
+    words, disabled = cleanup(groups, pixel_app_redis_url=f"redis://{name}:6379/0")
     assert "b has left redis" in words
     assert "a has left" not in words
     assert disabled == ["redis-server.service", "prometheus-redis-exporter.service"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://{{ hostvars['a'].private_address }}:6379/0",
+        "{{ 'redis://10.0.0.9' if inventory_hostname == 'a' else hostvars['a'].other }}",
+        "redis://unknown.internal",
+    ],
+)
+def test_no_redis_is_stopped_while_it_is_unknown_which_one_the_app_uses(cleanup: Run, url: str) -> None:
+    """Group redis has moved to a host of its own."""
+    groups = {"pixel_app": ["a", "b"], "nginx_lb": ["a", "b"], "monitoring": ["a", "b"], "redis": ["a"]}
+    words, disabled = cleanup(groups, pixel_app_redis_url=url)
+    assert disabled == []
+    assert "has left" not in words
 
 
 def test_no_service_is_stopped_in_a_dry_run_or_if_the_limit_excludes_a_balancer(cleanup: Run) -> None:

@@ -299,9 +299,10 @@ def account(ec2: Any, *, ours: bool) -> dict[str, Any]:
     }
 
 
-def launch(ec2: Any, kind: str = "c5.xlarge", **values: str) -> str:
-    """Launch an instance without the playbook; return its ID."""
+def launch(ec2: Any, kind: str = "c5.xlarge", key: str = "", **values: str) -> str:
+    """Launch an instance without the playbook; with our key pair it counts as ours. Return its ID."""
     made = ec2.run_instances(
+        **({"KeyName": key} if key else {}),
         ImageId=DEBIAN["ami_id"],
         InstanceType=kind,
         MinCount=1,
@@ -489,7 +490,7 @@ def test_conflicts_with_existing_resources_are_reported_before_anything_is_creat
     ec2.create_security_group(GroupName="pixel-production-fleet", Description="another's", VpcId=vpc)
     ec2.create_key_pair(KeyName="pixel-production")
     for name, kind, role in (("c5-1", "c5.large", "redis"), ("old-1", "c5.xlarge", "redis pixel_app")):
-        launch(ec2, kind, **OURS, Name=name, Role=role)
+        launch(ec2, kind, "pixel-production", **OURS, Name=name, Role=role)
     before = account(ec2, ours=True), account(ec2, ours=False)
     operator.set(aws_image="debian-12-amd64-latest")
     status, output = operator.provision("-e", "remove=true")
@@ -509,6 +510,15 @@ def test_conflicts_with_existing_resources_are_reported_before_anything_is_creat
     status, output = operator.provision()
     assert status == 2
     assert "without a name, or two with the same: c5-1 i-" in output
+    assert (account(ec2, ours=True), account(ec2, ours=False)) == before
+
+    # Our tags on what isn't ours.
+    ec2.create_key_pair(KeyName="theirs")
+    strangers = [launch(ec2, key=key, **OURS, Name="theirs") for key in ("", "theirs")]
+    before = account(ec2, ours=True), account(ec2, ours=False)
+    status, output = operator.teardown("-e", "confirm=pixel")
+    assert status == 2
+    assert f"{strangers[0]} theirs, {strangers[1]} theirs. Nothing was changed." in output
     assert (account(ec2, ours=True), account(ec2, ours=False)) == before
 
 
@@ -615,7 +625,7 @@ def provision_change_and_tear_down(operator: Operator) -> None:
     aws.client("iam").create_instance_profile(InstanceProfileName="pixel-balancer")
     operator.set(aws_instance_profile="pixel-balancer")
     # A host of a former version of the table.
-    launch(ec2, **OURS, Name="t2-9", Role="pixel_app")
+    launch(ec2, key="pixel-production", **OURS, Name="t2-9", Role="pixel_app")
     operator.count("t2", 2)
     operator.set(aws_elastic_ip=True, aws_ssh_from=["198.51.100.8/32"])
 

@@ -42,7 +42,7 @@ UNREACHABLE = json.dumps({"ansible_connection": "local", "ansible_python_interpr
 
 
 def play(
-    tmp_path: Path, inventory: dict[str, Any], *arguments: str | Path
+    tmp_path: Path, inventory: dict[str, Any], *arguments: str | Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "hosts.yml"
     path.write_text(json.dumps(inventory))
@@ -52,7 +52,7 @@ def play(
             *("--extra-vars", UNREACHABLE),
         ],
         cwd=ROOT,
-        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
+        env=os.environ | {"ANSIBLE_NOCOLOR": "1"} | environment,
         text=True,
         capture_output=True,
         check=False,
@@ -67,6 +67,24 @@ def validate(tmp_path: Path, inventory: dict[str, Any]) -> str:
 
 def test_a_valid_inventory_passes(tmp_path: Path) -> None:
     assert "fatal" not in validate(tmp_path, VALID)
+
+
+@pytest.mark.parametrize("has_python", [False, True])
+def test_a_host_without_python_is_named_with_a_fix(tmp_path: Path, has_python: bool) -> None:
+    """Where there is one, and facts can't be gathered for another reason, that reason is reported."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for path in Path("/usr/bin").iterdir():
+        if has_python or not path.name.startswith("python"):
+            (programs / path.name).symlink_to(path)
+    done = play(tmp_path, GOOD, "playbooks/validate.yml", PATH=str(programs))
+    words = " ".join(done.stdout.split())
+    for host in ("a", "b"):
+        fix = f"{host} has no python3, which Ansible needs there: apt-get install python3"
+        assert (fix in words) == (not has_python), words
+    assert ("/nonexistent" in words.partition("TASK [Report why not]")[2]) == has_python
+    assert done.returncode != 0
+    assert re.findall(r"changed=(\d+)", done.stdout) == ["0", "0", "0"]
 
 
 def test_a_managed_redis_replaces_the_group(tmp_path: Path) -> None:

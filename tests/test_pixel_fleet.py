@@ -198,3 +198,9 @@ def test_measured_weights_are_computed_from_the_hosts_variables(fleet: Any) -> N
     found = fleet(hosts, nginx_lb_weights="measured")
     assert [server.weight for server in found.servers] == [2, 1]
     assert found.weight_source == "measured"
+
+
+def test_a_variable_of_another_host_is_its_own_or_the_default() -> None:
+    variables = {"nginx_lb_weight": 0}
+    assert pixel_fleet.host_variable(variables, "nginx_lb_weight", 3) == 0
+    assert pixel_fleet.host_variable(variables, "nginx_lb_backup", False) is False

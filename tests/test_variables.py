@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,13 @@ def templates(value: Any, key: str = "") -> Iterator[str]:
             yield "{{ " + value + " }}"
 
 
+@functools.cache
+def templates_in(path: Path) -> list[str]:
+    """Every template of a file."""
+    text = path.read_text()
+    return list(templates(yaml.safe_load(text))) if path.suffix == ".yml" else [text]
+
+
 def unconverted(source: str, start: str = "{{", end: str = "}}") -> set[str]:
     """Return the typed variables that a template uses, other than for output, without a conversion."""
     tree = jinja2.Environment(variable_start_string=start, variable_end_string=end).parse(source)
@@ -97,6 +105,8 @@ def unconverted(source: str, start: str = "{{", end: str = "}}") -> set[str]:
         name = node.name if isinstance(node, nodes.Name) else None
         if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
             name = node.arg.value
+        if isinstance(node, nodes.Filter) and node.name == "pixel.endpoint.host_variable":
+            (name,) = (argument.value for argument in node.args[:1] if isinstance(argument, nodes.Const))
         if name in TYPED and not is_converted(node, parents):
             found.add(str(name))
         for child in node.iter_child_nodes():
@@ -115,6 +125,8 @@ def unconverted(source: str, start: str = "{{", end: str = "}}") -> set[str]:
         ("wanted | default(3) | int + 1", set()),
         ("wanted | default(3) + 1", {"wanted"}),
         ("hostvars[host]['wanted'] == 3", {"wanted"}),
+        ("hostvars[host] | pixel.endpoint.host_variable('wanted', 3) == 3", {"wanted"}),
+        ("hostvars[host] | pixel.endpoint.host_variable('wanted', 3) | int == 3", set()),
         ("'text ' ~ wanted", set()),
         ("wanted if other else 3", set()),
         ("3 if wanted else 4", {"wanted"}),
@@ -132,12 +144,74 @@ def test_numbers_and_booleans_are_converted_where_they_are_used(path: Path) -> N
     text = path.read_text()
     if path.suffix == ".yml":
         # Ansible keeps the backslashes of YAML strings.
-        found = [unconverted(each.replace("\\", "\\\\")) for each in templates(yaml.safe_load(text))]
+        found = [unconverted(each.replace("\\", "\\\\")) for each in templates_in(path)]
     elif "{{ $" in text:
         found = [unconverted(text, "[[", "]]")]
     else:
         found = [unconverted(text)]
     assert set().union(*found) == set()
+
+
+CHECKS = sorted(ROOT.glob("roles/*/meta/checks.yml"))
+# Where a variable that can't be evaluated is looked for, and what is done then.
+LOOKED_FOR = {
+    ("playbooks/validate.yml", "private_address"),
+    ("playbooks/vars/cleanup.yml", "pixel_app_redis_url"),
+}
+
+
+def silently_default(template: str) -> set[str]:
+    """Variables of other hosts that are the default, or undefined, where they can't be evaluated.
+
+    Facts and what tasks have set (names with an underscore) may be missing.
+    """
+    others = "|".join(
+        [r"hostvars\[[^\]]+\]", *re.findall(r"{%-? set (\w+) = hostvars\[[^\]]+\] *-?%}", template)]
+    )
+    found = re.findall(rf"(?:{others})(?:[.]|\[')([a-z]\w*)(?:'\])?\)? *\| *default\b", template)
+    if "hostvars" in template:
+        found += re.findall(r"selectattr\('([a-z][\w.]*)', '(?:un)?defined'", template)
+        found += re.findall(r"attribute='([a-z]\w*)', default=", template)
+    return {name for name in found if not name.startswith("ansible_")}
+
+
+@pytest.mark.parametrize(
+    ("template", "faults"),
+    [
+        ("{{ hostvars[item]['wanted'] | default(0) }}", {"wanted"}),
+        ("{{ (hostvars[groups.a | first].wanted | default({})).x }}", {"wanted"}),
+        ("{% set facts = hostvars[host] %}{{ facts['wanted'] | default(0) }}", {"wanted"}),
+        ("{{ a | map('extract', hostvars) | selectattr('wanted', 'defined') }}", {"wanted"}),
+        ("{{ a | map('extract', hostvars) | map(attribute='wanted', default=2) }}", {"wanted"}),
+        ("{{ hostvars[item].__registered | default(0) ~ hostvars[item].ansible_host | default('') }}", set()),
+        ("{{ a | map('extract', hostvars) | selectattr('ansible_facts.cpus', 'defined') }}", set()),
+        ("{{ a | selectattr('wanted', 'defined') }}", set()),
+    ],
+)
+def test_the_check_finds_what_is_silently_a_default(template: str, faults: set[str]) -> None:
+    assert silently_default(template) == faults
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *CHECKS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_variables_of_other_hosts_are_never_silently_a_default(path: Path) -> None:
+    """Filter host_variable reads them."""
+    found = {name for template in templates_in(path) for name in silently_default(template)}
+    assert {(str(path.relative_to(ROOT)), name) for name in found} <= LOOKED_FOR
+
+
+def test_documented_variables_are_roles() -> None:
+    """Names in code spans. `nginx_lb_limit_*` stands for several."""
+    known = set(role_variables())
+    roles = "|".join(path.parents[1].name for path in SPECS)
+    named = {
+        (path.name, name)
+        for path in DOCUMENTS
+        if path.suffix == ".md"
+        for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", path.read_text(), flags=re.S))
+        for name in re.findall(rf"(?<![\w./-])(?:{roles})_[a-z_]*[a-z](?![\w./*-]|_\*)", span)
+    }
+    assert len(named) > 50
+    assert {(page, name) for page, name in named if name not in known} == set()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 from typing import Any
 
 import pytest
-from pixel_lb import drain
+from pixel_lb import cli, drain
 from pixel_lb.errors import LastBackend, Refused, WaitTimeout
 from pixel_lb.nginx import Nginx
 from pixel_lb.weights import FULL, Share
@@ -96,6 +97,27 @@ def test_a_drain_that_nginx_rejects_leaves_no_mark(balancer: Any, monkeypatch: p
     with pytest.raises(Refused):
         balancer.drain("a", force=True)
     assert balancer.state.drained() == {"b"}
+
+
+def test_a_drain_on_a_full_disk_leaves_no_mark(
+    balancer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Empty files fit there: the mark of a drained host is one."""
+    monkeypatch.setattr(cli, "Paths", lambda: balancer.paths)
+    balancer.undrain("b")
+    before = {path: path.read_bytes() for path in balancer.paths.nginx.parent.rglob("*") if path.is_file()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        status = cli.main(["drain", "b"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert status == 1
+    assert capsys.readouterr().err == f"pixel-lb: {balancer.paths.upstreams}: File too large\n"
+    lock = balancer.paths.lock
+    after = {path: path.read_bytes() for path in balancer.paths.nginx.parent.rglob("*") if path.is_file()}
+    assert after == before | {lock: b""}
+    assert balancer.drain("b")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
     hostvars[host] | pixel_instance_template    the same for the systemd template of further instances
     hostvars[host] | fleet_ports                TCP ports that a host opens to the fleet
     hostvars.values() | write_lifetime          seconds that an attempt at a write can last on these hosts
+    hostvars[host] | host_variable(name, 0)     a variable of another host, or 0 if it isn't set
     'redis' | exporter_port                     TCP port of an exporter, of Prometheus or of Alertmanager
 
 A host runs one or more instances of the app. The first has plain names; names of further ones include the
@@ -109,6 +110,23 @@ def write_lifetime(hosts: Iterable[Mapping[str, Any]]) -> float:
     return round(max(sums, default=APP_START_LIMIT + APP_REDIS_TIMEOUT), 3)
 
 
+def host_variable(variables: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """Return a variable of another host.
+
+    Jinja's `default` and `defined` take a variable that can't be evaluated there, such as one that refers to
+    `hostvars` or to facts, for one that isn't set; then a host would silently get the default.
+
+    Args:
+        variables: The host's variables, `hostvars[host]`.
+        name: The variable.
+        default: What it is if the inventory doesn't set it.
+
+    Raises:
+        AnsibleUndefinedVariable: It can't be evaluated; the message names the line of the inventory.
+    """
+    return variables.get(name, default)
+
+
 def _instance(
     variables: Mapping[str, Any], port: int | str, socket: str | None, name: str | None, *, is_first: bool
 ) -> dict[str, Any]:
@@ -137,4 +155,5 @@ class FilterModule:
             "exporter_port": exporter_port,
             "write_lifetime": write_lifetime,
             "fleet_ports": fleet_ports,
+            "host_variable": host_variable,
         }

@@ -78,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(f"pixel-lb: {error.filename} is missing: run playbooks/nginx_lb.yml", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"pixel-lb: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

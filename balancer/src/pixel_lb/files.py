@@ -91,10 +91,15 @@ def write(path: Path, content: bytes | None) -> bool:
         path.unlink()
         return True
     temporary = path.with_name(path.name + ".new")
-    # Private keys are readable by root only, independent of the directory's mode.
-    temporary.touch(0o600 if path.parent.name == "tls" else 0o644)
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        # Private keys are readable by root only, independent of the directory's mode.
+        temporary.touch(0o600 if path.parent.name == "tls" else 0o644)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        # The error of a full disk does not name the file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return True
 
 

@@ -35,7 +35,8 @@ def apply(nginx: Nginx, changes: Mapping[Path, bytes | None]) -> bool:
             changed |= write(path, content)
         reloaded = nginx.reload_if_needed()
     except (OSError, Refused):
-        for path, content in former.items():
+        # First those that need no space on a full disk.
+        for path, content in sorted(former.items(), key=lambda item: item[1] is not None):
             write(path, content)
         raise
     return changed or reloaded

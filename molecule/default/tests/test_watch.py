@@ -6,6 +6,7 @@ import http.server
 import json
 import re
 import socket
+import socketserver
 import threading
 import time
 import urllib.request
@@ -185,11 +186,39 @@ def webhook(fleet: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]
         server.shutdown()
 
 
+@pytest.fixture
+def relay(fleet: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """A mail relay without STARTTLS, beside the webhook, and the mails that it got."""
+    mails: list[str] = []
+
+    class Relay(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(b"220 relay\r\n")
+            for line in self.rfile:
+                if line.upper().startswith(b"DATA"):
+                    self.wfile.write(b"354 go on\r\n")
+                    mails.append(b"".join(iter(self.rfile.readline, b".\r\n")).decode())
+                self.wfile.write(b"250 relay\r\n")
+
+    with socketserver.ThreadingTCPServer((fleet["gateway"], 0), Relay) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"{fleet['gateway']}:{server.server_address[1]}", mails
+        server.shutdown()
+
+
 def test_an_alert_reaches_the_operators(
-    host: Any, play: Any, shell: Any, ask: Any, webhook: tuple[str, list[dict[str, Any]]]
+    host: Any,
+    play: Any,
+    shell: Any,
+    ask: Any,
+    webhook: tuple[str, list[dict[str, Any]]],
+    relay: tuple[str, list[str]],
 ) -> None:
-    url, posted = webhook
+    (url, posted), (smarthost, mails) = webhook, relay
     chosen = {"monitoring_webhook_url": url, "monitoring_webhook_token": TOKEN}
+    chosen |= {"monitoring_mail_smarthost": smarthost, "monitoring_mail_starttls": "false"}
+    chosen |= {f"monitoring_mail_{end}": f"{end}@example.org" for end in ("from", "to")}
     done = play("playbooks/monitoring.yml", "--tags", "monitoring", "--diff", **chosen)
     assert done.changes() == {"c5": 2, "t2": 0}  # the file, and the reload
     assert TOKEN not in done.stdout
@@ -202,6 +231,7 @@ def test_an_alert_reaches_the_operators(
         return {each["labels"]["alertname"]: each for each in alerts if each["status"] == "firing"}
 
     redis_down = wait_until(lambda: firing().get("RedisDown"), 120)
+    wait_until(lambda: any(re.search("^Subject: .*RedisDown", mail, re.M) for mail in mails))
     active = {(each["labels"]["alertname"], each["labels"].get("job")) for each in ask("alerts")["alerts"]}
     host.run_expect([0], "systemctl start redis-server prometheus-nginx-exporter")
     assert {each["authorization"] for each in posted} == {f"Bearer {TOKEN}"}

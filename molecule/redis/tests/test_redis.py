@@ -297,15 +297,3 @@ def test_a_new_password_needs_no_restart_and_the_former_one_is_valid_until_retir
         run(str(state / "retire.yml"))
     assert answers(former) == "PONG"
     assert "WRONGPASS" in answers(ODD)
-
-
-def test_a_redis_with_foreign_data_is_not_taken_over(host: Any, play: Any) -> None:
-    """As before the first run: no users file of the role, and data."""
-    host.run_expect([0], "mv /etc/redis/users.acl /etc/redis/kept && truncate -s 2k /var/lib/redis/dump.rdb")
-    try:
-        done = play("molecule/redis/converge.yml", "--limit", host.backend.hostname)
-        assert done.returncode != 0
-        assert f"{host.backend.hostname} already has a Redis: data in /var/lib/redis/" in done.words
-        assert "changed=0" in done.words
-    finally:
-        host.run_expect([0], "mv /etc/redis/kept /etc/redis/users.acl && rm /var/lib/redis/dump.rdb")

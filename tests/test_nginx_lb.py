@@ -1,0 +1,130 @@
+"""The configuration of role nginx_lb, in an Nginx of this machine before a stand-in for an app host."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from ansible.parsing.dataloader import DataLoader  # type: ignore[import-untyped]
+from ansible.template import Templar, trust_as_template  # type: ignore[import-untyped]
+
+ROLE = Path(__file__).resolve().parents[1] / "roles" / "nginx_lb"
+RECEIVED: list[int] = []
+"""How long the bodies were that the app host got."""
+
+
+class App(BaseHTTPRequestHandler):
+    """Takes any body."""
+
+    def do_POST(self) -> None:
+        RECEIVED.append(len(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+def render(folder: Path, **chosen: Any) -> None:
+    """Write the configuration as the role does, with its defaults but for what is chosen."""
+    loader = DataLoader()
+    parts = [
+        loader.load_from_file(str(ROLE / name / "main.yml"), trusted_as_template=True)
+        for name in ("defaults", "vars")
+    ]
+    facts = {"all_ipv6_addresses": [], "default_ipv4": {"address": "127.0.0.1"}}
+    host = {"inventory_hostname": "a", "ansible_managed": "test", "ansible_facts": facts}
+    templar = Templar(loader, parts[0] | parts[1] | host | {"groups": {}, "hostvars": {}} | chosen)
+    for path in (ROLE / "templates").glob("*.conf.j2"):
+        name = path.name.removesuffix(".j2")
+        target = folder / (name if name == "nginx.conf" else f"pixel/{name}")
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(templar.template(trust_as_template(path.read_text())))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="module")
+def full_balancer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of one that can't write temporary files."""
+    folder = tmp_path_factory.mktemp("nginx")
+    port, bodies, log = free_port(), folder / "bodies", folder / "error.log"
+    render(
+        folder,
+        nginx_lb_listen_port=port,
+        nginx_lb_status_port=free_port(),
+        nginx_lb_access_log=False,
+        _nginx_lb_write_lifetime=1.6,
+    )
+    main = folder / "nginx.conf"
+    text = main.read_text().replace("user www-data;", "").replace("/run/nginx.pid", f"{folder}/pid")
+    text = text.replace("/var/log/nginx/error.log", str(log))
+    others = "".join(f"{kind}_temp_path {folder};" for kind in ("proxy", "fastcgi", "uwsgi", "scgi"))
+    main.write_text(text.replace("http {", f"http {{ client_body_temp_path {bodies}; {others}"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), App) as app:
+        Thread(target=app.serve_forever, daemon=True).start()
+        upstreams = f"upstream pixel {{ server 127.0.0.1:{app.server_port}; }}\n"
+        upstreams += "map $upstream_addr $pixel_other { default pixel; }\n"
+        (folder / "pixel" / "upstreams.conf").write_text(upstreams)
+        nginx = subprocess.Popen(["nginx", "-c", main, "-e", log, "-g", "daemon off;"])
+        try:
+            deadline = time.monotonic() + 10
+            while not (folder / "pid").exists():
+                assert nginx.poll() is None, log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            bodies.rmdir()
+            yield port
+        finally:
+            nginx.terminate()
+            nginx.wait(10)
+            app.shutdown()
+
+
+@pytest.fixture
+def post(full_balancer: int) -> Iterator[Any]:
+    """Send a batch; gives status, headers and body of the answer."""
+    RECEIVED.clear()
+    connection = http.client.HTTPConnection("127.0.0.1", full_balancer, timeout=10)
+
+    def send(body: bytes) -> tuple[int, Any, bytes]:
+        connection.request("POST", "/pixels", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+
+    yield send
+    connection.close()
+
+
+def test_a_batch_needs_no_temporary_file(post: Any) -> None:
+    """9,000 pixels, and the largest body that the app takes."""
+    batch = json.dumps([{"x": 1000, "y": 1000, "channel": "R", "value": 255}] * 9_000).encode()
+    assert [post(body)[0] for body in (batch, batch.ljust(1024 * 1024))] == [200, 200]
+    assert [len(batch), 1024 * 1024] == RECEIVED
+
+
+def test_a_body_without_space_is_a_problem_and_was_not_written(post: Any) -> None:
+    status, headers, body = post(b" " * 1_900_000)
+    assert (status, headers["Content-Type"], headers["Retry-After"]) == (503, "application/problem+json", "1")
+    assert json.loads(body) == {
+        "type": "about:blank",
+        "title": "Service Unavailable",
+        "status": 503,
+        "detail": "This balancer has no memory or disk space for the request.",
+        "written": "no",
+    }
+    assert RECEIVED == []

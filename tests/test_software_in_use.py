@@ -1,0 +1,170 @@
+"""Web servers and a Redis that a host already has are named, and never displaced without being asked.
+
+One playbook runs what roles nginx_lb and redis do before they change anything. Its hosts are this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+DPKG = """#!/bin/sh
+# A package whose configuration was changed, on a host whose name says so.
+case $HOST in *changed*) echo "??5?????? c /etc/$2/its.conf" ;; esac
+"""
+
+
+def listen(program: Path, port: int) -> subprocess.Popen[bytes]:
+    """Start a program of this name that listens on a port."""
+    program.symlink_to(Path(sys.executable).resolve())
+    code = f"import socket, time; s = socket.create_server(('0.0.0.0', {port})); time.sleep(600)"
+    return subprocess.Popen([program, "-c", code])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What was said of each host: the reason why nothing was changed, or nothing."""
+    folder = tmp_path_factory.mktemp("hosts")
+    web_port, redis_port, free = free_port(), free_port(), free_port()
+    hosts: dict[str, dict[str, Any]] = {
+        "web_default": {"file": "sites-enabled/default"},
+        "web_site": {"file": "sites-enabled/shop"},
+        "web_conf": {"file": "conf.d/shop.conf"},
+        "web_changed": {},
+        "web_port": {"nginx_lb_listen_port": web_port},
+        "web_tls_port": {"nginx_lb_tls_port": web_port, "nginx_lb_tls": "selfsigned"},
+        "web_port_without_tls": {"nginx_lb_tls_port": web_port},
+        "web_site_asked": {"file": "sites-enabled/shop", "nginx_lb_take_over": "true"},
+        "web_port_asked": {"nginx_lb_listen_port": web_port, "nginx_lb_take_over": "true"},
+        "web_ours_changed": {"file": "staged", "nginx_lb_listen_port": web_port},
+        "redis_data": {"file": "data/dump.rdb"},
+        "redis_empty_data": {"file": "data/small"},
+        "redis_changed": {},
+        "redis_port": {"redis_port": redis_port},
+        "redis_data_asked": {"file": "data/dump.rdb", "redis_take_over": "true"},
+        "redis_ours_changed": {"file": "acl"},
+    }
+    for name, variables in hosts.items():
+        root = folder / name
+        variables |= {"root": str(root), "ansible_connection": "local"}
+        variables |= {"ansible_python_interpreter": sys.executable}
+        if path := variables.get("file"):
+            (root / path).parent.mkdir(parents=True)
+            (root / path).write_text("x" if path.endswith("small") else "x" * 2000)
+    (folder / "dpkg").write_text(DPKG)
+    (folder / "dpkg").chmod(0o755)
+
+    plays = []
+    for role, group in (("nginx_lb", "web"), ("redis", "redis")):
+        text = (ROOT / "roles" / role / "tasks" / "install.yml").read_text()
+        look, check, *_ = yaml.safe_load(text.replace("/etc/nginx/", "{{ root }}/"))
+        assert "ansible.builtin.shell" in look
+        look["environment"] = {"HOST": "{{ inventory_hostname }}"}
+        paths = {
+            "_redis_acl": "{{ root }}/acl",
+            "_redis_data": "{{ root }}/data",
+            "_nginx_lb_tls": "{{ nginx_lb_tls }}",
+        }
+        defaults = {
+            "nginx_lb_listen_port": free,
+            "nginx_lb_tls": "off",
+            "nginx_lb_tls_port": free,
+            "redis_port": free,
+        }
+        defaults |= {"nginx_lb_take_over": False, "redis_take_over": False}
+        plays.append({"hosts": group, "gather_facts": False, "vars": paths, "tasks": [look, check]})
+        for variables in hosts.values():
+            variables |= {name: value for name, value in defaults.items() if name not in variables}
+    inventory = {
+        group: {"hosts": {name: own for name, own in hosts.items() if name.startswith(group)}}
+        for group in ("web", "redis")
+    }
+    (folder / "play.yml").write_text(json.dumps(plays))
+    (folder / "hosts.yml").write_text(json.dumps(inventory))
+    servers = [listen(folder / "apache2", web_port), listen(folder / "valkey", redis_port)]
+    try:
+        for port in (web_port, redis_port):
+            for _ in range(100):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.05)
+        done = subprocess.run(
+            [Path(sys.prefix, "bin", "ansible-playbook"), "-i", folder / "hosts.yml", folder / "play.yml"],
+            env=os.environ
+            | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+            | {"PATH": f"{folder}:{os.environ['PATH']}"},
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait(10)
+    passed = set(re.findall(r"^(\w+) +: ok=2 +changed=0 .* failed=0 ", done.stdout, re.M))
+    failed = re.findall(r"^fatal: \[(\w+)\]: FAILED! =>.*\n((?: +.*\n)+)", done.stdout, re.M)
+    said = {name: " ".join(result.partition("msg: ")[2].split()).strip("'") for name, result in failed}
+    assert passed | said.keys() == hosts.keys(), done.stdout + done.stderr
+    assert not passed & said.keys()
+    return {name: said.get(name, "") for name in hosts} | {"port": str(web_port), "other": str(redis_port)}
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("web_default", "web_port_without_tls", "web_site_asked", "web_ours_changed"),
+        *("redis_empty_data", "redis_data_asked", "redis_ours_changed"),
+    ],
+)
+def test_nothing_stops_a_run_where_nothing_is_displaced(verdicts: dict[str, str], host: str) -> None:
+    assert verdicts[host] == ""
+
+
+@pytest.mark.parametrize(
+    ("host", "found"),
+    [
+        ("web_site", "site ROOT/sites-enabled/shop"),
+        ("web_conf", "site ROOT/conf.d/shop.conf"),
+        ("web_changed", "changed /etc/nginx-common/its.conf"),
+        ("web_port", "port PORT used by apache2"),
+        ("web_tls_port", "port PORT used by apache2"),
+        # It goes on running, so Nginx couldn't start.
+        ("web_port_asked", "port PORT used by apache2"),
+    ],
+)
+def test_a_web_server_in_use_is_named(verdicts: dict[str, str], host: str, found: str) -> None:
+    said = re.sub(r"\S+/hosts0/\w+/", "ROOT/", verdicts[host]).replace(verdicts["port"], "PORT")
+    assert said.startswith(f"{host} already serves something: {found}. Nothing was changed.")
+    assert "set nginx_lb_take_over to true" in said
+
+
+@pytest.mark.parametrize(
+    ("host", "found"),
+    [
+        ("redis_data", "data in ROOT/data/dump.rdb"),
+        ("redis_changed", "a changed /etc/redis-server/its.conf"),
+        ("redis_port", "port PORT in use by valkey"),
+    ],
+)
+def test_a_redis_in_use_is_named(verdicts: dict[str, str], host: str, found: str) -> None:
+    said = re.sub(r"\S+/hosts0/\w+/", "ROOT/", verdicts[host]).replace(verdicts["other"], "PORT")
+    assert said.startswith(f"{host} already has a Redis: {found}. Nothing was changed.")
+    assert "set redis_take_over to true" in said
