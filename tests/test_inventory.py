@@ -73,7 +73,7 @@ def test_a_managed_redis_replaces_the_group(tmp_path: Path) -> None:
     assert "fatal" not in validate(tmp_path, MANAGED)
     site = play(tmp_path, MANAGED, "site.yml", "--list-hosts")
     assert site.returncode == 0
-    hosts = {name: int(count) for name, count in re.findall(r": (.+?)\tTAGS[^(]*\((\d+)\):", site.stdout)}
+    hosts = {name: int(count) for name, count in re.findall(r": (.+?) \(\d of 9\)\tTAGS[^(]*\((\d+)\):", site.stdout)}
     assert hosts["Redis"] == 0
     assert hosts["Prepare the app"] == hosts["Switch the app, host by host"] == 2
     assert hosts["Balancer"] == 1
@@ -230,7 +230,7 @@ def test_ignored_settings_are_reported_with_a_fix(tree: Path, tmp_path: Path, el
     assert "was not found" not in output
     assert "hunter2" not in output
     output = ansible("ansible-playbook", *playbook, cwd=cwd, ANSIBLE_CONFIG=str(tree / "ansible.cfg"))
-    assert "PLAY [Validate the hosts]" in output
+    assert "PLAY [Validate the hosts (1 of 9)]" in output
 
 
 def test_make_names_the_settings(tree: Path) -> None:

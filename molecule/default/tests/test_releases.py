@@ -101,7 +101,7 @@ def test_a_release_that_was_rolled_back_is_announced_before_it_is_deployed_again
 
     again = play("site.yml", "--tags", "pixel_app")
     assert again.returncode == 0, again.stdout
-    before, _, _ = again.stdout.partition("PLAY [Switch the app, host by host]")
+    before, _, _ = again.stdout.partition("PLAY [Switch the app, host by host (3 of 9)]")
     for host in ("c5", "t2"):
         warning = f"This run deploys release {own} to {host} again, which was rolled back to stable at"
         assert warning in " ".join(before.split())
