@@ -236,3 +236,31 @@ def test_arguments_on_the_command_line_are_text(tmp_path: Path) -> None:
     assert "failed=0" in check(tmp_path, {"roles": ROLES}, *given)
     said = check(tmp_path, {"roles": ROLES}, "-e", "firewall_public_ports=80,443")
     assert "firewall_public_ports is text, not a list" in said
+
+
+T2_ALONE = {"nginx_lb_backup": "{{ inventory_hostname == 't2' }}"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"nginx_lb_method": "fastest"}, "nginx_lb_method 'fastest' is invalid"),
+        ({"nginx_lb_method": "hash", "nginx_lb_hash_key": "a b;"}, "nginx_lb_hash_key 'a b;' is invalid"),
+        ({"nginx_lb_clusters": {"x/y": "c5"}}, "can't be part of a path: x/y"),
+        ({"nginx_lb_clusters": {"big": "m5"}}, "names m5, of which there is no backend"),
+        ({"nginx_lb_weights": "explicit"}, "t2 has no nginx_lb_weight: set one"),
+        ({"nginx_lb_weights": "measured"}, "t2 has no nginx_lb_measured: run playbooks/calibrate.yml"),
+        (
+            T2_ALONE | {"nginx_lb_method": "hash"},
+            "nginx_lb_method hash has no backups, and t2 has nginx_lb_backup",
+        ),
+        (T2_ALONE | {"nginx_lb_sticky": True}, "nginx_lb_sticky has no backups"),
+        ({"nginx_lb_backup": True}, "at least one host must not be a backup"),
+    ],
+)
+def test_a_balancer_whose_variables_contradict_each_other_is_refused(
+    tmp_path: Path, variables: dict[str, Any], says: str
+) -> None:
+    said = check(tmp_path, {"roles": ["nginx_lb"]}, **variables)
+    assert "failed=1" in said
+    assert says in " ".join(said.split())

@@ -73,7 +73,10 @@ def test_a_managed_redis_replaces_the_group(tmp_path: Path) -> None:
     assert "fatal" not in validate(tmp_path, MANAGED)
     site = play(tmp_path, MANAGED, "site.yml", "--list-hosts")
     assert site.returncode == 0
-    hosts = {name: int(count) for name, count in re.findall(r": (.+?) \(\d of 9\)\tTAGS[^(]*\((\d+)\):", site.stdout)}
+    hosts = {
+        name: int(count)
+        for name, count in re.findall(r": (.+?) \(\d of 9\)\tTAGS[^(]*\((\d+)\):", site.stdout)
+    }
     assert hosts["Redis"] == 0
     assert hosts["Prepare the app"] == hosts["Switch the app, host by host"] == 2
     assert hosts["Balancer"] == 1
