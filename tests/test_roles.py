@@ -61,6 +61,13 @@ def test_no_part_of_a_role_can_be_run_without_what_it_builds_on(role: str) -> No
         assert tags == (["[always]"] if path.name == "main.yml" else []), path
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_every_role_checks_its_arguments_first(role: str) -> None:
+    first = load(role, "tasks/main.yml")[0]
+    assert first["ansible.builtin.import_tasks"] == "preflight.yml"
+    assert load(role, "tasks/preflight.yml")[0]["pixel.endpoint.check_arguments"] == {"roles": [role]}
+
+
 @pytest.mark.parametrize(
     ("value", "is_refused"),
     [

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 testinfra_hosts = ["c5", "t2"]
 
 PIXEL = {"x": 10, "y": 20, "channel": "R", "value": 255}
@@ -45,7 +43,7 @@ def test_passwords_leak_nowhere(shell: Any, password: Any) -> None:
     secrets = "\n".join(password(user) for user in ("app", "admin", "monitor"))
 
     def found(command: str) -> str:
-        """Lines of a command's output that contain a password. They are searched on the host: logs are long."""
+        """Lines of a command's output that contain a password. The host searches them: logs are long."""
         search = "grep --text --fixed-strings --file=/dev/fd/3"
         lines: str = shell(f"{{ {command}; }} 2>/dev/null | {search} 3<<'END'\n{secrets}\nEND\n")
         return lines
