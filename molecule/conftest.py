@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import testinfra
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,6 +31,13 @@ def state() -> Path:
 def fleet(state: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((state / "fleet.json").read_text())
     return facts
+
+
+@pytest.fixture(scope="session")
+def hosts(fleet: dict[str, Any], state: Path) -> dict[str, Any]:
+    """All hosts by name, for tests that change them at once."""
+    options = {"ssh_config": str(state / "ssh_config"), "sudo": True}
+    return {name: testinfra.get_host(f"ssh://{name}", **options) for name in fleet["hosts"]}
 
 
 @pytest.fixture
@@ -75,6 +83,23 @@ class Played:
         recap = re.findall(r"^(\S+)\s+: .*changed=(\d+)", self.stdout, re.M)
         # The recap also lists localhost, where the first play checks the control node.
         return {host: int(count) for host, count in recap if host != "localhost" or count != "0"}
+
+    def failures(self) -> dict[str, str]:
+        """Assert failure; return the message of each host that failed, on one line."""
+        assert self.returncode != 0, self.stdout + self.stderr
+        found = re.findall(r"^fatal: \[([^]\s]+).*\n((?:[ ].*\n|\n)*)", self.stdout, re.M)
+        return {host: " ".join(message.split()) for host, message in found}
+
+    def changed_tasks(self) -> list[str]:
+        """What changed as `host: role : task`, in its order; the playbook has to have succeeded."""
+        assert self.returncode == 0, self.stdout + self.stderr
+        found, task = [], ""
+        for line in self.stdout.splitlines():
+            if banner := re.match(r"(?:TASK|RUNNING HANDLER) \[(?:pixel\.endpoint\.)?(.*)\] \*+$", line):
+                task = banner[1]
+            elif change := re.match(r"changed: \[(\S+?)( ->.*)?\]$", line):
+                found.append(f"{change[1]}: {task}")
+        return found
 
 
 @pytest.fixture(scope="session")

@@ -159,8 +159,8 @@ def test_text_that_is_not_a_network_is_refused(text: str) -> None:
     assert not plugin.is_network(text)
 
 
-def check(tmp_path: Path, task: dict[str, Any], *arguments: str, **variables: Any) -> str:
-    """Check the arguments of the local fleet's host c5, which need not exist. Returns the output."""
+def play(tmp_path: Path, tasks: list[dict[str, Any]], *arguments: str, **variables: Any) -> str:
+    """Run tasks for the local fleet's host c5, which needn't be there. Returns what is printed."""
     facts = {
         "all_ipv4_addresses": ["10.0.0.11"],
         "memtotal_mb": 8000,
@@ -168,15 +168,17 @@ def check(tmp_path: Path, task: dict[str, Any], *arguments: str, **variables: An
         "architecture": "x86_64",
         "cacheable": True,
     }
+    own: dict[str, Any] = {
+        f"redis_{user}_password": "0123456789abcdefghij" for user in ("app", "admin", "monitor")
+    }
+    own |= {"nginx_lb_admin_networks": ["10.0.0.0/8"], "firewall_admin_networks": []}
     playbook = tmp_path / "play.yml"
-    tasks = [{"ansible.builtin.set_fact": facts}, {"name": "Check", "pixel.endpoint.check_arguments": task}]
-    playbook.write_text(json.dumps([{"hosts": "c5", "gather_facts": False, "tasks": tasks}]))
-    own: dict[str, Any] = {"private_address": "10.0.0.11", "fleet_state": str(tmp_path)}
-    own |= {f"redis_{user}_password": "0123456789abcdefghij" for user in ("app", "admin", "monitor")}
-    own |= {"nginx_lb_admin_networks": ["10.0.0.0/8"], "firewall_admin_networks": []} | variables
+    tasks = [{"ansible.builtin.set_fact": facts}, *tasks]
+    playbook.write_text(json.dumps([{"hosts": "c5", "gather_facts": False, "vars": own, "tasks": tasks}]))
     command = [sys.executable, "-m", "ansible", "playbook", f"--inventory={ROOT / 'inventory' / 'local'}"]
+    extra = {"private_address": "10.0.0.11", "fleet_state": str(tmp_path)} | variables
     done = subprocess.run(
-        [*command, f"--extra-vars={json.dumps(own)}", *arguments, str(playbook)],
+        [*command, f"--extra-vars={json.dumps(extra)}", *arguments, str(playbook)],
         env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "PIXEL_FLEET": "none"},
         capture_output=True,
         text=True,
@@ -184,6 +186,11 @@ def check(tmp_path: Path, task: dict[str, Any], *arguments: str, **variables: An
     )
     assert (done.returncode == 0) == ("failed=0" in done.stdout), done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def check(tmp_path: Path, task: dict[str, Any], *arguments: str, **variables: Any) -> str:
+    """Check the arguments of c5. Returns what is printed."""
+    return play(tmp_path, [{"pixel.endpoint.check_arguments": task}], *arguments, **variables)
 
 
 def test_all_faults_of_all_roles_are_reported_at_once(tmp_path: Path) -> None:
@@ -238,5 +245,137 @@ def test_variables_of_roles_that_run_elsewhere_are_checked_if_they_are_set(tmp_p
 def test_arguments_on_the_command_line_are_text(tmp_path: Path) -> None:
     given = ("-e", "redis_port=6380 firewall_enabled=false monitoring_p99_seconds=0.5 nginx_lb_tls=off")
     assert "failed=0" in check(tmp_path, {"roles": ROLES}, *given)
-    output = check(tmp_path, {"roles": ROLES}, "-e", "firewall_public_ports=80,443")
-    assert "firewall_public_ports is text, not a list" in output
+    said = check(tmp_path, {"roles": ROLES}, "-e", "firewall_public_ports=80,443")
+    assert "firewall_public_ports is text, not a list" in said
+
+
+T2_ALONE = {"nginx_lb_backup": "{{ inventory_hostname == 't2' }}"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"nginx_lb_method": "fastest"}, "nginx_lb_method 'fastest' is invalid"),
+        ({"nginx_lb_method": "hash", "nginx_lb_hash_key": "a b;"}, "nginx_lb_hash_key 'a b;' is invalid"),
+        ({"nginx_lb_clusters": {"x/y": "c5"}}, "can't be part of a path: x/y"),
+        ({"nginx_lb_clusters": {"big": "m5"}}, "names m5, of which there is no backend"),
+        ({"nginx_lb_weights": "explicit"}, "t2 has no nginx_lb_weight: set one"),
+        ({"nginx_lb_weights": "measured"}, "t2 has no nginx_lb_measured: run playbooks/calibrate.yml"),
+        (
+            T2_ALONE | {"nginx_lb_method": "hash"},
+            "nginx_lb_method hash has no backups, and t2 has nginx_lb_backup",
+        ),
+        (T2_ALONE | {"nginx_lb_sticky": True}, "nginx_lb_sticky has no backups"),
+        ({"nginx_lb_backup": True}, "at least one host must not be a backup"),
+    ],
+)
+def test_a_balancer_whose_variables_contradict_each_other_is_refused(
+    tmp_path: Path, variables: dict[str, Any], says: str
+) -> None:
+    said = check(tmp_path, {"roles": ["nginx_lb"]}, **variables)
+    assert "failed=1" in said
+    assert says in " ".join(said.split())
+
+
+WRONG = [
+    ("redis_port", 80),
+    ("redis_address", "10.255.255.1"),
+    ("redis_appendfsync", "sometimes"),
+    ("redis_maxmemory_mb", 1),
+    ("redis_app_user", "default"),
+    ("redis_app_password", "short"),
+    ("redis_maxclients", "many"),
+    ("redis_backup_keep", 0),
+    ("pixel_app_port", 70000),
+    ("pixel_app_instances", 17),
+    ("pixel_app_candidate_port", 8000),
+    ("pixel_app_workers", 0),
+    ("pixel_app_keep_releases", 1),
+    ("pixel_app_canvas_width", -5),
+    ("pixel_app_canvas_height", 65536),  # by 1024
+    ("pixel_app_release", "../up"),
+    ("pixel_app_redis_url", "http://10.0.0.1"),
+    ("pixel_app_memory_max", "plenty"),
+    ("pixel_app_settings", {"CANVAS": "1"}),
+    ("pixel_app_log_level", "loud"),
+    ("nginx_lb_group", "nobody"),
+    ("nginx_lb_body_limit", "2 megabytes"),
+    ("nginx_lb_keepalive", 0),
+    ("nginx_lb_local_socket", "run/pixel.sock"),
+    ("nginx_lb_factors", {"c5": 0}),
+    ("nginx_lb_weights", "guessed"),
+    ("nginx_lb_reload_interval", 5),
+    ("nginx_lb_dead_band", 5),
+    ("nginx_lb_tls", "selfsigned"),  # without a name
+    ("nginx_lb_hsts", 3600),  # without TLS
+    ("nginx_lb_health_fails", 0),
+    ("nginx_lb_credit_source", "cloudwatch"),
+    ("nginx_lb_limit_rate", -1),
+    ("nginx_lb_limit_burst", "many"),
+    ("nginx_lb_body_timeout", 0),
+    ("nginx_lb_admin_networks", ["10.0.0.0/33"]),
+    ("nginx_lb_trusted_proxies", ["0.0.0.0/0"]),
+    ("nginx_lb_status_port", 80),
+    ("redis_monitor_password", "short"),
+    ("redis_monitor_user", "admin"),
+    ("monitoring_group", "nobody"),
+    ("monitoring_address", "everywhere"),
+    ("monitoring_scrape_seconds", 0),
+    ("monitoring_retention_days", 0),
+    ("monitoring_p99_seconds", 60),
+    ("monitoring_error_ratio", 2),
+    ("monitoring_least_credits", 0),
+    ("monitoring_webhook_url", "example.org/hook"),
+    ("monitoring_mail_to", "ops@example.org"),
+    ("firewall_public_ports", [0]),
+    ("firewall_fleet_ports", [80]),
+    ("firewall_admin_networks", ["10.0.0.0/40"]),
+    ("firewall_ssh_networks", ["everywhere"]),
+    ("firewall_fleet_udp_ports", [0]),
+    ("firewall_fleet_protocols", ["VRRP"]),
+    ("firewall_connections", 5),
+    ("firewall_rollback", 1),
+    ("logs_journal_max_mb", 1),
+    ("logs_forward_to", "collector"),
+]
+
+
+# Those whose fault depends on variables that are wrong as well.
+ALONE = (
+    "firewall_fleet_ports",
+    "nginx_lb_hsts",
+    "nginx_lb_tls",
+    "pixel_app_candidate_port",
+    "pixel_app_canvas_height",
+)
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The refusal of each variable that is wrong alone; under an empty name, that of all others at once."""
+    folder = tmp_path_factory.mktemp("wrong")
+    wrong = {name: {name: value} for name, value in WRONG if name in ALONE}
+    wrong[""] = {name: value for name, value in WRONG if name not in ALONE}
+    checks = [
+        {
+            "pixel.endpoint.check_arguments": {"roles": ROLES},
+            "vars": variables,
+            "register": f"refused_{name}",
+            "ignore_errors": True,
+        }
+        for name, variables in wrong.items()
+    ]
+    messages = ", ".join(f"'{name}': refused_{name}.msg | default('')" for name in wrong)
+    report = {"content": f"{{{{ {{ {messages} }} | to_json }}}}", "dest": str(folder / "report.json")}
+    write = {"ansible.builtin.copy": report | {"mode": "0600"}, "delegate_to": "localhost", "become": False}
+    play(folder, [*checks, write])
+    refused: dict[str, str] = json.loads((folder / "report.json").read_text())
+    return refused
+
+
+@pytest.mark.parametrize("variable", [variable for variable, _ in WRONG])
+def test_a_wrong_variable_is_named(refusals: dict[str, str], variable: str) -> None:
+    if variable in ALONE:
+        assert variable in refusals[variable]
+    else:
+        assert re.search(rf"^- {variable}\b", refusals[""], re.M), refusals[""]

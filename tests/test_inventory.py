@@ -77,7 +77,7 @@ def test_a_host_without_python_is_named_with_a_fix(tmp_path: Path, has_python: b
     for path in Path("/usr/bin").iterdir():
         if has_python or not path.name.startswith("python"):
             (programs / path.name).symlink_to(path)
-    done = play(tmp_path, GOOD, "playbooks/validate.yml", PATH=str(programs))
+    done = play(tmp_path, VALID, "playbooks/validate.yml", PATH=str(programs))
     words = " ".join(done.stdout.split())
     for host in ("a", "b"):
         fix = f"{host} has no python3, which Ansible needs there: apt-get install python3"
@@ -91,7 +91,10 @@ def test_a_managed_redis_replaces_the_group(tmp_path: Path) -> None:
     assert "fatal" not in validate(tmp_path, MANAGED)
     site = play(tmp_path, MANAGED, "site.yml", "--list-hosts")
     assert site.returncode == 0
-    hosts = {name: int(count) for name, count in re.findall(r": (.+?)\tTAGS[^(]*\((\d+)\):", site.stdout)}
+    hosts = {
+        name: int(count)
+        for name, count in re.findall(r": (.+?) \(\d of 9\)\tTAGS[^(]*\((\d+)\):", site.stdout)
+    }
     assert hosts["Redis"] == 0
     assert hosts["Prepare the app"] == hosts["Switch the app, host by host"] == 2
     assert hosts["Balancer"] == 1
@@ -250,7 +253,7 @@ def test_ignored_settings_are_reported_with_a_fix(tree: Path, tmp_path: Path, el
     assert "was not found" not in output
     assert "hunter2" not in output
     output = ansible("ansible-playbook", *playbook, cwd=cwd, ANSIBLE_CONFIG=str(tree / "ansible.cfg"))
-    assert "PLAY [Validate the hosts]" in output
+    assert "PLAY [Validate the hosts (1 of 9)]" in output
 
 
 def test_make_sets_ansible_config(tree: Path) -> None:

@@ -232,11 +232,27 @@ def test_a_release_that_fails_its_trial_is_removed_and_may_be_tried_again(
     assert manager.releases.names() == ["a"]
     assert host.active["pixel.service"]["release"] == "a"
     assert "pixel-candidate.service" not in host.active
+    # It holds the password.
+    assert not manager.staged.exists()
     host.faults.clear()
     assert deploy(manager, "b")[-1]["current"] == "b"
 
 
-def test_a_release_that_has_served_is_kept_when_a_trial_fails(manager: Manager, host: FakeHost) -> None:
+def test_a_deployment_that_was_staged_and_given_up_is_removed(manager: Manager) -> None:
+    """Its trial failed on another host, and the next run deploys the one that runs."""
+    deploy(manager, "a")
+    make(manager, "b")
+    carry_out(manager, option("stage", "b"), False)
+    removal = [f"remove {manager.staged}", f"remove {manager.releases.path('b')}"]
+    assert carry_out(manager, option("switch", "a", keep=1), True)["tidied"] == removal
+    assert manager.staged.exists()
+    result = carry_out(manager, option("switch", "a", keep=1), False)
+    assert (result["changed"], result["tidied"]) == (True, removal)
+    assert not manager.staged.exists()
+    assert not carry_out(manager, option("switch", "a", keep=1), False)["changed"]
+
+
+def test_a_release_that_has_served_stays_when_a_trial_fails(manager: Manager, host: FakeHost) -> None:
     deploy(manager, "a")
     deploy(manager, "b")
     host.faults.update("ab")

@@ -61,6 +61,13 @@ def test_a_role_has_no_tags_but_always_for_its_preflight(role: str) -> None:
         assert tags == (["[always]"] if path.name == "main.yml" else []), path
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_every_role_checks_its_arguments_first(role: str) -> None:
+    first = load(role, "tasks/main.yml")[0]
+    assert first["ansible.builtin.import_tasks"] == "preflight.yml"
+    assert load(role, "tasks/preflight.yml")[0]["pixel.endpoint.check_arguments"] == {"roles": [role]}
+
+
 @pytest.mark.parametrize(
     ("value", "is_refused"),
     [

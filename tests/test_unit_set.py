@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +12,34 @@ import pytest
 from ansible.module_utils.testing import patch_module_args  # type: ignore[import-untyped]
 from ansible_collections.pixel.endpoint.plugins.modules import unit_set
 
-# A stub of systemctl: units are files that contain "<load> <file> <active>". It logs its arguments.
+# Stands in for systemctl: units are files that hold "<load> <file> <active> <needs daemon-reload> <started>
+# <changed>"; it logs its arguments.
 SYSTEMCTL = """#!/bin/sh
 cd "$(dirname "$0")/units"
 echo "$@" >>../calls
 verb=$1; shift
+[ $verb != daemon-reload ] || exec sed -i 's/ yes / no /' *
 while [ "$1" != -- ] && [ $# -gt 0 ]; do shift; done; shift
+now=$(cat ../now)
 for unit; do
-  set -- $(cat "$unit" 2>/dev/null || echo not-found - inactive)
+  set -- $(cat "$unit" 2>/dev/null || echo not-found - inactive no 0 0)
   case $verb in
     show) printf 'Id=%s\\nLoadState=%s\\n' "$unit" "$1"
-      printf 'UnitFileState=%s\\nActiveState=%s\\n\\n' "${2#-}" "$3" ;;
-    enable) echo "$1 enabled $3" >"$unit" ;;
-    disable) echo "$1 disabled $3" >"$unit" ;;
-    start) echo "$1 $2 active" >"$unit" ;;
-    stop) echo "$1 $2 inactive" >"$unit" ;;
+      printf 'UnitFileState=%s\\nActiveState=%s\\nNeedDaemonReload=%s\\n' "${2#-}" "$3" "$4"
+      printf 'InactiveExitTimestampMonotonic=%s\\nStateChangeTimestampMonotonic=%s\\n\\n' "$5" "$6" ;;
+    enable) echo "$1 enabled $3 $4 $5 $6" >"$unit" ;;
+    disable) echo "$1 disabled $3 $4 $5 $6" >"$unit" ;;
+    start | restart) echo "$1 $2 active $4 $now $now" >"$unit" ;;
+    stop) echo "$1 $2 inactive $4 $5 $now" >"$unit" ;;
+    reload) echo "$1 $2 active $4 $5 $now" >"$unit" ;;
   esac
 done
 """
+
+
+def ago(seconds: float) -> int:
+    """A moment of the monotonic clock in microseconds, as systemd has it."""
+    return int((time.monotonic() - seconds) * 1e6)
 
 
 @pytest.fixture
@@ -39,6 +51,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
     def run_module(**arguments: Any) -> dict[str, Any]:
+        (tmp_path / "now").write_text(str(ago(0)))
         with patch_module_args(arguments), pytest.raises(SystemExit):
             unit_set.main()
         result: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -48,7 +61,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def units(tmp_path: Path) -> dict[str, str]:
-    return {path.name: path.read_text().strip() for path in (tmp_path / "units").iterdir()}
+    """Load state, file state and active state of each unit."""
+    paths = (tmp_path / "units").iterdir()
+    return {path.name: " ".join(path.read_text().split()[:3]) for path in paths}
 
 
 def calls(tmp_path: Path) -> list[str]:
@@ -66,7 +81,13 @@ STATES = {
 @pytest.fixture(autouse=True)
 def made(run: Any, tmp_path: Path) -> None:
     for name, state in STATES.items():
-        (tmp_path / "units" / name).write_text(state)
+        write(tmp_path, name, state)
+
+
+def write(tmp_path: Path, name: str, state: str, unread: str = "no", started: int = 0) -> None:
+    """Make a unit that was started some seconds ago."""
+    moment = ago(started)
+    (tmp_path / "units" / name).write_text(f"{state} {unread} {moment} {moment}")
 
 
 def test_only_units_that_differ_are_changed(run: Any, tmp_path: Path) -> None:
@@ -80,10 +101,8 @@ def test_only_units_that_differ_are_changed(run: Any, tmp_path: Path) -> None:
 
 
 def test_check_mode_changes_nothing(run: Any, tmp_path: Path) -> None:
-    assert run(names=list(STATES), daemon_reload=True, _ansible_check_mode=True)["changed_units"] == [
-        "a.service",
-        "c.socket",
-    ]
+    write(tmp_path, "c.socket", STATES["c.socket"], unread="yes")
+    assert run(names=list(STATES), _ansible_check_mode=True)["changed_units"] == ["a.service", "c.socket"]
     assert units(tmp_path) == STATES
     assert calls(tmp_path) == ["show"]
 
@@ -103,14 +122,90 @@ def test_units_are_stopped_and_disabled(run: Any, tmp_path: Path) -> None:
     ],
 )
 def test_a_unit_that_cannot_start_is_named(run: Any, tmp_path: Path, state: str, message: str) -> None:
-    (tmp_path / "units" / "d.service").write_text(state)
+    write(tmp_path, "d.service", state)
     assert run(names=["a.service", "d.service"])["msg"] == message
-    # systemctl changed no unit.
-    assert calls(tmp_path) == ["show"]
-    # In check mode the unit may not be written yet, so it counts as changed.
+    # No unit was changed.
+    assert set(calls(tmp_path)) <= {"show", "daemon-reload"}
+    # A dry run didn't write the unit that a run would start.
     assert "d.service" in run(names=["d.service"], _ansible_check_mode=True)["changed_units"]
 
 
 def test_an_empty_set_does_not_run_systemctl(run: Any, tmp_path: Path) -> None:
     assert not run(names=[])["changed"]
     assert not (tmp_path / "calls").exists()
+
+
+def test_units_whose_configuration_systemd_has_not_read_are_read(run: Any, tmp_path: Path) -> None:
+    write(tmp_path, "b.timer", STATES["b.timer"], unread="yes")
+    assert run(names=["b.timer"])["diff"]["before"] == "b.timer: enabled, active, configuration not read\n"
+    assert calls(tmp_path) == ["show", "daemon-reload", "show"]
+    assert not run(names=["b.timer"])["changed"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Any:
+    """Make a file that was modified some seconds ago. Returns its path."""
+
+    def make(name: str, modified: float) -> str:
+        path = tmp_path / name
+        path.touch()
+        os.utime(path, (time.time() - modified,) * 2)
+        return str(path)
+
+    return make
+
+
+@pytest.mark.parametrize("verb", ["restart", "reload"])
+def test_a_unit_reads_a_file_that_is_newer_once(run: Any, tmp_path: Path, file: Any, verb: str) -> None:
+    for name in ("old.service", "other.service"):
+        write(tmp_path, name, "loaded enabled active", started=50)
+    new, read = file("new", 10), file("read", 90)
+    paths = {"old.service": [new, read, "/none"], "other.service": [read]}
+    arguments = {"names": [*paths], f"{verb}_on": paths | {"b.timer": [new]}}
+    shown = run(**arguments, _ansible_check_mode=True)
+    assert calls(tmp_path) == ["show"]
+    result = run(**arguments)
+    assert shown["changed_units"] == result["changed_units"] == ["old.service"]
+    assert result["diff"]["before"] == f"old.service: enabled, active, older than {new}\n"
+    assert calls(tmp_path)[1:] == ["show", *["daemon-reload"] * (verb == "restart"), verb]
+    assert not run(**arguments)["changed"]
+    # Whoever restarts it for another reason has done it.
+    Path(new).touch()
+    write(tmp_path, "old.service", "loaded enabled active", started=-1)
+    assert not run(**arguments)["changed"]
+
+
+def test_a_restart_is_no_reload_as_well_and_a_start_is_neither(run: Any, tmp_path: Path, file: Any) -> None:
+    write(tmp_path, "old.service", "loaded enabled active", started=50)
+    new = file("new", 10)
+    paths = {"a.service": [new], "old.service": [new]}
+    assert run(names=[*paths], restart_on=paths, reload_on=paths)["changed_units"] == [*paths]
+    assert calls(tmp_path) == ["show", "daemon-reload", "enable", "start", "restart"]
+
+
+def test_a_reload_is_not_a_start(run: Any, tmp_path: Path, file: Any) -> None:
+    """It leaves the time of the start as it was."""
+    write(tmp_path, "old.service", "loaded enabled active", started=50)
+    restart, reload = {"old.service": [file("restart", 10)]}, {"old.service": [file("reload", 10)]}
+    run(names=["old.service"], reload_on=reload)
+    assert not run(names=["old.service"], reload_on=reload)["changed"]
+    run(names=["old.service"], restart_on=restart)
+    assert calls(tmp_path) == ["show", "reload", "show", "show", "daemon-reload", "restart"]
+
+
+def test_a_file_from_the_future_restarts_nothing_forever(run: Any, tmp_path: Path, file: Any) -> None:
+    """Its clock was ahead when it was written."""
+    write(tmp_path, "old.service", "loaded enabled active", started=50)
+    assert not run(names=["old.service"], restart_on={"old.service": [file("ahead", -3600)]})["changed"]
+
+
+def test_a_dry_run_counts_files_that_it_did_not_write(run: Any, tmp_path: Path, file: Any) -> None:
+    write(tmp_path, "old.service", "loaded enabled active", started=50)
+    arguments = {
+        "names": ["old.service"],
+        "restart_on": {"old.service": [file("old", 90)]},
+        "changed_paths": [str(tmp_path / "old"), str(tmp_path / "unrelated")],
+    }
+    assert run(**arguments, _ansible_check_mode=True)["changed_units"] == ["old.service"]
+    # In a run, what was written tells for itself.
+    assert not run(**arguments)["changed"]

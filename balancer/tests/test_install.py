@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +42,37 @@ def test_a_failure_restores_all_files(
     with pytest.raises(type(error)):
         install.apply(balancer.nginx, {new: b"new", old: None, changed: b"after"})
     assert (new.exists(), old.read_text(), changed.read_text()) == (False, "old", "before")
+
+
+def test_a_dry_run_tells_what_an_install_would_change(balancer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = balancer.paths
+    (paths.staged / "pixel").mkdir(parents=True)
+    (paths.staged / "nginx.conf").write_text("new")
+    (paths.staged / "pixel" / "backends.json").write_text(paths.facts.read_text())
+    monkeypatch.setattr(install, "run_nginx", lambda *_: subprocess.CompletedProcess([], 0))
+
+    def files() -> dict[Path, str]:
+        return {path: path.read_text() for path in paths.nginx.rglob("*") if path.is_file()}
+
+    def dry_run() -> bool:
+        before = files()
+        would: bool = install.install(paths, balancer.nginx, dry_run=True)
+        assert files() == before
+        return would
+
+    assert dry_run()
+    assert install.install(paths, balancer.nginx)
+    assert not dry_run()
+    for changed in (paths.nginx / "nginx.conf", paths.upstreams):
+        changed.write_text("by hand")
+        assert dry_run()
+        assert install.install(paths, balancer.nginx)
+        assert not dry_run()
+    # Nginx runs, and there is no record of what it has read.
+    monkeypatch.setattr(Nginx, "is_running", lambda _: True)
+    assert dry_run()
+    balancer.nginx.mark_loaded()
+    assert not dry_run()
 
 
 def test_a_certificate_is_staged_for_the_next_install(balancer: Any) -> None:

@@ -19,10 +19,10 @@ options:
       - V(stage) writes O(files) and O(password) to C(staged/) below O(etc), after the release has accepted
         its settings. It changes nothing if the deployment is already active.
       - V(try) starts the staged deployment as C(pixel-candidate.service) on O(candidate_port) and checks it.
-        If the check fails, a release that has never served on this host is removed.
+        If the check fails, C(staged/) and a release that has never served on this host are removed.
       - V(switch) activates the staged deployment and checks it. If the check fails, it restores the former
-        deployment. Then it enables O(units), stops surplus instances, and removes all but
-        O(keep) releases.
+        deployment. Then it enables O(units), stops surplus instances, removes all but O(keep) releases,
+        and removes a staged deployment that was given up.
     type: str
     choices: [status, build, stage, try, switch]
     default: status
@@ -801,8 +801,8 @@ class Manager:
             return f"Its former deployment (release {before.release}) was restored, but isn't ready: {error}"
         return f"Its former deployment (release {before.release}) was restored and serves."
 
-    def tidy(self, units: Sequence[str], keep: int, dry: bool) -> list[str]:
-        """Enable and start the units, remove surplus instances and releases. Returns the changes."""
+    def tidy(self, units: Sequence[str], keep: int, dry: bool, paths: Sequence[Path] = ()) -> list[str]:
+        """Enable and start the units, remove surplus instances, releases and paths. Returns what was done."""
         done = []
         wanted = [f"{unit}.{kind}" for unit in units for kind in ("socket", "service")]
         for unit in wanted:
@@ -825,7 +825,7 @@ class Manager:
             if not dry:
                 path.unlink()
         spare = [self.releases.path(release) for release in self.releases.spare(keep)]
-        for path in spare:
+        for path in [*paths, *spare]:
             done.append(f"remove {path}")
             if not dry:
                 remove(path)
@@ -913,13 +913,20 @@ def carry_out(manager: Manager, option: dict[str, Any], dry: bool) -> dict[str, 
                     wanted.save(manager.staged)
         case "try":
             if not dry:
-                manager.attempt(manager.staged_deployment(release, fingerprint), option["candidate_port"])
+                staged = manager.staged_deployment(release, fingerprint)
+                try:
+                    manager.attempt(staged, option["candidate_port"])
+                except Failure:
+                    remove(manager.staged)
+                    raise
         case "switch":
             # Also if it runs but is staged: files were altered, or a switch was interrupted at its end.
             is_new = manager.running() != fingerprint or manager.is_staged(fingerprint)
             if is_new and not dry:
                 manager.switch(manager.staged_deployment(release, fingerprint), option["rollback"])
-            result["tidied"] = manager.tidy(option["units"], option["keep"], dry)
+            # Of a trial that failed on another host, or was interrupted.
+            given_up = [manager.staged] if manager.staged.exists() and not is_new else []
+            result["tidied"] = manager.tidy(option["units"], option["keep"], dry, given_up)
             result["changed"] = is_new or bool(result["tidied"])
     return result | manager.releases.report()
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterable
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule  # type: ignore[import-untyped]
@@ -12,8 +15,13 @@ module: unit_set
 short_description: Enable and start, or disable and stop, a set of systemd units in one run
 description:
   - >-
-    One run replaces a loop of M(ansible.builtin.systemd_service) with C(enabled) and C(state). The state of
-    all units is read at once, and only units that differ are changed.
+    One run replaces a loop of M(ansible.builtin.systemd_service) with C(enabled) and C(state), and the
+    handlers that restart or reload the units. systemd is asked once for all units, and only those that
+    differ are changed.
+  - >-
+    A unit is restarted because of what is on the host, not because of what this run has done: a run that was
+    interrupted between the write of a file and the restart is finished by the next one.
+  - systemd reads its configuration again if that of one of the units has changed, and before a restart.
 options:
   names:
     description: Names of the units with their suffix.
@@ -27,10 +35,27 @@ options:
     type: str
     choices: [started, stopped]
     default: started
-  daemon_reload:
-    description: Make systemd reload its unit files first.
-    type: bool
-    default: false
+  restart_on:
+    description: >-
+      Files that a unit reads when it starts, by the name of the unit. The unit is restarted if it was started
+      before one of them was last modified. For a timer or a socket, files of its service may be among them.
+      Units that are not in O(names) are left alone.
+    type: dict
+    default: {}
+  reload_on:
+    description: >-
+      Files that a unit reads when it starts and when it is reloaded, by the name of the unit. The unit is
+      reloaded if both were before one of them was last modified. Units that are not in O(names) are left
+      alone.
+    type: dict
+    default: {}
+  changed_paths:
+    description: >-
+      What M(pixel.endpoint.file_set) has returned under this name. Only used in check mode, in which these
+      files were not written.
+    type: list
+    elements: str
+    default: []
 attributes:
   check_mode: {support: full}
   diff_mode: {support: full}
@@ -38,9 +63,14 @@ author: Pixel Endpoint contributors
 """
 
 EXAMPLES = r"""
-- name: Enable and start the exporters
-  pixel.endpoint.unit_set:
-    names: [prometheus-node-exporter.service, prometheus-nginx-exporter.service]
+- name: Enable and start the service, and make it use its files
+  unit_set:
+    names: [example.service, example-cleanup.timer]
+    restart_on:
+      example.service: [/etc/default/example, /etc/systemd/system/example.service.d/own.conf]
+    reload_on:
+      example.service: [/etc/example/example.conf]
+    changed_paths: "{{ __example_files.changed_paths }}"
 """
 
 RETURN = r"""
@@ -51,6 +81,12 @@ changed_units:
   elements: str
 """
 
+PROPERTIES = (
+    *("Id", "LoadState", "ActiveState", "UnitFileState", "NeedDaemonReload"),
+    *("InactiveExitTimestampMonotonic", "StateChangeTimestampMonotonic"),
+)
+# In the order in which systemctl is asked for them.
+VERBS = ("disable", "enable", "start", "stop", "restart", "reload")
 ENABLED = {"enabled", "enabled-runtime", "static", "indirect", "generated", "alias"}
 RUNNING = {"active", "reloading", "activating"}
 
@@ -81,6 +117,28 @@ def differences(unit: dict[str, str], state: str) -> list[str]:
     return ["enable"] * (not enabled) + ["start"] * (not running)
 
 
+def newer(paths: Iterable[str], microseconds: str) -> list[str]:
+    """Return the files that were modified after a moment of the monotonic clock.
+
+    A file from the future, as before a correction of the clock, is none of them: a restart wouldn't help.
+    """
+    now = time.time()
+    moment = now - time.monotonic() + int(microseconds) / 1e6
+    return [path for path in paths if os.path.exists(path) and moment < os.path.getmtime(path) <= now]
+
+
+def outdated(
+    name: str, unit: dict[str, str], option: dict[str, Any], check_mode: bool
+) -> tuple[list[str], list[str]]:
+    """Return the command of systemctl that a running unit needs, and the files that it needs it for."""
+    for command, since in (("restart", "InactiveExitTimestamp"), ("reload", "StateChangeTimestamp")):
+        paths = option[f"{command}_on"].get(name, [])
+        unwritten = [path for path in paths if path in option["changed_paths"]] if check_mode else []
+        if files := sorted({*newer(paths, unit[f"{since}Monotonic"]), *unwritten}):
+            return [command], files
+    return [], []
+
+
 def systemctl(module: AnsibleModule, *arguments: str) -> str:
     """Run systemctl; fail the module if it fails."""
     code, output, errors = module.run_command(["systemctl", *arguments])
@@ -89,35 +147,53 @@ def systemctl(module: AnsibleModule, *arguments: str) -> str:
     return str(output)
 
 
+def show(module: AnsibleModule, names: list[str]) -> list[dict[str, str]]:
+    """Return the properties of the units, in their order."""
+    if not names:
+        return []
+    return parse(systemctl(module, "show", f"--property={','.join(PROPERTIES)}", "--", *names))
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "names": {"type": "list", "elements": "str", "required": True},
             "state": {"type": "str", "choices": ["started", "stopped"], "default": "started"},
-            "daemon_reload": {"type": "bool", "default": False},
+            "restart_on": {"type": "dict", "default": {}},
+            "reload_on": {"type": "dict", "default": {}},
+            "changed_paths": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
     )
     names: list[str] = module.params["names"]
     state: str = module.params["state"]
-    if module.params["daemon_reload"] and not module.check_mode:
+    before: dict[str, str] = {}
+    units = show(module, names)
+    unread = [name for name, unit in zip(names, units, strict=True) if unit["NeedDaemonReload"] == "yes"]
+    # systemd may know nothing yet of a unit that was written just now.
+    if not module.check_mode and (unread or any(unit["LoadState"] == "not-found" for unit in units)):
         systemctl(module, "daemon-reload")
-    wanted: dict[str, list[str]] = {"disable": [], "enable": [], "start": [], "stop": []}
-    before: dict[str, Any] = {}
-    properties = "--property=Id,LoadState,ActiveState,UnitFileState"
-    units = parse(systemctl(module, "show", properties, "--", *names)) if names else []
+        units = show(module, names)
+    wanted: dict[str, list[str]] = {verb: [] for verb in VERBS}
     for name, unit in zip(names, units, strict=True):
+        reasons = ["configuration not read"] if name in unread else []
         try:
             commands = differences(unit, state)
         except LookupError as error:
             if not module.check_mode:
                 module.fail_json(msg=str(error))
             commands = ["enable", "start"]
-        if commands:
-            before[name] = f"{unit['UnitFileState'] or 'absent'}, {unit['ActiveState']}"
+        if state == "started" and unit["ActiveState"] in RUNNING:
+            verbs, files = outdated(name, unit, module.params, module.check_mode)
+            commands += verbs
+            reasons += [f"older than {file}" for file in files]
+        if commands or reasons:
+            before[name] = ", ".join([unit["UnitFileState"] or "absent", unit["ActiveState"], *reasons])
         for command in commands:
             wanted[command].append(name)
     if not module.check_mode:
+        if wanted["restart"]:
+            systemctl(module, "daemon-reload")
         for command, chosen in wanted.items():
             if chosen:
                 systemctl(module, command, "--", *chosen)

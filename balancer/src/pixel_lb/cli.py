@@ -1,6 +1,7 @@
 """The command line.
 
-    pixel-lb install        check and apply the staged configuration
+    pixel-lb install [--dry-run]
+                            check and apply the staged configuration
     pixel-lb drain HOST     send no new requests to a host (never the last one, unless --force), and wait
                             until requests in flight have ended
     pixel-lb undrain HOST   send requests to a host again, and wait until it answers one (no wait with methods
@@ -37,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(prog="pixel-lb", description="The balancer's upstreams and controller.")
     commands = made.add_subparsers(dest="command", required=True)
-    commands.add_parser("install", help="check and apply the staged configuration")
+    installing = commands.add_parser("install", help="check and apply the staged configuration")
+    installing.add_argument("--dry-run", action="store_true", help="only print whether anything would change")
     draining = commands.add_parser("drain", help="send no new requests to a host")
     draining.add_argument("--force", action="store_true", help="even if it is the last one")
     undraining = commands.add_parser("undrain", help="send requests to a host again")
@@ -91,7 +93,7 @@ def _change(args: argparse.Namespace, paths: Paths) -> None:
         paths.closing.unlink(missing_ok=True)
         match args.command:
             case "install":
-                _print_changed(install(paths, nginx))
+                _print_changed(install(paths, nginx, dry_run=args.dry_run))
             case "certificate":
                 _print_changed(install_certificate(paths, nginx, args.directory))
             case "drain":

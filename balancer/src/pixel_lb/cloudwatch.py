@@ -3,7 +3,7 @@
     python -m pixel_lb.cloudwatch REGION INSTANCE…
 
 Prints JSON: by instance ID, the end of its last five-minute period (seconds since 1970) and its credit
-balance. Instances with `unlimited` credits, which are never throttled, and instances without data are left out.
+balance. Instances with `unlimited` credits, which are never throttled, and those without data are left out.
 The credentials come from the balancer's instance profile, which must allow the actions
 `cloudwatch:GetMetricData` and `ec2:DescribeInstanceCreditSpecifications`.
 """

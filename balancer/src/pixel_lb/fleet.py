@@ -63,8 +63,8 @@ class Fleet:
 
     The first of `upstreams` is `pixel`, with all servers. `max_fails`, `fail_timeout` (seconds) and
     `keepalive` are Nginx's parameters; `interval` and `timeout` (seconds) are those of the health probe.
-    `credits` contains the hosts whose CPU credits are queried in `credit_region`. `access_log` is None if Nginx
-    writes none.
+    `credits` contains the hosts whose CPU credits are queried in `credit_region`. `access_log` is None if
+    Nginx writes none.
     """
 
     upstreams: list[Upstream]

@@ -42,8 +42,13 @@ def apply(nginx: Nginx, changes: Mapping[Path, bytes | None]) -> bool:
     return changed or reloaded
 
 
-def install(paths: Paths, nginx: Nginx) -> bool:
+def install(paths: Paths, nginx: Nginx, *, dry_run: bool = False) -> bool:
     """Check the staged configuration, copy it into place, and reload Nginx.
+
+    Args:
+        paths: The agent's directories.
+        nginx: The Nginx that reads them.
+        dry_run: Change nothing, and only tell whether anything would change.
 
     Returns:
         Whether anything changed.
@@ -53,14 +58,23 @@ def install(paths: Paths, nginx: Nginx) -> bool:
     """
     staged, state = paths.staged, State(paths)
     fleet = Fleet.load(staged / "pixel" / "backends.json")
-    (staged / "pixel" / "upstreams.conf").write_text(render(fleet, state.drained(), state.shares()))
-    checked = run_nginx("-t", "-q", "-c", str(staged / "nginx.conf"))
-    if checked.returncode != 0:
-        raise Refused(
-            f"the staged configuration is invalid, the running one is kept:\n{checked.stderr.strip()}"
-        )
+    rendered = render(fleet, state.drained(), state.shares())
+    if not dry_run:
+        (staged / "pixel" / "upstreams.conf").write_text(rendered)
+        checked = run_nginx("-t", "-q", "-c", str(staged / "nginx.conf"))
+        if checked.returncode != 0:
+            raise Refused(
+                f"the staged configuration is invalid, the running one is kept:\n{checked.stderr.strip()}"
+            )
     files = sorted(path for path in staged.rglob("*") if path.is_file())
-    return apply(nginx, {paths.nginx / path.relative_to(staged): path.read_bytes() for path in files})
+    wanted: dict[Path, bytes | None] = {
+        paths.nginx / path.relative_to(staged): path.read_bytes() for path in files
+    }
+    wanted[paths.upstreams] = rendered.encode()
+    if dry_run:
+        unread = nginx.is_running() and not nginx.is_current()
+        return unread or any(read(path) != content for path, content in wanted.items())
+    return apply(nginx, wanted)
 
 
 def install_certificate(paths: Paths, nginx: Nginx, source: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,18 @@ import pytest
 @pytest.fixture
 def name(host: Any) -> str:
     return f"{host.backend.hostname}.example"
+
+
+@pytest.fixture(scope="session")
+def ports_seen(fleet: dict[str, Any], hosts: dict[str, Any]) -> Any:
+    """Those ports of a host that answer another host."""
+
+    def ask(client: str, server: str, ports: list[int]) -> list[int]:
+        words = " ".join(map(str, [fleet["hosts"][server]["address"], *ports]))
+        found: list[int] = json.loads(hosts[client].check_output(f"visitor ports {words}"))
+        return found
+
+    return ask
 
 
 @pytest.fixture

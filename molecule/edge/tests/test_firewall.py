@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 testinfra_hosts = ["debian12", "debian13"]
 
@@ -18,24 +15,9 @@ UNKNOWN = 5000
 
 
 @pytest.fixture
-def seen(shell: Any, address: str) -> Any:
-    """Return the ports of the host under test that another host can connect to."""
-    ports = " ".join(map(str, [*PUBLIC, *FLEET, UNKNOWN]))
-    return lambda other: json.loads(shell(f"visitor ports {address} {ports}", on=other))
-
-
-@pytest.fixture
-def firewall(play: Any, host: Any) -> Any:
-    """Run playbooks/firewall.yml for the host under test, with the scenario's variables."""
-    limit = ("--limit", host.backend.hostname)
-
-    scenario = yaml.safe_load((Path(__file__).parents[1] / "vars" / "main.yml").read_text())
-    own = {name: value for name, value in scenario.items() if name.startswith("firewall_")}
-
-    def run(*arguments: str, **variables: Any) -> Any:
-        return play("playbooks/firewall.yml", *limit, *arguments, **(own | variables))
-
-    return run
+def seen(ports_seen: Any, host: Any) -> Any:
+    """The ports of the host under test that answer another host."""
+    return lambda other: ports_seen(other, host.backend.hostname, [*PUBLIC, *FLEET, UNKNOWN])
 
 
 def test_every_port_has_a_listener(host: Any) -> None:
@@ -73,47 +55,6 @@ def test_other_tables_are_left_alone(host: Any) -> None:
         host.run_expect([0], "nft delete table inet others")
 
 
-def test_rules_that_lock_the_operator_out_are_rolled_back(host: Any, firewall: Any, seen: Any) -> None:
-    """The host restores the former rules without a connection."""
-    rules = host.check_output("nft list table inet pixel")
-    done = firewall(firewall_ssh_networks=["203.0.113.0/24"], firewall_rollback=20)
-    assert done.returncode != 0
-    # The reconnect fails, or, if it takes long, succeeds by the rules restored meanwhile.
-    last = done.stdout.split("fatal:")[0].rsplit("TASK", 1)[-1]
-    assert "Reconnect under the new rules" in last or "The former rules have been restored." in done.stdout
-    for _ in range(30):
-        if 22 in seen("stranger"):
-            break
-        time.sleep(1)
-    assert host.check_output("nft list table inet pixel") == rules
-    assert "203.0.113" not in host.file("/etc/pixel-firewall/rules.nft").content_string
-    # The next run corrects what is staged.
-    assert firewall().returncode == 0
-    assert "203.0.113" not in host.file("/etc/pixel-firewall/staged.nft").content_string
-
-
-def test_the_firewall_can_be_removed(firewall: Any, seen: Any) -> None:
-    # As in the manual: a string, not a boolean.
-    assert firewall("-e", "firewall_enabled=false").returncode == 0
-    assert seen("stranger") == [*PUBLIC, *FLEET, UNKNOWN]
-    done = firewall()
-    assert done.returncode == 0
-    assert "reset_connection" not in done.stdout + done.stderr
-    assert seen("stranger") == PUBLIC
-
-
-def test_rules_that_were_changed_by_hand_are_repaired(host: Any, firewall: Any, seen: Any) -> None:
-    host.run_expect([0], "nft delete table inet pixel")
-    host.run_expect([0], "sed -i 's/policy drop/policy accept/' /etc/pixel-firewall/staged.nft")
-    shown = firewall("--check", "--diff")
-    assert shown.changes() == {host.backend.hostname: 1}
-    assert "policy accept" in shown.stdout
-    assert seen("stranger") == [*PUBLIC, *FLEET, UNKNOWN]
-    assert firewall().returncode == 0
-    assert seen("stranger") == PUBLIC
-    assert firewall().changes() == {host.backend.hostname: 0}
-
-
 def test_connections_of_one_client_are_bounded_before_they_have_sent_a_request(
     shell: Any, host: Any, address: str, fleet: dict[str, Any]
 ) -> None:
@@ -127,13 +68,3 @@ def test_further_protocols_are_open_between_fleet_hosts(host: Any) -> None:
     rules = host.check_output("nft list table inet pixel")
     assert "ip saddr @fleet udp dport 5001 accept" in rules
     assert "ip saddr @fleet meta l4proto vrrp accept" in rules or "l4proto 112" in rules
-
-
-def test_another_firewall_is_named(host: Any, firewall: Any) -> None:
-    host.run_expect([0], "mkdir -p /etc/ufw && echo ENABLED=yes >/etc/ufw/ufw.conf")
-    try:
-        done = firewall()
-        assert done.returncode != 0
-        assert f"{host.backend.hostname} has ufw active" in done.words
-    finally:
-        host.run_expect([0], "rm -r /etc/ufw")

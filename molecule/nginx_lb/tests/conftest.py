@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+# As converge.yml configures the role.
+DEFAULT = {"nginx_lb_health_checks": False}
+
+
+@pytest.fixture(scope="session")
+def configure(play: Any) -> Iterator[Callable[..., None]]:
+    """Run the role with these variables, unless they are in force. In the end it is as it was before."""
+    in_force: dict[str, Any] = DEFAULT
+
+    def run(**variables: Any) -> None:
+        nonlocal in_force
+        if variables != in_force:
+            play("playbooks/nginx_lb.yml", **variables).changes()
+            in_force = variables
+
+    yield run
+    run(**DEFAULT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def configured(request: pytest.FixtureRequest, configure: Callable[..., None]) -> None:
+    """The role has the variables that a module of tests names in VARIABLES."""
+    configure(**getattr(request.module, "VARIABLES", DEFAULT))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pixel_lb.credits import baseline
 
 RECORDS = Path(__file__).resolve().parents[3] / "balancer" / "tests" / "data"
 BOTH = ("debian12", "debian13")
+VARIABLES = {"nginx_lb_weights": "adaptive", "nginx_lb_slow_start": 30}
 testinfra_hosts = ["debian12"]
 
 
@@ -22,13 +23,6 @@ testinfra_hosts = ["debian12"]
 def converge(play: Any) -> Callable[..., None]:
     """Run the role; keyword arguments become extra variables."""
     return lambda **variables: play("playbooks/nginx_lb.yml", **variables).changes()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def controlled(converge: Any) -> Iterator[None]:
-    converge(nginx_lb_weights="adaptive", nginx_lb_slow_start=30)
-    yield
-    converge(nginx_lb_health_checks=False)
 
 
 def until(condition: Callable[[], bool], seconds: float) -> None:
@@ -72,7 +66,7 @@ def test_both_controllers_run_in_a_sandbox(host: Any, shell: Any) -> None:
 
 def test_a_second_run_keeps_the_weights_that_the_controller_set(converge: Any, shell: Any) -> None:
     before = shell("cat /etc/nginx/pixel/upstreams.conf")
-    converge(nginx_lb_weights="adaptive", nginx_lb_slow_start=30)
+    converge(**VARIABLES)
     assert shell("cat /etc/nginx/pixel/upstreams.conf") == before
 
 
@@ -159,8 +153,7 @@ def test_credits_are_queried_outside_the_control_loop_and_may_stay_unknown(
 ) -> None:
     for name in BOTH:
         shell(NO_CREDENTIALS, on=name)
-    adaptive = {"nginx_lb_weights": "adaptive", "nginx_lb_slow_start": 30}
-    asking = adaptive | {"nginx_lb_credit_source": "cloudwatch", "nginx_lb_credit_region": "eu-central-1"}
+    asking = VARIABLES | {"nginx_lb_credit_source": "cloudwatch", "nginx_lb_credit_region": "eu-central-1"}
     refused = play("playbooks/nginx_lb.yml", **asking)
     assert refused.returncode != 0
     assert "needs an instance_id, such as i-0123456789abcdef0, of debian13" in refused.words
@@ -171,7 +164,7 @@ def test_credits_are_queried_outside_the_control_loop_and_may_stay_unknown(
     assert baseline(host["instance_type"]) == 0.225
     assert host["vcpus"] == int(shell("nproc", on="debian13"))
     assert {each["state"] for each in backends().values()} == {"up"}
-    converge(**adaptive)
+    converge(**VARIABLES)
     assert {each["instance_id"] for each in facts(shell)["hosts"]} == {""}
 
 

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-ROLE = "playbooks/nginx_lb.yml"
+VARIABLES = {
+    "pixel_app_instances": "{{ 2 if inventory_hostname == 'debian12' else 1 }}",
+    "nginx_lb_method": "round_robin",
+    "nginx_lb_sticky": True,
+    "nginx_lb_health_checks": False,
+}
 INSTANCES = {"debian12": ["debian12", "debian12-8001"], "debian13": ["debian13"]}
 testinfra_hosts = ["debian12", "debian13"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_of_debian12(play: Any) -> Iterator[None]:
-    variables = {
-        "pixel_app_instances": "{{ 2 if inventory_hostname == 'debian12' else 1 }}",
-        "nginx_lb_method": "round_robin",
-        "nginx_lb_sticky": True,
-        "nginx_lb_health_checks": False,
-    }
-    play(ROLE, **variables).changes()
-    assert play(ROLE, **variables).changes() == {"debian12": 0, "debian13": 0}
-    yield
-    play(ROLE, nginx_lb_health_checks=False).changes()
 
 
 @pytest.fixture
 def many(host: Any) -> Any:
     """Send `count` requests in sequence; return how many each instance answered."""
     return lambda count, path="/who": Counter(json.loads(host.check_output(f"client many {count} {path}")))
+
+
+def test_a_second_run_changes_nothing(play: Any) -> None:
+    assert play("playbooks/nginx_lb.yml", **VARIABLES).changes() == {"debian12": 0, "debian13": 0}
 
 
 def test_the_instances_of_a_host_share_its_weight(many: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import time
@@ -244,56 +243,3 @@ def test_the_next_run_completes_a_run_that_ended_before_the_restart(
     assert redis("app", "ping") == "PONG"
     assert repair.repeated.changes()[name] == 0
     assert repair.later[name] == repair.after[name]
-
-
-ODD = r"""'"quo\ted"\\#%$&{-ü-€-'""" + "x" * 8
-
-
-@pytest.fixture
-def answers(shell: Any, address: str) -> Any:
-    """Send PING as the app's user with a password, which is passed on standard input."""
-
-    def ping(password: str) -> str:
-        script = f"redis-cli -h {address} --user pixel --askpass PING 2>&1 <<'END'\n{password}\nEND\n"
-        lines = str(shell(script)).strip().splitlines()
-        # redis-cli reports a refused login before the refused command.
-        return "PONG" if lines[-1] == "PONG" else " ".join(lines)
-
-    return ping
-
-
-def test_a_new_password_needs_no_restart_and_the_former_one_is_valid_until_retired(
-    host: Any, play: Any, password: Any, answers: Any, state: Path
-) -> None:
-    """The password contains every character that a shell, a quotation or an ACL file treats specially."""
-    name, former = host.backend.hostname, password("app")
-    roles = [
-        {"ansible.builtin.include_role": {"name": "redis"} | part}
-        for part in ({}, {"tasks_from": "retire.yml"})
-    ]
-    (state / "retire.yml").write_text(json.dumps([{"hosts": "redis", "tasks": roles}]))
-
-    def main_pid() -> str:
-        return str(host.service("redis-server").systemd_properties["MainPID"])
-
-    def run(playbook: str, **variables: Any) -> int:
-        changed: int = play(playbook, "--limit", name, **variables).changes()[name]
-        return changed
-
-    before = main_pid()
-    try:
-        assert run("molecule/redis/converge.yml", redis_app_password=ODD) == 2
-        assert (answers(ODD), answers(former)) == ("PONG", "PONG")
-        assert run("molecule/redis/converge.yml", redis_app_password=ODD) == 0
-        assert run(str(state / "retire.yml"), redis_app_password=ODD) == 2
-        assert answers(ODD) == "PONG"
-        assert "WRONGPASS" in answers(former)
-        assert main_pid() == before
-        # The file agrees with the running Redis.
-        host.run_expect([0], "systemctl restart redis-server && sleep 1")
-        assert answers(ODD) == "PONG"
-        assert ODD not in host.run("journalctl --no-pager").stdout
-    finally:
-        run(str(state / "retire.yml"))
-    assert answers(former) == "PONG"
-    assert "WRONGPASS" in answers(ODD)
