@@ -227,7 +227,7 @@ def test_all_faults_of_all_roles_are_reported_at_once(tmp_path: Path) -> None:
         "firewall_fleet_udp_ports 0 is out of range: 1 to 65535.",
         "firewall_fleet_protocols VRRP is invalid: choose from ah, esp, gre, ospf, sctp, vrrp.",
         "nginx_lb_limit_rat is not a variable of role nginx_lb: did you mean nginx_lb_limit_rate?",
-        "nginx_lb_weight -3 is out of range: 1 to 1000, or 0 for one that follows from its vCPUs.",
+        "nginx_lb_weight -3 is out of range: 1 to 1000, or 0 to derive it from the vCPUs.",
         "firewall_ssh_networks 'everywhere' is not a network such as 10.0.0.0/8.",
         "logs_forward_to 'collector' is invalid: host:port, or empty.",
     ):

@@ -54,7 +54,7 @@ def drain(tmp_path: Path) -> Callable[..., Played]:
 def test_a_balancer_that_is_down_is_reported_without_an_error(drain: Callable[..., Played]) -> None:
     status, words = drain("-e", "host=t2")
     assert status == 0
-    assert "t2: drain is in force on b1. b0 is off and doesn" in words
+    assert "t2: drain is in force on b1. b0 is down and was not changed" in words
 
 
 def test_an_unreachable_balancer_that_still_serves_is_an_error(drain: Callable[..., Played]) -> None:

@@ -466,7 +466,7 @@ INVALID_COMBINATIONS = [
                 "a row without roles does nothing: C 5",
                 "2 hosts have the role redis",
                 "no host has the role nginx_lb",
-                "a row of a T type says what happens without credits",
+                "a row of a T type needs credits: standard or unlimited",
                 "only T types have credits",
             ],
         ),
@@ -497,10 +497,10 @@ def test_conflicts_with_existing_resources_are_reported_before_anything_is_creat
     assert status == 2
     messages = [
         "has 0 images 'debian-12-amd64-latest' of 136693071363",
-        "c5-1 c5.large: there as another type",
-        "old-1 holds the canvas",
-        "without our tags Project and Environment",
-        "put the private key there that the hosts were made with",
+        "c5-1 c5.large: the type differs from the table",
+        "old-1 stores the canvas",
+        "without the tags Project and Environment",
+        "put the private key of the existing hosts there",
     ]
     assert [message for message in messages if message not in output] == [], output
 

@@ -176,9 +176,9 @@ def test_a_canvas_that_is_not_empty_is_not_overwritten(
     [
         ("missing", "No backup matches"),
         ("several", "Several backups match"),
-        ("changed", "is not what was saved"),
-        ("unsigned", "has no checksum beside it"),
-        ("foreign", "was not restored to c5: redis-server says: Wrong signature"),
+        ("changed", "was changed after the backup"),
+        ("unsigned", "has no checksum file beside it"),
+        ("foreign", "was not restored to c5: redis-server failed: Wrong signature"),
     ],
 )
 def test_an_invalid_backup_is_refused_and_nothing_changes(
@@ -266,7 +266,7 @@ def test_a_failed_restore_puts_the_former_data_back(
     missing = "file missing.rdb seq 1 type b\n"
     done = play("playbooks/restore.yml", restore_overwrite=True, _redis_log_manifest=missing)
     assert done.returncode != 0
-    assert "The former data is back" in done.words, done.words
+    assert "The former data was restored" in done.words, done.words
     assert host.service("redis-server").is_running
     assert contents() == before
     assert former() == []

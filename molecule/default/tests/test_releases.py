@@ -144,7 +144,7 @@ def test_the_next_deploy_completes_an_interrupted_one(
     before = releases()
     release = ("-e", "pixel_app_release=cut-off")
     with watched(), requests(fleet, tmp_path):
-        interrupt("Build it from the wheelhouse alone", signal.SIGINT, "pixel_app", *release)
+        interrupt("Build the release from the wheelhouse", signal.SIGINT, "pixel_app", *release)
         interrupt("Try the release with its settings", signal.SIGKILL, "pixel_app", *release)
         # The first host then has the new settings, units and `current`, and still runs the old release.
         shell(

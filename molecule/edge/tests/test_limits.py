@@ -105,7 +105,7 @@ def test_a_slow_client_is_disconnected(visitor: Any, part: str) -> None:
 
 def test_a_large_body_is_refused_before_it_is_sent(visitor: Any) -> None:
     status, _, body = visitor("ask", "/pixel", "POST", f"Content-Length: {3 * 1024 * 1024}")
-    assert (status, json.loads(body)["detail"]) == (413, "A body may have 2m at most.")
+    assert (status, json.loads(body)["detail"]) == (413, "The maximum size of a body is 2m.")
 
 
 def test_a_large_header_is_refused(visitor: Any) -> None:

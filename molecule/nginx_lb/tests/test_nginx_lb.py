@@ -114,7 +114,7 @@ def test_errors_from_nginx_are_problem_details(curl: Any) -> None:
         "type": "about:blank",
         "title": "Content Too Large",
         "status": 413,
-        "detail": "A body may have 2m at most.",
+        "detail": "The maximum size of a body is 2m.",
     }
 
 

@@ -1,15 +1,15 @@
 #!/usr/bin/python3
-"""Metrics of a balancer that the node exporter does not have, written for it as a text file.
+"""Write metrics of a balancer to a text file for the node exporter.
 
     pixel_lb_backend_weight{backend}            weight in force
-    pixel_lb_backend_share{backend}             part of its base weight that the controller gives it
+    pixel_lb_backend_share{backend}             factor of its base weight, set by the controller
     pixel_lb_backend_up{backend}                0 if an operator drained it or the controller marked it down
-    pixel_lb_backend_cpu_credits{backend}       CPU credits left, if the controller knows them
-    pixel_lb_loaded                             0 if Nginx does not run with the files on disk
-    pixel_certificate_not_after_seconds{path}   when a certificate expires, in seconds since 1970
+    pixel_lb_backend_cpu_credits{backend}       CPU credit balance, if the controller knows it
+    pixel_lb_loaded                             0 if Nginx has not loaded the files on disk
+    pixel_certificate_not_after_seconds{path}   expiry time of a certificate, in seconds since 1970
 
-A timer runs it. If it fails, the file stays as it was, and its age raises an alert.
-Only the standard library is used: the host's own Python runs it.
+A timer runs this program. If it fails, the file is not changed, and its age raises an alert.
+It uses only the standard library and runs with the host's Python.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run(*command: str) -> str:
 
 
 def balancer(status: dict[str, Any]) -> list[str]:
-    """Return metrics from what `pixel-lb status` prints."""
+    """Convert the output of `pixel-lb status` to metrics."""
     lines = [f"pixel_lb_loaded {int(status['loaded'])}"]
     for name, backend in status["backends"].items():
         label = f'{{backend="{name}"}}'
@@ -46,19 +46,19 @@ def balancer(status: dict[str, Any]) -> list[str]:
 
 
 def certificate_paths(configuration: str) -> list[str]:
-    """Return the certificates that Nginx' configuration names; relative paths start at its directory."""
+    """Return the paths of certificates in Nginx's configuration; relative ones start at its directory."""
     named = re.findall(r"^\s*ssl_certificate\s+\"?([^;\"$]+)\"?;", configuration, re.M)
     return sorted({str(NGINX / path) for path in named})
 
 
 def expiry(path: str) -> int:
-    """Return when the first certificate of a file expires, in seconds since 1970."""
+    """Return the expiry time of the first certificate in a file, in seconds since 1970."""
     output = run("openssl", "x509", "-noout", "-enddate", "-in", path)
     return int(ssl.cert_time_to_seconds(output.strip().removeprefix("notAfter=")))
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file at once, with its final mode; a link in its place or beside it is not followed."""
+    """Replace a file atomically with its final mode. Links at its path or temporary path are not followed."""
     new = path.with_suffix(".new")
     new.unlink(missing_ok=True)
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)

@@ -1,12 +1,12 @@
 #!/usr/bin/python3
-"""Cut an unfinished transaction off the end of Redis' log, before Redis starts.
+"""Remove an incomplete transaction from the end of Redis's log before Redis starts.
 
-A power cut may leave a part of the last transaction, which was therefore never acknowledged. Redis
-itself cuts off the last command only, and leaves `MULTI` without `EXEC`: what is appended later is
-then taken for a part of it by `redis-check-aof`, whose repair would drop it. Only what follows the
-last `MULTI` is looked at, and only if no `EXEC` follows; damage elsewhere is left for Redis to refuse.
+A power cut may leave a part of the last transaction, which was never acknowledged. Redis itself removes
+only an incomplete last command, and leaves `MULTI` without `EXEC`. `redis-check-aof` then counts later
+commands as part of that transaction, and its repair would drop them. This program changes the log only
+if no `EXEC` follows the last `MULTI`; other damage is left for Redis to refuse.
 
-Usage: redis-trim-log FOLDER, the one with the manifest. Says what it cut, if anything.
+Usage: redis-trim-log DIRECTORY, which contains the manifest. Prints the number of bytes removed, if any.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ CHUNK = 1024 * 1024
 
 
 def last_log(folder: Path) -> Path | None:
-    """The file that Redis appends to, by its manifest; None if there is none yet."""
+    """Return the file that Redis appends to, from the manifest; None if there is none yet."""
     manifests = sorted(folder.glob("*.manifest"))
     lines = manifests[0].read_text().splitlines() if manifests else []
-    # `file NAME seq 7 type i`, and from Redis 8 on further pairs.
+    # Lines have the form `file NAME seq 7 type i`, with further pairs since Redis 8.
     entries = [dict(zip(words[::2], words[1::2], strict=False)) for words in map(str.split, lines)]
     names = [entry["file"] for entry in entries if entry.get("type") == "i"]
     return folder / names[-1] if names else None
 
 
 def unfinished(log: Path) -> int | None:
-    """Where a transaction begins that has no end; None if there is none."""
+    """Return the position of a last transaction without an end; None if there is none."""
     with log.open("rb") as file:
         place = size = file.seek(0, os.SEEK_END)
         tail = b""
-        # Backwards, so that a long log costs no more than its last transaction.
+        # Search backwards, so that the cost does not depend on the length of the log.
         while place > 0 and MULTI not in tail:
             place = max(0, place - max(len(tail), CHUNK))
             file.seek(place)
@@ -45,7 +45,7 @@ def unfinished(log: Path) -> int | None:
 
 
 def trim(folder: Path) -> int:
-    """Cut it off; the number of bytes that were."""
+    """Remove an incomplete last transaction; return the number of bytes removed."""
     log = last_log(folder)
     if log is None or not log.exists():
         return 0
