@@ -1,5 +1,5 @@
-"""What the tests run against: Redis servers of their own, with durability and users as in a
-fleet, and the service under Gunicorn as systemd starts it."""
+"""Fixtures: Redis servers with the durability and the users of a fleet, and the service under
+Gunicorn as systemd starts it."""
 
 import contextlib
 import os
@@ -37,15 +37,15 @@ GUNICORN = ("gunicorn", "--config", "python:pixel.gunicorn_conf", "pixel.app:app
 
 
 def wait_until(true: Callable[[], object], seconds: float = 10) -> None:
-    """Return when something has become true; fail if it doesn't in time."""
+    """Wait until a condition is true; fail after ``seconds``."""
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "it didn't come true in time"
+        assert time.monotonic() < end, "the condition didn't become true in time"
         time.sleep(0.02)
 
 
 class RedisServer:
-    """A Redis in a directory of its own, durable, that can be hurt."""
+    """A durable Redis server in a temporary directory, which a test can pause, kill and restart."""
 
     def __init__(self) -> None:
         # Not pytest's directory: a socket's path has to be short.
@@ -77,11 +77,11 @@ class RedisServer:
         return False
 
     def admin(self) -> redis.Redis:
-        """A client that may do anything. To be closed."""
+        """A client with all permissions. The caller closes it."""
         return redis.Redis(unix_socket_path=str(self.socket), username="admin", password="", protocol=2)
 
     def settings(self, **others: object) -> Settings:
-        """Settings for a service with this Redis."""
+        """Settings of a service that uses this Redis."""
         return Settings(redis_url=self.url, redis_username="pixel", redis_password=PASSWORD, **others)
 
     def pause(self) -> None:
@@ -109,7 +109,7 @@ def shared_redis() -> Iterator[RedisServer]:
 
 @pytest.fixture
 def redis_server(shared_redis: RedisServer) -> RedisServer:
-    """A Redis that is empty, and stays unhurt."""
+    """The shared Redis, emptied. Tests must not stop it."""
     with shared_redis.admin() as admin:
         admin.flushall()
     return shared_redis
@@ -117,7 +117,7 @@ def redis_server(shared_redis: RedisServer) -> RedisServer:
 
 @pytest.fixture
 def fragile_redis() -> Iterator[RedisServer]:
-    """A Redis to be paused, killed and broken."""
+    """A Redis that the test may pause, kill and break."""
     server = RedisServer()
     yield server
     server.remove()
@@ -125,7 +125,7 @@ def fragile_redis() -> Iterator[RedisServer]:
 
 @pytest.fixture
 async def fragile(fragile_redis: RedisServer) -> AsyncIterator[Store]:
-    """A store that is connected to a Redis that will be hurt."""
+    """A store that is connected to ``fragile_redis``."""
     store = Store(fragile_redis.settings())
     await store.probe()
     yield store
@@ -211,7 +211,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 
 @pytest.fixture
 def start_service() -> Iterator[Callable[..., Service]]:
-    """Starts services, which end with the test."""
+    """A function that starts services; they are stopped after the test."""
     services: list[Service] = []
 
     def start(redis_url: str, **environment: str) -> Service:
@@ -225,7 +225,7 @@ def start_service() -> Iterator[Callable[..., Service]]:
 
 @pytest.fixture(scope="module")
 def service(shared_redis: RedisServer) -> Iterator[Service]:
-    """Two workers, that have answered."""
+    """A service with two workers, which is ready."""
     service = Service(shared_redis.url)
     assert httpx.get(f"{service.url}/readyz", timeout=20).status_code == 200
     yield service

@@ -94,7 +94,7 @@ def test_a_canvas_of_any_size_works(redis_server: RedisServer, width: int, heigh
         assert client.get(f"/canvas.png?w={width + 1}").status_code == 422
 
 
-def test_a_picture_can_be_a_part_and_larger(client: TestClient) -> None:
+def test_a_picture_can_be_cropped_and_scaled(client: TestClient) -> None:
     paint(client, 11, 21, 90)
     answer = client.get("/canvas.png?x=10&y=20&w=3&h=2&scale=16")
     assert answer.headers["content-type"] == "image/png"
@@ -171,7 +171,7 @@ async def test_a_picture_is_read_and_encoded_once_for_all_requests(
     await asyncio.gather(*(show() for _ in range(50)), show(2))
     await show()
     assert sorted(encoded) == [1, 2]
-    await store.write([Change(1000, 1000, 0, 1)])  # elsewhere
+    await store.write([Change(1000, 1000, 0, 1)])  # outside the region
     await show()
     assert sorted(encoded) == [1, 2]
     await store.write([Change(1, 1, 0, 1)])
@@ -194,7 +194,7 @@ async def test_a_picture_shows_what_was_written_before_it_was_asked_for(store: S
     await asyncio.gather(*(write_and_look(x) for x in range(50)))
 
 
-def test_any_tag_is_matched_without_reading_the_canvas(
+def test_if_none_match_any_is_answered_without_reading_the_canvas(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Store, "snapshot", None)
@@ -205,7 +205,9 @@ def test_any_tag_is_matched_without_reading_the_canvas(
     assert client.get("/canvas.rgb?w=0", headers={"If-None-Match": "*"}).status_code == 422
 
 
-async def test_only_few_pictures_are_made_at_a_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_pictures_in_preparation_is_bounded(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = store.snapshot
     go_on = asyncio.Event()
 
@@ -238,7 +240,7 @@ async def test_the_whole_canvas_is_always_kept(store: Store) -> None:
         assert await cache.picture(Region(0, 0, 1024, 1024)) is whole
 
 
-async def test_pictures_count_until_they_are_sent(store: Store) -> None:
+async def test_pictures_count_towards_the_memory_bound_until_they_are_sent(store: Store) -> None:
     with PictureCache(store) as cache:
         cache._limit = 1000 * 1000
         responses = []
@@ -273,7 +275,7 @@ async def test_a_client_that_takes_no_bytes_is_disconnected(
     assert sent == [0, *[pictures.CHUNK_BYTES] * 3]
 
 
-async def test_few_pictures_are_kept(store: Store) -> None:
+async def test_the_cache_keeps_a_bounded_number_of_pictures(store: Store) -> None:
     cache = PictureCache(store)
     for x in range(10):
         await cache.picture(Region(x, 0, 5, 5))

@@ -19,7 +19,7 @@ def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_it_backs_off_in_steps_and_forgets(clock: list[float]) -> None:
+def test_restart_delays_grow_and_old_crashes_expire(clock: list[float]) -> None:
     assert crashes.lately() == 0
     delays = []
     for _ in range(12):

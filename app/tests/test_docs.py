@@ -1,6 +1,6 @@
 """``docs/api.md`` against the service: its commands are run, and its answers compared.
 
-``python tests/test_docs.py`` writes down the answers.
+``python tests/test_docs.py`` updates the answers on the page.
 """
 
 import re
@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 SHOWN_URL = "http://127.0.0.1:8080"
 RELEASE = "1.0.0-3fa9c1d2"
 
-# What differs from run to run, and what stands for it in the comparison.
+# Values that differ from run to run, and their placeholders in the comparison.
 VARYING = (
     (r"\b[0-9]{13}-[0-9]+\b", "<event>"),
     (r"^date: .*$", "date: <date>"),
@@ -47,7 +47,7 @@ def answered(page: str, url: str, directory: Path) -> str:
 
 
 def compared(page: str) -> str:
-    """The page with a word for everything that differs from run to run."""
+    """The page with placeholders for the values that differ from run to run."""
     for pattern, word in VARYING:
         page = re.sub(pattern, word, page, flags=re.MULTILINE)
     return page

@@ -74,7 +74,7 @@ class Screen:
             self.cells |= {(x, y, channel): value for x, y, channel, value in changes}
 
     async def sees(self, cells: Cells) -> None:
-        """Return when it sees all the cells."""
+        """Wait until the viewer has received all these cells."""
         await eventually(lambda: cells.items() <= self.cells.items())
 
 
@@ -84,7 +84,7 @@ def figures(screen: Screen) -> list[Any]:
 
 
 async def eventually(true: Callable[[], bool]) -> None:
-    """Return when a condition is true."""
+    """Wait until a condition is true."""
     async with asyncio.timeout(5):
         while not true():  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.01)
@@ -158,7 +158,7 @@ async def test_a_viewer_with_an_unknown_position_is_sent_resync(
 async def test_picture_and_later_events_are_the_canvas_exactly(
     store: Store, hub: Hub, redis_server: RedisServer
 ) -> None:
-    """Bytes at an id and the events after it, while three write on over one another."""
+    """A snapshot and the events after its id give the canvas, while writers overwrite each other."""
     region = Region(200, 200, 120, 120)
     stop = False
 
@@ -222,7 +222,7 @@ def batch(number: int, size: int) -> list[Change]:
     return [Change(n % 1024, n // 1024, 0, 1 + n % 255) for n in places]
 
 
-async def test_what_is_replayed_comes_in_messages_of_bounded_size(store: Store, hub: Hub) -> None:
+async def test_replayed_changes_come_in_messages_of_bounded_size(store: Store, hub: Hub) -> None:
     changes = [change for number in range(4) for change in batch(number, 4000)]
     for start in range(0, len(changes), 4000):
         await store.write(changes[start : start + 4000])
@@ -246,7 +246,7 @@ async def test_a_viewer_too_far_behind_is_sent_resync(
         await store.write([Change(1, 1, 1, 1)])
         await screen.sees({(1, 1, "G"): 1})
         assert len(screen.cells) == 1
-    # The same, if it is many small events.
+    # The same for many small events.
     monkeypatch.setattr(events, "REPLAY_CHANGES", 300)
     for value in range(600):
         await store.write([Change(value, 9, 0, 1)])
@@ -291,7 +291,7 @@ async def test_beyond_the_bound_of_replays_viewers_are_sent_resync_at_once(
         await screen.__aexit__()
 
 
-async def test_too_many_changes_at_once_are_a_resync_and_not_often(
+async def test_too_many_changes_at_once_cause_few_resyncs(
     store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "REPLAY_CHANGES", 1000)
@@ -387,7 +387,7 @@ async def test_streams_end_with_the_worker(store: Store, hub: Hub) -> None:
             await asyncio.wait([live._task, resumed._task])
 
 
-async def test_a_quiet_stream_has_a_heartbeat(
+async def test_an_idle_stream_sends_heartbeats(
     store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "HEARTBEAT", 0.05)
@@ -398,7 +398,7 @@ async def test_a_quiet_stream_has_a_heartbeat(
     await stream.aclose()  # type: ignore[attr-defined]
 
 
-async def test_the_status_has_viewers_and_writes_of_the_fleet(
+async def test_the_status_contains_viewers_and_writes_of_the_fleet(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "STATUS", 0.2)
@@ -417,7 +417,7 @@ async def test_the_status_has_viewers_and_writes_of_the_fleet(
         await eventually(lambda: len(one.statuses) > count + 2)
         rates = [status["writes"] for status in one.statuses[count:]]
         assert 0.2 * sum(rates) == pytest.approx(100, rel=0.5)
-    async with Screen(hubs[0]) as one:  # those who have left no longer count
+    async with Screen(hubs[0]) as one:  # viewers that have left no longer count
         await eventually(lambda: figures(one) == [1, 0.0])
     for hub, store in zip(hubs, stores, strict=True):
         hub.close()
@@ -425,7 +425,7 @@ async def test_the_status_has_viewers_and_writes_of_the_fleet(
         store.close()
 
 
-async def test_the_status_is_null_while_redis_is_away(
+async def test_the_status_is_null_while_redis_is_unavailable(
     fragile_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "STATUS", 0.2)

@@ -151,7 +151,7 @@ def test_an_instance_that_answers_wrongly_is_named(
         assert problem["instances"] == [STATEMENT]
         assert [failure["peer"] for failure in problem["failures"]] == [bad.url]
         assert cause in problem["failures"][0]["cause"]
-        # The first success counts, whoever fails before it.
+        # The first success counts, even after failures.
         assert client.get("/fleet/first").json() == STATEMENT
     bad.close()
 
@@ -169,7 +169,7 @@ def test_an_instance_that_is_down_or_resets_is_named(
         assert client.get("/fleet/first").json() == STATEMENT
 
 
-def test_a_late_instance_makes_all_late_but_not_first(
+def test_a_late_instance_delays_fleet_all_but_not_fleet_first(
     redis_server: RedisServer, good: StandIn, hanging: StandIn
 ) -> None:
     with fleet(redis_server, hanging.url, good.url) as client:
@@ -183,7 +183,7 @@ def test_a_late_instance_makes_all_late_but_not_first(
         assert answer.json()["failures"] == [{"peer": hanging.url, "cause": "is late"}]
 
 
-def test_first_fails_only_if_all_do(
+def test_fleet_first_fails_only_if_all_instances_fail(
     redis_server: RedisServer, hanging: StandIn, closed_port: str, resetting: StandIn
 ) -> None:
     with fleet(redis_server, closed_port, resetting.url) as client:

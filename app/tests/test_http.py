@@ -28,7 +28,7 @@ def test_a_pixel_is_written_and_read(client: TestClient) -> None:
     assert client.get("/pixel/10/20").json() == {"x": 10, "y": 20, "R": 255, "G": 0, "B": 0}
 
 
-def test_a_pixel_is_set_whole(client: TestClient) -> None:
+def test_put_sets_all_channels_of_a_pixel(client: TestClient) -> None:
     answer = client.put("/pixel/1023/1023", json={"R": 1, "G": 2, "B": 3})
     assert answer.json() == {"x": 1023, "y": 1023, "R": 1, "G": 2, "B": 3}
     assert client.get("/pixel/1023/1023").json() == answer.json()
@@ -61,7 +61,7 @@ def test_a_full_batch_with_spaces_fits(client: TestClient) -> None:
     ["/pixel/1024/0", "/pixel/0/1024", "/pixel/-1/0", "/pixel/a/0", "/pixel/1.0/0", "/pixel/0/+1",
      "/pixel/" + "9" * 5000 + "/0", "/pixel/٣/0", "/nothing", "/pixel/", "/pixel/1/1/"],
 )  # fmt: skip
-def test_what_is_not_there_is_a_404(client: TestClient, path: str) -> None:
+def test_an_unknown_path_or_pixel_is_a_404(client: TestClient, path: str) -> None:
     for answer in (client.get(path), client.put(path, json={"R": 1, "G": 2, "B": 3})):
         assert answer.status_code == 404
         problem = answer.json()
@@ -117,7 +117,7 @@ def test_an_encoded_body_is_a_415(client: TestClient, coding: str) -> None:
     assert client.post("/pixel", content=json.dumps(GOOD), headers=headers).status_code == 200
 
 
-# Pieces of JSON and of what is nearly JSON.
+# Pieces of valid and of almost valid JSON.
 PIECES = [
     *(b"{", b"}", b"[", b"]", b",", b":", b'"', b" ", b"\\", b"-", b"1", b"null", b"true", b"NaN"),
     *(b'"x":1', b'"y":2', b'"channel":"R"', b'"value":3', b'"R":1', b'"G":2', b'"B":3', b'"x"'),
@@ -146,7 +146,7 @@ def test_no_body_makes_a_500(client: TestClient, body: bytes) -> None:
                 assert answer.json()["detail"]
 
 
-def test_no_answer_that_can_change_may_be_kept(client: TestClient) -> None:
+def test_answers_that_can_change_are_not_cached(client: TestClient) -> None:
     fresh = ("/pixel/1/1", "/fleet/self", "/fleet/all", "/fleet/first", "/ping", "/healthz",
              "/readyz", "/metrics", "/openapi.json", "/docs", "/nothing", "/pixel/5000/1",
              "/canvas.png?w=0")  # fmt: skip
@@ -178,7 +178,7 @@ def test_identity_and_health(client: TestClient) -> None:
     assert ready == {"instance": "c5", "port": 8000, "release": "r1", "redis": "ok", "crashes": 0}
 
 
-def test_readiness_is_being_able_to_write(client: TestClient, redis_server: RedisServer) -> None:
+def test_readiness_requires_permission_to_write(client: TestClient, redis_server: RedisServer) -> None:
     with redis_server.admin() as admin:
         admin.acl_setuser("pixel", enabled=True, commands=["-bitfield"])
         try:
@@ -219,11 +219,11 @@ def test_a_body_that_never_ends_is_a_408(client: TestClient, monkeypatch: pytest
     assert caught.value.status == 408
 
 
-def test_our_own_fault_is_a_500_and_logged(
+def test_an_internal_error_is_a_500_and_logged(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
-        raise RuntimeError("a fault of ours")
+        raise RuntimeError("internal detail")
 
     monkeypatch.setattr(Reader, "pixel", fail)
     monkeypatch.setattr(Reader, "pixels", fail)
@@ -231,7 +231,7 @@ def test_our_own_fault_is_a_500_and_logged(
         answer = client.post(path, json=GOOD, headers={"X-Request-ID": "r-17"})
         assert answer.status_code == 500
         assert answer.headers["content-type"] == "application/problem+json"
-        assert "a fault of ours" not in answer.text
+        assert "internal detail" not in answer.text
         record = caplog.records[-1]
         assert record.message == f"POST {path} failed"
         assert record.request_id == "r-17"

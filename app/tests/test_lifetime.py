@@ -39,10 +39,10 @@ async def ready(store: Store, seconds: float = 3) -> None:
         await asyncio.sleep(0.05)
 
 
-async def test_what_lies_in_redis_buffer_when_it_is_given_up_is_never_made(
+async def test_a_write_in_the_buffer_of_redis_is_never_made_once_given_up(
     fragile: Store, fragile_redis: RedisServer
 ) -> None:
-    """Redis stands still; what was sent to it is read after it goes on."""
+    """Redis is paused; it reads the write's commands only after it resumes."""
     other = Store(fragile_redis.settings())
     await other.probe()
     fragile_redis.pause()
@@ -61,7 +61,7 @@ async def test_what_lies_in_redis_buffer_when_it_is_given_up_is_never_made(
 async def test_a_large_batch_that_redis_has_half_read_is_never_made(
     fragile: Store, fragile_redis: RedisServer
 ) -> None:
-    """Larger than what Redis reads in one turn: its end is read after newer writes."""
+    """The batch is larger than what Redis reads at once: its end is read after newer writes."""
     for _ in range(3):
         fragile_redis.pause()
         changes = [Change(n % 1000, n // 1000, 1, 9) for n in range(10_000)]
@@ -77,7 +77,7 @@ async def test_a_large_batch_that_redis_has_half_read_is_never_made(
 async def test_a_transaction_executes_only_within_its_lease(
     redis_server: RedisServer,
 ) -> None:
-    """Stopped between any two of its commands, it does nothing once the lease is over."""
+    """Delayed between any two of its commands, it has no effect once the lease has expired."""
     commit = GroupCommit(Server.of(redis_server.settings()), redis_server.settings(), RedisClock(), "c5/1")
     connection = await Connection.open(Server.of(redis_server.settings()))
     lease = commit._lease
@@ -131,12 +131,12 @@ class Balancer:
 
 
 def stamp_of(age: float = 0.0, mark: str = "") -> str:
-    """The stamp of a request that was sent so long ago."""
+    """The stamp of a request that was sent ``age`` seconds ago."""
     return f"{time.time() - age:.3f} {CLOCK.address}{mark}"
 
 
 class ClockServer(threading.Thread):
-    """Says this host's time, as a balancer does."""
+    """Answers with this host's time, as a balancer does."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -170,14 +170,14 @@ def start_balancer() -> Iterator[Callable[[Service], Balancer]]:
         balancer.close()
 
 
-def test_a_worker_that_stood_still_makes_nothing_that_was_given_up(
+def test_a_worker_that_was_stopped_makes_no_write_that_was_given_up(
     redis_server: RedisServer,
     start_service: Callable[..., Service],
     start_balancer: Callable[[Service], Balancer],
 ) -> None:
-    """What lay in its socket is not made when it goes on."""
+    """Requests in the buffer of its socket are refused when it continues."""
     service = start_service(redis_server.url, PIXEL_WORKERS="1")
-    # What waits for the start is too old when it is read.
+    # A request that waits for the start is too old when it is read.
     wait_until(lambda: start_balancer(service).post(1)[0] == 200, 30)
     [pid] = worker_pids(service)
     with redis_server.admin() as admin:
@@ -187,7 +187,7 @@ def test_a_worker_that_stood_still_makes_nothing_that_was_given_up(
             balancer = start_balancer(service)
             balancer.send(value)
             time.sleep(1.2)
-            balancer.close()  # it gives up, and tries another host
+            balancer.close()  # as a balancer that gives up and tries another host
             admin.setrange(key, place, bytes([100 + value]))
             os.kill(pid, signal.SIGCONT)
             time.sleep(0.3)
@@ -210,12 +210,12 @@ def test_an_old_request_is_refused_and_sent_back_to_the_balancer(
     )
     assert body["written"] == "no"
     assert "nothing was written" in str(body["detail"])
-    # A retry, whose earlier attempt may have been made, is refused in other words.
+    # The refusal of a retry says that an earlier attempt may have been made.
     status, headers, body = balancer.post(3, stamp_of(1, " maybe"))
     assert (status, headers["x-pixel-written"], body["written"]) == (503, "maybe", "maybe")
     assert "the write may have been made" in str(body["detail"])
     assert stored(redis_server, Change(7, 7, 0, 0)) == 1
-    # One that has to wait for an earlier attempt's end is held back for that long.
+    # A retry that has to wait for the end of an earlier attempt is delayed until then.
     asked = time.monotonic()
     assert balancer.post(4, stamp_of(mark=" wait"))[0] == 200
     assert 1.6 <= time.monotonic() - asked < 2.4
@@ -309,18 +309,18 @@ class Clocks:
         return 200, said
 
     def ask(self, there: float = 0.0002, back: float = 0.0002) -> None:
-        """A question to Redis that takes so long on its way there and back."""
+        """Ask Redis its time, with these delays on the way there and back."""
         asked = self.now
         said = asked + there + self.redis
         self.now += there + back
         self.clock.learn(asked, said, self.now)
 
     def stamp(self, age: float = 0.0) -> bytes:
-        """The stamp of a request that the balancer sent so long ago."""
+        """The stamp of a request that the balancer sent ``age`` seconds ago."""
         return b"%.3f %b" % (self.now - age + self.balancer, LB)
 
     async def judge(self, stamp: bytes) -> bool:
-        """Whether a request with this stamp is taken."""
+        """Whether a request with this stamp is accepted."""
         try:
             try:
                 self.limit.begin_by(stamp)
@@ -328,7 +328,7 @@ class Clocks:
                 await self.limit.measure(error.balancer)
                 self.limit.begin_by(stamp)
         except Problem as problem:
-            await asyncio.sleep(0)  # in which it may measure
+            await asyncio.sleep(0)  # lets a measurement run
             return problem.written != "no"
         return True
 
@@ -336,7 +336,7 @@ class Clocks:
         return await self.judge(self.stamp(age))
 
     async def go_on(self, seconds: float, age: float = 0.0) -> list[bool]:
-        """Ten requests a second, and Redis's time each second."""
+        """Send ten requests a second, and ask Redis its time once a second."""
         taken = []
         for tick in range(round(seconds * 10)):
             self.now += 0.1
@@ -352,7 +352,7 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
 
 
 @pytest.mark.parametrize("ahead", [0, -3600, 5, 86400 * 400])
-async def test_a_clock_may_differ_by_anything(clocks: Clocks, ahead: float) -> None:
+async def test_any_difference_of_clocks_is_measured(clocks: Clocks, ahead: float) -> None:
     clocks.balancer = ahead
     assert await clocks.request()
     assert await clocks.request(0.7)
@@ -372,7 +372,7 @@ async def test_a_request_of_an_unknown_balancer_is_judged_by_its_measured_clock(
 @pytest.mark.parametrize("jump", [0.5, 2, 3600])
 @pytest.mark.parametrize("whose", ["balancer", "redis"])
 @pytest.mark.parametrize("sign", [1, -1])
-async def test_a_clock_that_is_set_refuses_for_two_seconds_at_worst(
+async def test_after_a_clock_is_set_requests_are_refused_for_two_seconds_at_most(
     clocks: Clocks, whose: str, jump: float, sign: int
 ) -> None:
     await clocks.go_on(5)
@@ -386,7 +386,7 @@ async def test_a_clock_that_is_set_refuses_for_two_seconds_at_worst(
     assert not await clocks.request(0.9)
 
 
-async def test_a_worker_that_was_stopped_refuses_what_waited(clocks: Clocks) -> None:
+async def test_a_worker_that_was_stopped_refuses_requests_that_waited(clocks: Clocks) -> None:
     await clocks.go_on(5)
     clocks.now += 12
     for age in (12, 5, 1):
@@ -395,18 +395,18 @@ async def test_a_worker_that_was_stopped_refuses_what_waited(clocks: Clocks) -> 
     assert not await clocks.request(1)
 
 
-async def test_a_slow_link_is_not_taken_for_a_clock(clocks: Clocks) -> None:
+async def test_a_slow_link_is_not_mistaken_for_a_clock_difference(clocks: Clocks) -> None:
     await clocks.go_on(5)
     assert not any(await clocks.go_on(30, age=3))
     assert all(await clocks.go_on(5))
 
 
-async def test_a_suspended_host_learns_of_it_by_redis_time(clocks: Clocks) -> None:
-    """Its monotonic clock stood still too."""
+async def test_a_suspended_host_detects_it_by_the_time_of_redis(clocks: Clocks) -> None:
+    """Its monotonic clock was stopped too."""
     await clocks.go_on(5)
     clocks.redis += 10
     clocks.balancer += 10
-    assert await clocks.request(10)  # it can't know; its lease has expired, so nothing is written
+    assert await clocks.request(10)  # not detectable yet; the lease has expired, so nothing is written
     clocks.ask()
     assert not await clocks.request(10)
     assert await clocks.request(0)
@@ -422,7 +422,7 @@ async def test_a_slow_answer_of_redis_does_not_move_its_clock(clocks: Clocks) ->
 
 
 async def test_a_drifting_clock_is_followed_also_by_slow_answers(clocks: Clocks) -> None:
-    """A worker that stood still while Redis's answer waited for it must not take Redis to be late."""
+    """A worker that was stopped while Redis's answer waited must not conclude that Redis is behind."""
     for sign in (1, -1):
         for _ in range(100):
             clocks.now += 0.5
@@ -433,7 +433,7 @@ async def test_a_drifting_clock_is_followed_also_by_slow_answers(clocks: Clocks)
             assert not await clocks.request(1)
 
 
-async def test_a_balancer_that_does_not_say_its_time_is_trusted_in_the_end(
+async def test_a_balancer_without_a_clock_answer_is_trusted_after_a_while(
     clocks: Clocks, caplog: pytest.LogCaptureFixture
 ) -> None:
     clocks.reachable = False
@@ -442,7 +442,7 @@ async def test_a_balancer_that_does_not_say_its_time_is_trusted_in_the_end(
     assert (await clocks.go_on(3))[-1]
     assert "doesn't say its time" in caplog.text
     assert not await clocks.request(0.9)
-    # Once it does, that counts.
+    # Once the balancer answers, its measured clock counts.
     clocks.reachable, clocks.balancer = True, -5
     taken = await clocks.go_on(5)
     assert all(taken[20:])

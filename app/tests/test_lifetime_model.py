@@ -1,9 +1,9 @@
-"""A model of one cell's writes: a client, a balancer, two workers, Redis, and whatever may happen.
+"""A simulation of writes to one cell: a client, a balancer, two workers, Redis, and their failures.
 
-Time is simulated. Requests, transactions (in two segments) and replies take as long as the test
-case likes; processes stand still and are killed at any moment; clocks differ. The clock and the
-start limit are the service's own code; lease, timeouts and retries follow it. The property: once a
-write was acknowledged, no older one is made any more.
+Time is simulated. Requests, transactions (in two segments) and replies take any time; processes
+pause and are killed at any moment; clocks differ. The clock and the start limit are the service's
+code; lease, timeouts and retries are modelled after it. The property: once a write was
+acknowledged, no older write is made.
 """
 
 import heapq
@@ -31,7 +31,7 @@ LB = b"10.0.0.1:80"
 
 
 class World:
-    """Simulated time, and what happens in it."""
+    """Simulated time and its events."""
 
     def __init__(self, random: Random, without: str = "") -> None:
         self.random = random
@@ -39,7 +39,7 @@ class World:
         self.now = 1000.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = count()
-        # Mostly all is well; now and then, something takes long.
+        # The probability of a delay or a pause.
         self.trouble = random.choice((0.02, 0.1, 0.3))
         self.redis = Redis(self)
         self.workers = [Worker(self), Worker(self)]
@@ -65,7 +65,7 @@ class World:
 
 
 class Process:
-    """Stands still now and then; what comes meanwhile is handled afterwards, in any order."""
+    """Pauses now and then; messages that arrive meanwhile are handled afterwards, in any order."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -80,7 +80,7 @@ class Process:
         world.after(world.random.uniform(0.05, 1.5), self.live)
 
     def handle(self, act: Callable[[], None]) -> None:
-        """Do something as soon as the process runs."""
+        """Call ``act`` as soon as the process runs."""
         if self.resumes > self.world.now:
             again = self.resumes - self.world.now + self.world.random.uniform(0, 0.01)
             self.world.after(again, lambda: self.handle(act))
@@ -102,7 +102,7 @@ class Redis(Process):
 
 
 class Transaction:
-    """On its way to Redis in two segments; a reset overtakes neither, or keeps them from coming."""
+    """On its way to Redis in two segments, which arrive even if the worker resets the connection."""
 
     def __init__(self, worker: "Worker", request: "Attempt", renewed: float | None) -> None:
         self.worker = worker
@@ -130,7 +130,7 @@ class Transaction:
 
 
 class Worker(Process):
-    """One transaction in flight; the others wait."""
+    """Has one transaction in flight; other attempts wait."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -156,7 +156,7 @@ class Worker(Process):
             self.kill()
 
     def kill(self) -> None:
-        """The process ends; what it has sent may still arrive. Another one takes its place."""
+        """The process ends and a new one replaces it. Transactions that it has sent may still arrive."""
         gone, self.queue = self.queue, []
         if self.flying:
             gone.append(self.flying.request)
@@ -168,7 +168,7 @@ class Worker(Process):
         self.connect()
 
     def measure(self, then: Callable[[], None]) -> None:
-        """As ``StartLimit.measure``: ask the balancer its time."""
+        """Ask the balancer its time, like ``StartLimit.measure``."""
         world = self.world
         asked, at = self.clock.now(), world.now
         there = world.delay()
@@ -284,7 +284,7 @@ class Attempt:
 
 
 class Client:
-    """Writes rising values, each when the one before was answered."""
+    """Writes increasing values, each after the answer to the previous one."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -316,7 +316,7 @@ def simulate(random: Random, without: str = "") -> None:
         world: World | None = None
         patch.setattr(lifetime, "monotonic", lambda: world.now if world else 1000.0)
         patch.setattr(lifetime, "time", lambda: world.now if world else 1000.0)
-        # What is measured again is in ``Worker.receive``.
+        # ``Worker.receive`` repeats the measurement.
         patch.setattr(StartLimit, "_measure_soon", lambda limit, balancer: None)
         world = World(random, without)
         world.run()
@@ -330,7 +330,7 @@ def test_an_acknowledged_write_is_never_undone(random: Random) -> None:
     simulate(random)
 
 
-def test_nor_in_a_thousand_random_runs() -> None:
+def test_an_acknowledged_write_is_never_undone_in_a_thousand_random_runs() -> None:
     for seed in range(1000):
         simulate(Random(seed))
 
@@ -352,5 +352,5 @@ def undoes(seed: int, without: str) -> bool:
         ("wait", range(2500, 2550)),
     ],
 )
-def test_the_model_finds_what_each_mechanism_is_for(without: str, seeds: range) -> None:
+def test_without_one_mechanism_the_model_finds_an_undone_write(without: str, seeds: range) -> None:
     assert any(undoes(seed, without) for seed in seeds)

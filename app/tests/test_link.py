@@ -53,7 +53,7 @@ class _Client(asyncio.Protocol):
             self._busy_until = at
 
 
-async def test_a_question_that_is_late_leaves_the_link_to_the_others() -> None:
+async def test_a_late_reply_does_not_close_the_link_for_others() -> None:
     async with SlowServer() as server:
         link = server.link(0.3)
         large = asyncio.create_task(link.ask(("GET", "large"), blocking=5))

@@ -1,4 +1,4 @@
-"""The live page in a real browser: its use, and faults around it."""
+"""The live page in a real browser: its functions, and failures of network, service and Redis."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ FLAGS = [
 ]
 
 
-def test_the_page_is_asked_for_again_each_time_and_sent_if_it_is_another(
+def test_the_page_is_revalidated_each_time_and_sent_only_if_changed(
     client: TestClient,
 ) -> None:
     for path in ("/", *PARTS):
@@ -120,7 +120,7 @@ def canvas(service: Service, redis_server: RedisServer) -> str:
 
 
 def becomes(page: Page, script: str) -> None:
-    """Return when a script returns true. (Playwright's own way is forbidden by the policy.)"""
+    """Wait until a script returns true. (The page's policy forbids ``page.wait_for_function``.)"""
     wait_until(lambda: page.evaluate(script))
 
 
@@ -145,12 +145,12 @@ def shown(page: Page, x: int, y: int) -> tuple[int, ...]:
 
 
 def sees(page: Page, x: int, y: int, rgb: tuple[int, int, int]) -> None:
-    """Return when the page shows a pixel in a colour."""
+    """Wait until the page shows a pixel in a colour."""
     wait_until(lambda: shown(page, x, y) == rgb)
 
 
 def differences(page: Page) -> int:
-    """How many bytes of what the page shows aren't as the server has them."""
+    """The number of bytes in which the page differs from the stored canvas."""
     return int(
         page.evaluate(
             """async () => {
@@ -183,7 +183,7 @@ def zoom_of(page: Page) -> float:
 
 
 def zoom_until(page: Page, least: float) -> None:
-    """Turn the wheel over the middle until pixels are so large."""
+    """Turn the wheel over the middle until the zoom is at least ``least``."""
     box = page.locator("#stage").bounding_box()
     assert box
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
@@ -215,7 +215,7 @@ def test_a_pixel_painted_in_one_window_appears_in_another(
     assert int(one.locator("#writes").inner_text()) >= 0
 
 
-def test_the_pointer_shows_what_is_under_it_and_moves_the_view(
+def test_the_pointer_shows_the_pixel_under_it_and_moves_the_view(
     canvas: str, open_page: Callable[..., Page]
 ) -> None:
     put(canvas, 500, 512, RED)
@@ -243,7 +243,7 @@ def test_the_pointer_shows_what_is_under_it_and_moves_the_view(
     becomes(again, "board.getBoundingClientRect().top >= stage.getBoundingClientRect().top")
 
 
-def test_all_of_it_can_be_done_by_keys(canvas: str, open_page: Callable[..., Page]) -> None:
+def test_every_function_can_be_used_by_keyboard(canvas: str, open_page: Callable[..., Page]) -> None:
     page = open_page(canvas)
     keys = page.keyboard
     for _ in range(8):
@@ -294,7 +294,7 @@ def test_the_last_line_shows_the_state_and_the_instance(
     expect(line).to_have_text(lost, timeout=10_000)
 
 
-def test_it_works_on_a_phone(canvas: str, open_page: Callable[..., Page]) -> None:
+def test_the_page_works_on_a_phone(canvas: str, open_page: Callable[..., Page]) -> None:
     page = open_page(
         canvas,
         viewport={"width": 390, "height": 800},
@@ -357,7 +357,7 @@ def test_a_refused_pixel_is_taken_back(
     wait_until(lambda: differences(page) == 0)
 
 
-def test_what_one_paints_stays_until_it_is_known_what_came_of_it(
+def test_a_painted_pixel_stays_visible_until_its_write_is_answered(
     canvas: str, open_page: Callable[..., Page]
 ) -> None:
     page = open_page(canvas)
@@ -368,7 +368,7 @@ def test_what_one_paints_stays_until_it_is_known_what_came_of_it(
     page.get_by_label("blue").click()
     page.mouse.click(*point(page, 512, 512))
     wait_until(lambda: page.wait_for_timeout(10) or held)
-    put(canvas, 512, 512, WHITE)  # another's, which comes first
+    put(canvas, 512, 512, WHITE)  # by another client, and made first
     put(canvas, 400, 400, WHITE)
     sees(page, 400, 400, WHITE)
     assert shown(page, 512, 512) == BLUE
@@ -383,7 +383,7 @@ def test_what_one_paints_stays_until_it_is_known_what_came_of_it(
 
 
 class Painters:
-    """Others who paint all the time, and ignore failures."""
+    """A thread that writes batches continuously and ignores failures."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -457,14 +457,14 @@ def test_a_lost_connection_heals_without_a_reload_and_without_a_missing_pixel(
         time.sleep(0.5)
     heal()
 
-    # Redis has forgotten what came before: the pages must load the canvas again.
+    # Redis has lost the earlier events: the pages must load the canvas again.
     with fragile_redis.admin() as admin:
         admin.delete(EVENTS)
     heal()
     assert all(page.evaluate("window.same") for page in pages)
 
 
-def test_it_is_of_use_while_a_thousand_pixels_a_second_change(
+def test_the_page_works_while_a_thousand_pixels_a_second_change(
     canvas: str, open_page: Callable[..., Page]
 ) -> None:
     page = open_page(canvas)
@@ -504,14 +504,14 @@ def streams(url: str) -> float:
 def test_tabs_share_one_stream(canvas: str, open_page: Callable[..., Page]) -> None:
     wait_until(lambda: streams(canvas) == 0)
     first = open_page(canvas)
-    # More than a browser opens connections to a host.
+    # More tabs than a browser opens connections to one host.
     tabs = [first] + [open_page(canvas, beside=first) for _ in range(7)]
     assert streams(canvas) == 1
     put(canvas, 500, 500, BLUE)
     for tab in tabs:
         sees(tab, 500, 500, BLUE)
         expect(tab.locator("#viewers")).to_have_text("1")
-    first.close()  # which has started the stream
+    first.close()  # the tab that started the stream
     for tab in tabs[1:4]:
         tab.close()
     put(canvas, 500, 500, RED)
@@ -545,7 +545,7 @@ def test_without_shared_workers_each_tab_has_its_stream(canvas: str, open_page: 
 
 
 class BufferingProxy:
-    """A proxy that passes everything on but the event stream, which it holds back."""
+    """A proxy that forwards everything except the event stream."""
 
     def __init__(self, backend: tuple[str, int]) -> None:
         self._backend = backend

@@ -34,7 +34,7 @@ def pixel(write: tuple[tuple[int, int], str, int]) -> dict[str, Any]:
 
 
 class Canvas:
-    """A canvas as a dictionary says it is: what isn't in it is 0."""
+    """The model: a dictionary of cells. Missing cells are 0."""
 
     def __init__(self) -> None:
         self.cells: dict[tuple[int, int, str], int] = {}
@@ -59,7 +59,7 @@ class Api(RuleBasedStateMachine):
         self.remembered: tuple[str, bytes] = ("0-0", self.model.raw())
 
     def call(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """A request on a connection of its own, and so to either worker."""
+        """Send a request on a new connection, so that either worker may answer it."""
         answer = self.client.request(method, path, **options)
         assert answer.headers["x-pixel-instance"] == "c5"
         return answer
@@ -116,7 +116,7 @@ class Api(RuleBasedStateMachine):
 
     @rule(by_header=st.booleans())
     def resume(self, by_header: bool) -> None:
-        """What was remembered, and the events after it, are the canvas."""
+        """The remembered canvas and the events after it give the current canvas."""
         now = self.call("HEAD", "/canvas.rgb").headers["x-pixel-event"]
         event, content = self.remembered
         raw = bytearray(content)
@@ -146,7 +146,7 @@ def small(shared_redis: RedisServer) -> Iterator[Service]:
     service.remove()
 
 
-def test_the_api_does_what_a_dictionary_does(small: Service, shared_redis: RedisServer) -> None:
+def test_the_api_behaves_like_a_dictionary(small: Service, shared_redis: RedisServer) -> None:
     with httpx.Client(
         base_url=small.url, timeout=10, limits=httpx.Limits(max_keepalive_connections=0)
     ) as connections:

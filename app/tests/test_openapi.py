@@ -1,4 +1,4 @@
-"""The description of the API, held against the API."""
+"""The OpenAPI description, compared with the service's answers."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from pixel.app import create_api
 from pixel.settings import Settings
 
-# The stream of events has no end; its own tests hold it against its description.
+# The event stream has no end; test_events and test_service test it.
 schema = schemathesis.openapi.from_dict(create_api(Settings()).openapi()).exclude(path="/events")
 
 # A body that is too large may be wrong in other ways too.
 schema.config.checks.negative_data_rejection.expected_statuses = ["400", "404", "413", "415", "422"]
 
-# That a region ends within the canvas is a matter of two parameters, which no schema can say.
+# A region must end within the canvas: a rule about two parameters, which a schema can't express.
 RELATED_PARAMETERS = {"/canvas.rgb", "/canvas.png"}
 
 
@@ -32,6 +32,6 @@ def map_body(context: schemathesis.HookContext, body: Any) -> Any:
 
 @schema.parametrize()
 @settings(max_examples=50)
-def test_the_api_is_as_it_is_described(case: schemathesis.Case, service: Service) -> None:
+def test_the_api_matches_its_description(case: schemathesis.Case, service: Service) -> None:
     excluded = [positive_data_acceptance] if case.path in RELATED_PARAMETERS else []
     case.call_and_validate(base_url=service.url, excluded_checks=excluded)

@@ -54,7 +54,7 @@ def test_a_pixel_is_read_however_its_json_is_written(body: str) -> None:
         b"[" * 100_000 + b"]" * 100_000,
     ],
 )
-def test_what_is_not_json_is_a_400(body: bytes) -> None:
+def test_a_body_that_is_not_json_is_a_400(body: bytes) -> None:
     for read in (READER.pixel, READER.pixels, READER.colour):
         with pytest.raises(Problem) as caught:
             read(body)
@@ -225,7 +225,7 @@ def test_a_full_batch_is_read() -> None:
     | st.dictionaries(st.sampled_from(["x", "y", "channel", "value"]) | st.text(), inner),
     max_leaves=8,
 ))  # fmt: skip
-def test_whatever_is_sent_is_read_or_refused_with_a_reason(document: object) -> None:
+def test_every_document_is_read_or_refused_with_a_reason(document: object) -> None:
     body = json.dumps(document).encode()
     for read in (READER.pixel, READER.pixels, READER.colour):
         problem = None

@@ -1,4 +1,4 @@
-"""The short way of ``POST /pixel``, byte by byte, and that nobody can tell it from the other."""
+"""The fast path of ``POST /pixel``: its answers equal those of the ASGI application."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ OK = {"status": "ok", "received": json.loads(GOOD)}
 
 
 class Served:
-    """The application behind Uvicorn in this process, and what came as far as to ASGI."""
+    """The application behind Uvicorn in this process, and the requests that reached ASGI."""
 
     def __init__(self, settings: Settings, keep_alive: int = 75) -> None:
         self.came: list[str] = []
@@ -72,7 +72,7 @@ class Answer:
         self.body = body
 
     def __eq__(self, other: object) -> bool:
-        """But for the date, which may have changed in between."""
+        """Equal except for the date, which may have changed in between."""
         assert isinstance(other, Answer)
         mine, theirs = (
             (answer.first, [h for h in answer.headers if h[0] != "date"], answer.body)
@@ -82,7 +82,7 @@ class Answer:
 
 
 class Client:
-    """A client who decides which bytes go when."""
+    """A client that controls which bytes are sent when."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -112,7 +112,7 @@ class Client:
 async def serving(settings: Settings, keep_alive: int = 75) -> AsyncIterator[Served]:
     served = Served(settings, keep_alive)
     task = asyncio.create_task(served.server.serve())
-    while not (served.server.started or task.done()):  # noqa: ASYNC110 - it has no event for it
+    while not (served.server.started or task.done()):  # noqa: ASYNC110 - Uvicorn has no event for it
         await asyncio.sleep(0.01)
     try:
         yield served
@@ -132,7 +132,7 @@ def head(length: int, *lines: str, first: str = "POST /pixel HTTP/1.1") -> bytes
     return "\r\n".join([*own, *lines, "", ""]).encode()
 
 
-async def test_a_write_that_comes_whole_goes_the_short_way(served: Served) -> None:
+async def test_a_write_in_one_piece_takes_the_fast_path(served: Served) -> None:
     client = await served.connect()
     for value in range(3):
         body = GOOD.replace(b"255", b"%d" % value)
@@ -157,7 +157,7 @@ async def test_a_write_that_comes_whole_goes_the_short_way(served: Served) -> No
         [head(len(GOOD), first="POST http://c5/pixel HTTP/1.1") + GOOD],
     ],
 )
-async def test_what_is_out_of_the_ordinary_goes_the_other_way(served: Served, parts: list[bytes]) -> None:
+async def test_an_unusual_request_takes_the_asgi_path(served: Served, parts: list[bytes]) -> None:
     client = await served.connect()
     short = await client.ask(head(len(GOOD)) + GOOD)
     await client.send(*parts)
@@ -201,7 +201,7 @@ async def test_pipelined_requests_are_answered_in_their_order(served: Served) ->
     ("first", "lines"),
     [("POST /pixel HTTP/1.1", ["Connection: close"]), ("POST /pixel HTTP/1.0", [])],
 )
-async def test_a_connection_that_is_to_be_closed_is(served: Served, first: str, lines: list[str]) -> None:
+async def test_a_connection_is_closed_on_request(served: Served, first: str, lines: list[str]) -> None:
     client = await served.connect()
     answer = await client.ask(head(len(GOOD), *lines, first=first) + GOOD)
     assert answer.status == 200
@@ -209,7 +209,7 @@ async def test_a_connection_that_is_to_be_closed_is(served: Served, first: str, 
     assert await client.ended()
 
 
-async def test_what_is_not_http_is_a_400(served: Served) -> None:
+async def test_a_request_that_is_not_http_is_a_400(served: Served) -> None:
     client = await served.connect()
     assert (await client.ask(head(len(GOOD)) + GOOD)).status == 200
     assert (await client.ask(b"no HTTP at all\r\n\r\n")).status == 400
@@ -222,7 +222,7 @@ async def test_a_body_that_never_comes_is_a_408(served: Served, monkeypatch: pyt
     assert (await client.ask(head(len(GOOD)) + GOOD[:5])).status == 408
 
 
-async def test_a_client_who_leaves_is_no_harm_to_others(
+async def test_a_client_that_disconnects_does_not_affect_others(
     fragile_redis: RedisServer,
 ) -> None:
     async with serving(fragile_redis.settings()) as served:
@@ -264,7 +264,7 @@ async def test_a_write_in_doubt_is_a_503_that_says_so_and_is_logged(
     assert getattr(logged, "request_id", "") == "r-17"
 
 
-async def test_who_waits_when_the_service_stops_is_answered_first(
+async def test_waiting_requests_are_answered_before_the_service_stops(
     fragile_redis: RedisServer,
 ) -> None:
     async with serving(fragile_redis.settings()) as served:
@@ -306,7 +306,7 @@ async def test_an_idle_connection_ends_and_a_busy_one_does_not(
         assert 2.4 < loop.time() - began < 3
 
 
-async def test_our_own_fault_is_a_500_and_logged(
+async def test_an_internal_error_is_a_500_and_logged(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Reader, "pixel", lambda *_: 1 / 0)
@@ -340,7 +340,7 @@ TYPES = st.sampled_from(
 
 @hypothesis_settings(max_examples=300)
 @given(body=BODIES, types=TYPES)
-async def test_both_ways_answer_alike(served: Served, body: bytes, types: list[str]) -> None:
+async def test_both_paths_give_the_same_answers(served: Served, body: bytes, types: list[str]) -> None:
     client = await served.connect()
     lines = ["POST /pixel HTTP/1.1", "Host: c5", f"Content-Length: {len(body)}"]
     request = "\r\n".join([*lines, *(f"Content-Type: {each}" for each in types), "", ""]).encode()

@@ -1,4 +1,4 @@
-"""The connection to Redis: where it goes, and what becomes of what was sent."""
+"""The connection to Redis: addresses, replies, errors and TLS."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ def server(url: str, **others: object) -> Server:
     return Server.of(Settings(redis_url=url, **others))
 
 
-def test_addresses_are_understood() -> None:
+def test_addresses_are_parsed() -> None:
     tcp = server("redis://10.0.0.1/2")
     assert (tcp.host, tcp.port, tcp.database, tcp.tls, tcp.path) == ("10.0.0.1", 6379, 2, False, "")
     assert (tcp.username, tcp.password) == (None, None)
@@ -49,13 +49,13 @@ async def test_an_error_is_the_reply_to_its_own_command(connection: Connection) 
     assert isinstance(error, ReplyError)
 
 
-async def test_whoever_no_longer_waits_is_left_out(connection: Connection) -> None:
+async def test_replies_to_cancelled_commands_are_dropped(connection: Connection) -> None:
     gone, here = connection.execute([("PING", "a")]), connection.execute([("PING", "b")])
     gone.cancel()
     assert await here == [b"b"]
 
 
-async def test_a_lost_connection_ends_what_is_in_flight(fragile_redis: RedisServer) -> None:
+async def test_a_lost_connection_fails_the_commands_in_flight(fragile_redis: RedisServer) -> None:
     connection = await Connection.open(Server.of(fragile_redis.settings()))
     fragile_redis.pause()
     asked = [connection.execute([("PING",)]) for _ in range(3)]
@@ -81,7 +81,7 @@ class NotRedis(asyncio.Protocol):
         transport.close()
 
 
-async def test_what_is_not_redis_is_left(tmp_path: Path) -> None:
+async def test_a_server_that_is_not_redis_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     async with await asyncio.get_running_loop().create_unix_server(NotRedis, path):
         with pytest.raises(ConnectionError, match="not Redis"):

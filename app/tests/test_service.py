@@ -26,7 +26,7 @@ StartService = Callable[..., Service]
 PIXEL = {"x": 1, "y": 2, "channel": "G", "value": 3}
 
 
-def test_it_answers_on_both_sockets_and_signs_everything(service: Service) -> None:
+def test_every_answer_on_both_sockets_names_the_instance(service: Service) -> None:
     with (
         httpx.Client(base_url=service.url) as tcp,
         httpx.Client(base_url="http://local", transport=httpx.HTTPTransport(uds=str(service.socket))) as unix,
@@ -86,7 +86,7 @@ def test_a_bad_body_is_refused_and_nothing_is_written(service: Service, body: by
         assert client.get("/canvas.rgb").headers["x-pixel-event"] == before
 
 
-def test_slow_clients_hold_nobody_up(shared_redis: RedisServer, start_service: StartService) -> None:
+def test_slow_clients_do_not_delay_others(shared_redis: RedisServer, start_service: StartService) -> None:
     service = start_service(shared_redis.url, PIXEL_WORKERS="1")
     httpx.get(f"{service.url}/readyz", timeout=20)
     head = (
@@ -106,7 +106,7 @@ def test_slow_clients_hold_nobody_up(shared_redis: RedisServer, start_service: S
             connection.close()
 
 
-def test_metrics_are_of_all_workers(service: Service) -> None:
+def test_metrics_cover_all_workers(service: Service) -> None:
     for _ in range(20):  # new connections, so that both workers get some
         httpx.post(f"{service.url}/pixel", json=PIXEL)
     httpx.get(f"{service.url}/pixel/5/5")
@@ -118,7 +118,7 @@ def test_metrics_are_of_all_workers(service: Service) -> None:
     assert len(list((service.directory / "metrics").glob("counter_*.db"))) == 2
 
 
-def test_metrics_tell_what_the_hosts_cpu_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_metrics_contain_the_cpu_times_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOST_PROC", str(tmp_path))
     (tmp_path / "stat").write_text("cpu  100 2 30 4000 5 0 7 800 50 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
     (family,) = metrics.HOST_CPU.collect()
@@ -153,12 +153,12 @@ async def test_answers_are_counted_by_their_time() -> None:
 
 
 def metric(service: Service, name: str) -> float:
-    """One sample of /metrics; ``name`` has its labels."""
+    """The value of one sample of /metrics; ``name`` includes its labels."""
     text = httpx.get(f"{service.url}/metrics").text
     return float(re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[0])
 
 
-def test_metrics_outlive_a_worker_and_forget_what_it_was(
+def test_counters_survive_a_worker_and_its_gauges_do_not(
     shared_redis: RedisServer, start_service: StartService
 ) -> None:
     service = start_service(shared_redis.url)
@@ -182,16 +182,14 @@ def test_metrics_outlive_a_worker_and_forget_what_it_was(
     assert metric(service, "pixel_queued_writes") == 0
 
 
-def test_metrics_tell_of_a_redis_that_goes_and_comes_back(
-    fragile_redis: RedisServer, start_service: StartService
-) -> None:
+def test_metrics_count_an_outage_of_redis(fragile_redis: RedisServer, start_service: StartService) -> None:
     service = start_service(fragile_redis.url, PIXEL_WORKERS="1")
     assert httpx.get(f"{service.url}/pixel/1/2", timeout=20).status_code == 200
     assert httpx.post(f"{service.url}/pixel", json=PIXEL).status_code == 200
     assert metric(service, "pixel_redis_reconnects_total") == 0
     assert metric(service, "pixel_read_seconds_count") == 1
     # While Redis hangs, one write waits for it, and the others are refused at once. The queue is
-    # measured once a second, so it may take several attempts to see that one.
+    # measured once a second, so it may take several attempts to see that write.
     for _ in range(10):
         fragile_redis.pause()
         with ThreadPoolExecutor() as pool:
@@ -244,7 +242,7 @@ def test_at_level_debug_each_answer_is_logged_with_its_id_and_without_its_body(
     assert "hidden" not in service.output()
 
 
-def test_a_reload_replaces_the_workers_and_fails_nobody(
+def test_a_reload_replaces_the_workers_and_no_request_fails(
     shared_redis: RedisServer, start_service: StartService
 ) -> None:
     service = start_service(shared_redis.url)
@@ -285,7 +283,7 @@ def test_reloads_neither_add_metrics_files_nor_reset_counters(
         service.process.send_signal(signal.SIGHUP)
         wait_until(lambda before=before: len(worker_pids(service)) == 2 and not worker_pids(service) & before)
         assert metric(service, "pixel_writes_total") == 5 * reload
-    # Two kinds of files stay of a worker that died, four more are of one that lives.
+    # A dead worker leaves two files; a live worker has four more.
     files = list((service.directory / "metrics").glob("*.db"))
     assert len(list((service.directory / "metrics").glob("counter_*.db"))) <= 2 * 2
     assert len(files) <= 4 * 6
@@ -295,7 +293,7 @@ def test_reloads_neither_add_metrics_files_nor_reset_counters(
     assert httpx.get(f"{service.url}/fleet/self").json()["uptime_s"] > 1
 
 
-def test_a_worker_gives_the_memory_of_pictures_back(
+def test_a_worker_frees_the_memory_of_pictures(
     redis_server: RedisServer, start_service: StartService
 ) -> None:
     service = start_service(redis_server.url, PIXEL_WORKERS="1")
@@ -327,7 +325,9 @@ def test_head_of_a_stream_ends_at_once(service: Service) -> None:
     wait_until(lambda: metric(service, "pixel_viewers") == 0)
 
 
-def test_a_stop_answers_what_is_in_flight(fragile_redis: RedisServer, start_service: StartService) -> None:
+def test_a_stop_answers_the_requests_in_flight(
+    fragile_redis: RedisServer, start_service: StartService
+) -> None:
     service = start_service(fragile_redis.url, PIXEL_WORKERS="1")
     httpx.get(f"{service.url}/readyz", timeout=20)
     fragile_redis.pause()
@@ -345,7 +345,7 @@ def test_a_stop_answers_what_is_in_flight(fragile_redis: RedisServer, start_serv
     assert service.process.wait(10) == 0
 
 
-def test_it_starts_without_redis_and_says_that_it_is_not_ready(
+def test_the_service_starts_without_redis_and_is_not_ready(
     fragile_redis: RedisServer, start_service: StartService
 ) -> None:
     fragile_redis.kill()
@@ -365,7 +365,7 @@ def test_it_starts_without_redis_and_says_that_it_is_not_ready(
     wait_until(lambda: httpx.get(f"{service.url}/readyz").status_code == 200)
 
 
-def test_without_sockets_it_binds_where_the_settings_say(
+def test_without_passed_sockets_the_configured_address_is_bound(
     shared_redis: RedisServer, start_service: StartService
 ) -> None:
     path = shared_redis.directory / "bound.sock"
@@ -396,12 +396,12 @@ def test_streams_end_cleanly_when_the_service_stops(
             pass
         started = time.monotonic()
         service.process.terminate()
-        assert list(lines) == [""]  # to the end, which is one, and no broken connection
+        assert list(lines) == [""]  # a complete answer, not a broken connection
     assert service.process.wait(10) == 0
     assert time.monotonic() - started < 3
 
 
-def test_a_viewer_who_leaves_is_forgotten(service: Service) -> None:
+def test_a_viewer_that_disconnects_is_no_longer_counted(service: Service) -> None:
     def viewers() -> float:
         text = httpx.get(f"{service.url}/metrics").text
         return float(re.findall(r"^pixel_viewers ([0-9.]+)$", text, re.MULTILINE)[0])
@@ -417,7 +417,7 @@ def test_a_viewer_who_leaves_is_forgotten(service: Service) -> None:
     wait_until(lambda: viewers() == 0)
 
 
-async def test_a_thousand_viewers_on_one_worker_see_all_that_is_written(
+async def test_a_thousand_viewers_on_one_worker_receive_every_write(
     shared_redis: RedisServer, start_service: StartService
 ) -> None:
     allow_files(3_000)
@@ -450,6 +450,6 @@ async def test_a_thousand_viewers_on_one_worker_see_all_that_is_written(
 
 
 def allow_files(wanted: int) -> None:
-    """For this process and those that it starts."""
+    """Raise the limit of open files of this process and its children."""
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))

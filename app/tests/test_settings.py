@@ -1,4 +1,4 @@
-"""Settings as an operator meets them: a line and an exit status."""
+"""Errors in settings: one line each, and the exit status."""
 
 import os
 import subprocess
@@ -68,7 +68,7 @@ def test_a_canvas_that_a_browser_could_not_show_is_refused() -> None:
     )
 
 
-def test_gunicorn_ends_as_the_check_does() -> None:
+def test_gunicorn_reports_bad_settings_like_the_check() -> None:
     bad = {"PIXEL_PORT": "x", "PIXEL_WORKERS": "x"}
     done = run("-m", *GUNICORN, **bad)
     assert done.returncode == 78
@@ -82,7 +82,7 @@ def test_every_bad_setting_has_its_line() -> None:
 
 
 @pytest.mark.parametrize("url", ["redis://pixel:hush@127.0.0.1", "unix:///run/r?password=hush"])
-def test_a_password_has_no_place_in_the_address(url: str) -> None:
+def test_a_password_in_the_address_is_refused(url: str) -> None:
     done = run("-m", "pixel.settings", PIXEL_REDIS_URL=url)
     assert done.returncode == 78
     assert "hush" not in done.stderr

@@ -1,4 +1,4 @@
-"""Group commit and reading, against a Redis that is well, slow, gone and broken."""
+"""Group commit and reads, with a Redis that works, is slow, is down or holds a broken tile."""
 
 import asyncio
 import time
@@ -29,7 +29,7 @@ async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
 
 
 async def outcomes(writes: Iterable[Awaitable[EventId]]) -> list[str]:
-    """What became of writes made at once: "ok", or the problem."""
+    """The results of concurrent writes: "ok", or the problem's detail."""
     results = await asyncio.gather(*writes, return_exceptions=True)
     for result in results:
         if not isinstance(result, EventId):
@@ -40,7 +40,7 @@ async def outcomes(writes: Iterable[Awaitable[EventId]]) -> list[str]:
 
 
 async def late_probe(store: Store) -> EventId:
-    """A write that changes nothing, whose refusal at once is an outcome like any other."""
+    """An empty write, as a coroutine: its immediate refusal is an outcome too."""
     return await store.write(())
 
 
@@ -65,13 +65,13 @@ async def test_a_write_is_in_redis_when_it_is_answered(store: Store, redis_serve
     assert events(redis_server) == [[change]]
 
 
-async def test_writes_made_together_travel_together_in_their_order(
+async def test_concurrent_writes_share_transactions_in_their_order(
     store: Store, redis_server: RedisServer
 ) -> None:
     await store.probe()
     first = Change(1, 1, 0, 1)
     await store.write([first])
-    # The first of them leaves alone or with all others; none is left behind.
+    # The first of them is sent alone or with all others.
     changes = [Change(n % 7, 0, 0, n % 256) for n in range(500)]
     assert await outcomes(store.write([change]) for change in changes) == ["ok"] * 500
     batches = events(redis_server)
@@ -152,7 +152,7 @@ async def test_beyond_the_queues_bound_a_write_is_refused_at_once(
     store.close()
 
 
-async def test_a_hung_redis_is_a_503_within_a_second_and_heals(
+async def test_a_hung_redis_is_a_503_within_a_second_and_recovers(
     fragile: Store, fragile_redis: RedisServer
 ) -> None:
     fragile_redis.pause()
@@ -168,7 +168,7 @@ async def test_a_hung_redis_is_a_503_within_a_second_and_heals(
     with pytest.raises(Problem):
         await fragile.colour(0, 0)
     assert time.monotonic() - started < 0.3 + 2
-    # While it doesn't answer, whoever comes need not wait to hear so.
+    # While Redis doesn't answer, new writes are refused at once.
     asked = time.monotonic()
     assert await outcomes([late_probe(fragile)]) == ["Redis can't be reached; nothing was written."]
     assert time.monotonic() - asked < 0.05
@@ -180,7 +180,7 @@ async def test_a_hung_redis_is_a_503_within_a_second_and_heals(
     assert await fragile.colour(1, 0) == (2, 0, 0)
 
 
-async def test_only_what_was_in_flight_fails_when_the_connection_is_lost(
+async def test_only_the_writes_in_flight_fail_when_the_connection_is_lost(
     fragile: Store, fragile_redis: RedisServer
 ) -> None:
     fragile_redis.pause()
@@ -195,18 +195,20 @@ async def test_only_what_was_in_flight_fails_when_the_connection_is_lost(
     assert all(stored(fragile_redis, Change(n, 0, 0, 0)) == 2 for n in range(1, 9))
 
 
-async def test_a_restart_while_nobody_writes_costs_nobody_anything(
+async def test_a_restart_of_redis_between_writes_fails_no_request(
     fragile: Store, fragile_redis: RedisServer
 ) -> None:
     await fragile.write([Change(3, 3, 0, 3)])
     fragile_redis.kill()
     fragile_redis.start()
-    await asyncio.sleep(0.05)  # in which the loop hears of it
+    await asyncio.sleep(0.05)  # lets the loop notice it
     await fragile.write([Change(4, 4, 0, 4)])
     assert await fragile.colour(3, 3) == (3, 0, 0)
 
 
-async def test_what_was_acknowledged_survives_a_kill(fragile: Store, fragile_redis: RedisServer) -> None:
+async def test_acknowledged_writes_survive_a_kill_of_redis(
+    fragile: Store, fragile_redis: RedisServer
+) -> None:
     acknowledged: dict[int, int] = {}
     stop = False
 
@@ -234,7 +236,7 @@ async def test_what_was_acknowledged_survives_a_kill(fragile: Store, fragile_red
         assert stored(fragile_redis, Change(x, 9, 0, 0)) in {value, *uncertain.get(x, ())}
 
 
-async def test_no_redis_at_all_is_a_503_within_a_second(fragile_redis: RedisServer) -> None:
+async def test_a_stopped_redis_is_a_503_within_a_second(fragile_redis: RedisServer) -> None:
     fragile_redis.kill()
     store = Store(fragile_redis.settings())
     started = time.monotonic()
@@ -249,7 +251,7 @@ async def test_no_redis_at_all_is_a_503_within_a_second(fragile_redis: RedisServ
     store.close()
 
 
-async def test_it_tries_to_connect_ever_more_rarely(
+async def test_the_pauses_between_connection_attempts_grow(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts: list[float] = []
@@ -267,7 +269,7 @@ async def test_it_tries_to_connect_ever_more_rarely(
         await asyncio.sleep(1)
     pauses = [after - before for before, after in pairwise(attempts)]
     assert 3 <= len(pauses) <= 8
-    # Twice as long each time; a busy machine only adds to that.
+    # Each pause is twice as long as the previous one; a busy machine only lengthens it.
     for number, pause in enumerate(pauses[:4]):
         assert pause > 0.95 * 0.02 * 2**number
     await store.write([Change(0, 0, 0, 1)])
@@ -292,7 +294,7 @@ async def test_a_redis_out_of_memory_writes_nothing_and_says_so(
         assert admin.strlen(TILE_00) == TILE_BYTES
 
 
-async def test_a_fault_of_ours_costs_its_own_batch_only(
+async def test_an_internal_error_fails_only_its_own_batch(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as broken:
@@ -372,12 +374,12 @@ async def test_the_application_uses_all_of_its_commands_and_no_others(
         assert admin.acl_log() == []
         used = {name.removeprefix("cmdstat_") for name in admin.info("commandstats")}
     assert set(APP_COMMANDS) <= used
-    ours = {"auth", "acl|log", "client|setinfo", "config|resetstat", "info"}
-    assert used - set(APP_COMMANDS) <= ours
+    of_this_test = {"auth", "acl|log", "client|setinfo", "config|resetstat", "info"}
+    assert used - set(APP_COMMANDS) <= of_this_test
 
 
-def test_a_process_that_was_stopped_for_a_while_goes_on(redis_server: RedisServer) -> None:
-    """What arrived before has then expired by the time that it is seen."""
+def test_a_process_that_was_stopped_for_a_while_writes_again(redis_server: RedisServer) -> None:
+    """Replies that arrived while it was stopped have expired when it reads them."""
 
     async def write() -> None:
         store = Store(redis_server.settings(redis_timeout=0.2, start_limit=0.2))
@@ -391,5 +393,5 @@ def test_a_process_that_was_stopped_for_a_while_goes_on(redis_server: RedisServe
         finally:
             store.close()
 
-    # Unlike asyncio's own loop, it looks at the clock before it wakes who waits.
+    # Unlike asyncio's loop, uvloop looks at the clock before it wakes waiting tasks.
     uvloop.run(write())
