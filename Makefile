@@ -1,4 +1,4 @@
-# Each target is what a person could type.
+# Targets that users type; `make help` lists those with a description.
 PYTHON ?= python3
 URL ?= http://127.0.0.1:8080
 RATE ?= 1000
@@ -8,13 +8,13 @@ CHECKS = check-repository check-app check-bench
 SCENARIOS = default $(filter-out default,$(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml))))
 TWO = --no-print-directory --jobs 2 --output-sync=target
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# Ansible ignores an ansible.cfg in a directory that others may write to, unless it is named.
+# Ansible ignores ansible.cfg in a world-writable directory unless this variable names it.
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-help:  ## this list
+help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-up: control  ## make the local fleet, deploy to it, post a pixel and read it back
+up: control  ## create the local fleet, deploy to it, post a pixel and read it back
 	$(PYTHON) fleet/fleet.py up
 
 down:  ## remove the local fleet
@@ -46,7 +46,7 @@ check-app: tools
 check-bench: tools
 	cd bench && pytest -q
 
-scenarios: tools  ## the roles and the fleet, on hosts that boot
+scenarios: tools  ## tests of the roles and the fleet, on hosts with systemd
 	$(MAKE) default
 	$(MAKE) $(TWO) $(filter-out default,$(SCENARIOS))
 
@@ -62,15 +62,15 @@ bench: tools  ## compare ways to serve a durable pixel, on this machine
 load: tools  ## make load RATE=1000 SECONDS=60: a constant rate through the balancer
 	$(BIN)/python -m bench.load --url $(URL) --rate $(RATE) --seconds $(or $(SECONDS),60) --writers 16 --strict
 
-locust:  ## users who look, paint and watch, by Locust: http://127.0.0.1:8089
+locust:  ## simulate users with Locust: http://127.0.0.1:8089
 	$(PYTHON) fleet/bootstrap.py locust
 	$(BIN)/locust --locustfile bench/load/locustfile.py --host $(URL) --web-host 127.0.0.1
 
-report: control  ## drive the local fleet up to its knee, and draw what that took: 5 minutes
+report: control  ## load the local fleet up to its knee and draw a report: 5 minutes
 	$(PYTHON) fleet/bootstrap.py report
 	$(BIN)/ansible-playbook playbooks/loadtest.yml
 
-drill: tools  ## cause faults on the local fleet under load, and count what users notice
+drill: tools  ## cause faults on the local fleet under load and count failed requests
 	$(BIN)/python -m bench.drill
 
 docs: tools  ## write the roles' READMEs from their argument specs, and the API's answers

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Where the version is written, as a pattern with the text before and after it.
+# Files that contain the version, each with a pattern of the text before and after it.
 PLACES = {
     "galaxy.yml": r"^(version: )\S+()$",
     "app/pyproject.toml": r'^(version = ")[^"]+(")$',
@@ -27,7 +27,7 @@ class ReleaseError(Exception):
 
 
 def git(root: Path, *arguments: str) -> str:
-    """Run git in the repository, and return what it printed."""
+    """Run git in the repository and return its output."""
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ReleaseError(f"`git {' '.join(arguments[:2])}` failed: {done.stderr.strip()}")
@@ -35,7 +35,7 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Return the version's numbers, by which versions are ordered."""
+    """Return the version's numbers, for comparison."""
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         raise ReleaseError(f"{version!r} is not a version such as 1.1.0")
     return tuple(map(int, version.split(".")))

@@ -16,7 +16,7 @@ export default [
       "no-shadow": "error",
       "no-throw-literal": "error",
       "no-unused-expressions": "error",
-      "no-unused-private-class-members": "off", // takes `this.#x ||= …` for no use
+      "no-unused-private-class-members": "off", // reports `this.#x ||= …` as unused
       "no-use-before-define": ["error", { functions: false, classes: false }],
       "no-useless-return": "error",
       "no-var": "error",
