@@ -35,7 +35,7 @@ def fleet(state: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def hosts(fleet: dict[str, Any], state: Path) -> dict[str, Any]:
-    """All hosts by name, for tests that change them at once."""
+    """All hosts by name, for tests that change all of them."""
     options = {"ssh_config": str(state / "ssh_config"), "sudo": True}
     return {name: testinfra.get_host(f"ssh://{name}", **options) for name in fleet["hosts"]}
 
@@ -91,7 +91,7 @@ class Played:
         return {host: " ".join(message.split()) for host, message in found}
 
     def changed_tasks(self) -> list[str]:
-        """What changed as `host: role : task`, in its order; the playbook has to have succeeded."""
+        """Assert success; return the changed tasks as `host: role : task`, in their order."""
         assert self.returncode == 0, self.stdout + self.stderr
         found, task = [], ""
         for line in self.stdout.splitlines():

@@ -160,7 +160,7 @@ def test_text_that_is_not_a_network_is_refused(text: str) -> None:
 
 
 def play(tmp_path: Path, tasks: list[dict[str, Any]], *arguments: str, **variables: Any) -> str:
-    """Run tasks for the local fleet's host c5, which needn't be there. Returns what is printed."""
+    """Run tasks for host c5 of the local fleet, which need not exist. Returns the output."""
     facts = {
         "all_ipv4_addresses": ["10.0.0.11"],
         "memtotal_mb": 8000,
@@ -189,7 +189,7 @@ def play(tmp_path: Path, tasks: list[dict[str, Any]], *arguments: str, **variabl
 
 
 def check(tmp_path: Path, task: dict[str, Any], *arguments: str, **variables: Any) -> str:
-    """Check the arguments of c5. Returns what is printed."""
+    """Check the arguments of c5. Returns the output."""
     return play(tmp_path, [{"pixel.endpoint.check_arguments": task}], *arguments, **variables)
 
 
@@ -253,7 +253,7 @@ T2_ALONE = {"nginx_lb_backup": "{{ inventory_hostname == 't2' }}"}
 
 
 @pytest.mark.parametrize(
-    ("variables", "says"),
+    ("variables", "message"),
     [
         ({"nginx_lb_method": "fastest"}, "nginx_lb_method 'fastest' is invalid"),
         ({"nginx_lb_method": "hash", "nginx_lb_hash_key": "a b;"}, "nginx_lb_hash_key 'a b;' is invalid"),
@@ -263,18 +263,18 @@ T2_ALONE = {"nginx_lb_backup": "{{ inventory_hostname == 't2' }}"}
         ({"nginx_lb_weights": "measured"}, "t2 has no nginx_lb_measured: run playbooks/calibrate.yml"),
         (
             T2_ALONE | {"nginx_lb_method": "hash"},
-            "nginx_lb_method hash has no backups, and t2 has nginx_lb_backup",
+            "nginx_lb_method hash supports no backups, and t2 has nginx_lb_backup",
         ),
-        (T2_ALONE | {"nginx_lb_sticky": True}, "nginx_lb_sticky has no backups"),
+        (T2_ALONE | {"nginx_lb_sticky": True}, "nginx_lb_sticky supports no backups"),
         ({"nginx_lb_backup": True}, "at least one host must not be a backup"),
     ],
 )
 def test_a_balancer_whose_variables_contradict_each_other_is_refused(
-    tmp_path: Path, variables: dict[str, Any], says: str
+    tmp_path: Path, variables: dict[str, Any], message: str
 ) -> None:
     said = check(tmp_path, {"roles": ["nginx_lb"]}, **variables)
     assert "failed=1" in said
-    assert says in " ".join(said.split())
+    assert message in " ".join(said.split())
 
 
 WRONG = [
@@ -340,7 +340,7 @@ WRONG = [
 ]
 
 
-# Those whose fault depends on variables that are wrong as well.
+# Variables whose error depends on other variables of the list.
 ALONE = (
     "firewall_fleet_ports",
     "nginx_lb_hsts",
@@ -352,7 +352,7 @@ ALONE = (
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The refusal of each variable that is wrong alone; under an empty name, that of all others at once."""
+    """The error message of each variable in ALONE; under the empty name, the one of all others together."""
     folder = tmp_path_factory.mktemp("wrong")
     wrong = {name: {name: value} for name, value in WRONG if name in ALONE}
     wrong[""] = {name: value for name, value in WRONG if name not in ALONE}

@@ -123,7 +123,7 @@ def test_a_redis_that_the_app_uses_is_left_alone(cleanup: Run, name: str) -> Non
     ],
 )
 def test_no_redis_is_stopped_while_it_is_unknown_which_one_the_app_uses(cleanup: Run, url: str) -> None:
-    """Group redis has moved to a host of its own."""
+    """Group redis has moved to another host."""
     groups = {"pixel_app": ["a", "b"], "nginx_lb": ["a", "b"], "monitoring": ["a", "b"], "redis": ["a"]}
     words, disabled = cleanup(groups, pixel_app_redis_url=url)
     assert disabled == []

@@ -512,7 +512,7 @@ def test_conflicts_with_existing_resources_are_reported_before_anything_is_creat
     assert "without a name, or two with the same: c5-1 i-" in output
     assert (account(ec2, ours=True), account(ec2, ours=False)) == before
 
-    # Our tags on what isn't ours.
+    # Instances with the fleet's tags that don't belong to it.
     ec2.create_key_pair(KeyName="theirs")
     strangers = [launch(ec2, key=key, **OURS, Name="theirs") for key in ("", "theirs")]
     before = account(ec2, ours=True), account(ec2, ours=False)

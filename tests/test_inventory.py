@@ -71,7 +71,7 @@ def test_a_valid_inventory_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has_python", [False, True])
 def test_a_host_without_python_is_named_with_a_fix(tmp_path: Path, has_python: bool) -> None:
-    """Where there is one, and facts can't be gathered for another reason, that reason is reported."""
+    """If Python exists and facts can't be gathered for another reason, that reason is reported."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for path in Path("/usr/bin").iterdir():

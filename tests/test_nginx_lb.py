@@ -1,4 +1,4 @@
-"""The configuration of role nginx_lb, in an Nginx of this machine before a stand-in for an app host."""
+"""The configuration of role nginx_lb, tested with a local Nginx and a stand-in for an app host."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ansible.template import Templar, trust_as_template  # type: ignore[import-u
 
 ROLE = Path(__file__).resolve().parents[1] / "roles" / "nginx_lb"
 RECEIVED: list[int] = []
-"""How long the bodies were that the app host got."""
+"""Lengths of the bodies that the app host received."""
 
 
 class App(BaseHTTPRequestHandler):
-    """Takes any body."""
+    """Accepts any body."""
 
     def do_POST(self) -> None:
         RECEIVED.append(len(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -36,7 +36,7 @@ class App(BaseHTTPRequestHandler):
 
 
 def render(folder: Path, **chosen: Any) -> None:
-    """Write the configuration as the role does, with its defaults but for what is chosen."""
+    """Write the configuration as the role does, with its defaults and the given variables."""
     loader = DataLoader()
     parts = [
         loader.load_from_file(str(ROLE / name / "main.yml"), trusted_as_template=True)
@@ -60,7 +60,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def full_balancer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of one that can't write temporary files."""
+    """The port of a balancer that can't write temporary files."""
     folder = tmp_path_factory.mktemp("nginx")
     port, bodies, log = free_port(), folder / "bodies", folder / "error.log"
     render(
@@ -124,7 +124,7 @@ def test_a_body_without_space_is_a_problem_and_was_not_written(post: Any) -> Non
         "type": "about:blank",
         "title": "Service Unavailable",
         "status": 503,
-        "detail": "This balancer has no memory or disk space for the request.",
+        "detail": "The balancer has no memory or disk space for the request.",
         "written": "no",
     }
     assert RECEIVED == []

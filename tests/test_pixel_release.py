@@ -232,14 +232,14 @@ def test_a_release_that_fails_its_trial_is_removed_and_may_be_tried_again(
     assert manager.releases.names() == ["a"]
     assert host.active["pixel.service"]["release"] == "a"
     assert "pixel-candidate.service" not in host.active
-    # It holds the password.
+    # The staged files contain the password.
     assert not manager.staged.exists()
     host.faults.clear()
     assert deploy(manager, "b")[-1]["current"] == "b"
 
 
 def test_a_deployment_that_was_staged_and_given_up_is_removed(manager: Manager) -> None:
-    """Its trial failed on another host, and the next run deploys the one that runs."""
+    """The trial failed on another host, and the next run deploys the running release."""
     deploy(manager, "a")
     make(manager, "b")
     carry_out(manager, option("stage", "b"), False)

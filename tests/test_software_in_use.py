@@ -1,6 +1,6 @@
-"""Web servers and a Redis that a host already has are named, and never displaced without being asked.
+"""An existing web server or Redis on a host is reported, and replaced only on request.
 
-One playbook runs what roles nginx_lb and redis do before they change anything. Its hosts are this machine.
+One playbook runs the checks of roles nginx_lb and redis that precede any change. All hosts are this machine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What was said of each host: the reason why nothing was changed, or nothing."""
+    """The message of each host: the reason why nothing was changed, or an empty string."""
     folder = tmp_path_factory.mktemp("hosts")
     web_port, redis_port, free = free_port(), free_port(), free_port()
     hosts: dict[str, dict[str, Any]] = {
@@ -146,7 +146,7 @@ def test_nothing_stops_a_run_where_nothing_is_displaced(verdicts: dict[str, str]
         ("web_changed", "changed /etc/nginx-common/its.conf"),
         ("web_port", "port PORT used by apache2"),
         ("web_tls_port", "port PORT used by apache2"),
-        # It goes on running, so Nginx couldn't start.
+        # The other server keeps running, so Nginx couldn't start.
         ("web_port_asked", "port PORT used by apache2"),
     ],
 )

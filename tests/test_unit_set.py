@@ -38,7 +38,7 @@ done
 
 
 def ago(seconds: float) -> int:
-    """A moment of the monotonic clock in microseconds, as systemd has it."""
+    """A time of the monotonic clock in microseconds, as systemd shows it."""
     return int((time.monotonic() - seconds) * 1e6)
 
 
@@ -85,7 +85,7 @@ def made(run: Any, tmp_path: Path) -> None:
 
 
 def write(tmp_path: Path, name: str, state: str, unread: str = "no", started: int = 0) -> None:
-    """Make a unit that was started some seconds ago."""
+    """Write a unit that was started ``started`` seconds ago."""
     moment = ago(started)
     (tmp_path / "units" / name).write_text(f"{state} {unread} {moment} {moment}")
 
@@ -144,7 +144,7 @@ def test_units_whose_configuration_systemd_has_not_read_are_read(run: Any, tmp_p
 
 @pytest.fixture
 def file(tmp_path: Path) -> Any:
-    """Make a file that was modified some seconds ago. Returns its path."""
+    """Create a file that was modified ``modified`` seconds ago, and return its path."""
 
     def make(name: str, modified: float) -> str:
         path = tmp_path / name
@@ -169,7 +169,7 @@ def test_a_unit_reads_a_file_that_is_newer_once(run: Any, tmp_path: Path, file: 
     assert result["diff"]["before"] == f"old.service: enabled, active, older than {new}\n"
     assert calls(tmp_path)[1:] == ["show", *["daemon-reload"] * (verb == "restart"), verb]
     assert not run(**arguments)["changed"]
-    # Whoever restarts it for another reason has done it.
+    # A restart for another reason counts as well.
     Path(new).touch()
     write(tmp_path, "old.service", "loaded enabled active", started=-1)
     assert not run(**arguments)["changed"]
@@ -184,7 +184,7 @@ def test_a_restart_is_no_reload_as_well_and_a_start_is_neither(run: Any, tmp_pat
 
 
 def test_a_reload_is_not_a_start(run: Any, tmp_path: Path, file: Any) -> None:
-    """It leaves the time of the start as it was."""
+    """A reload doesn't change the time of the start."""
     write(tmp_path, "old.service", "loaded enabled active", started=50)
     restart, reload = {"old.service": [file("restart", 10)]}, {"old.service": [file("reload", 10)]}
     run(names=["old.service"], reload_on=reload)
@@ -194,7 +194,7 @@ def test_a_reload_is_not_a_start(run: Any, tmp_path: Path, file: Any) -> None:
 
 
 def test_a_file_from_the_future_restarts_nothing_forever(run: Any, tmp_path: Path, file: Any) -> None:
-    """Its clock was ahead when it was written."""
+    """The clock was ahead when the file was written."""
     write(tmp_path, "old.service", "loaded enabled active", started=50)
     assert not run(names=["old.service"], restart_on={"old.service": [file("ahead", -3600)]})["changed"]
 
@@ -207,5 +207,5 @@ def test_a_dry_run_counts_files_that_it_did_not_write(run: Any, tmp_path: Path, 
         "changed_paths": [str(tmp_path / "old"), str(tmp_path / "unrelated")],
     }
     assert run(**arguments, _ansible_check_mode=True)["changed_units"] == ["old.service"]
-    # In a run, what was written tells for itself.
+    # In a run, the times of the written files decide.
     assert not run(**arguments)["changed"]

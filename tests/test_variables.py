@@ -72,7 +72,7 @@ def templates(value: Any, key: str = "") -> Iterator[str]:
 
 @functools.cache
 def templates_in(path: Path) -> list[str]:
-    """Every template of a file."""
+    """All templates in a file."""
     text = path.read_text()
     return list(templates(yaml.safe_load(text))) if path.suffix == ".yml" else [text]
 
@@ -153,7 +153,7 @@ def test_numbers_and_booleans_are_converted_where_they_are_used(path: Path) -> N
 
 
 CHECKS = sorted(ROOT.glob("roles/*/meta/checks.yml"))
-# Where a variable that can't be evaluated is looked for, and what is done then.
+# Places that handle a variable that can't be evaluated.
 LOOKED_FOR = {
     ("playbooks/validate.yml", "private_address"),
     ("playbooks/vars/cleanup.yml", "pixel_app_redis_url"),
@@ -161,9 +161,9 @@ LOOKED_FOR = {
 
 
 def silently_default(template: str) -> set[str]:
-    """Variables of other hosts that are the default, or undefined, where they can't be evaluated.
+    """Variables of other hosts that silently become the default, or undefined, if they can't be evaluated.
 
-    Facts and what tasks have set (names with an underscore) may be missing.
+    Facts and results of tasks (names with an underscore) may be missing.
     """
     others = "|".join(
         [r"hostvars\[[^\]]+\]", *re.findall(r"{%-? set (\w+) = hostvars\[[^\]]+\] *-?%}", template)]
@@ -194,13 +194,13 @@ def test_the_check_finds_what_is_silently_a_default(template: str, faults: set[s
 
 @pytest.mark.parametrize("path", [*SOURCES, *CHECKS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_variables_of_other_hosts_are_never_silently_a_default(path: Path) -> None:
-    """Filter host_variable reads them."""
+    """The filter host_variable reads them."""
     found = {name for template in templates_in(path) for name in silently_default(template)}
     assert {(str(path.relative_to(ROOT)), name) for name in found} <= LOOKED_FOR
 
 
 def test_documented_variables_are_roles() -> None:
-    """Names in code spans. `nginx_lb_limit_*` stands for several."""
+    """Checks names in code spans; `nginx_lb_limit_*` is a pattern."""
     known = set(role_variables())
     roles = "|".join(path.parents[1].name for path in SPECS)
     named = {

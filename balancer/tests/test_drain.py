@@ -102,7 +102,7 @@ def test_a_drain_that_nginx_rejects_leaves_no_mark(balancer: Any, monkeypatch: p
 def test_a_drain_on_a_full_disk_leaves_no_mark(
     balancer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Empty files fit there: the mark of a drained host is one."""
+    """Empty files can still be created, and the mark of a drained host is an empty file."""
     monkeypatch.setattr(cli, "Paths", lambda: balancer.paths)
     balancer.undrain("b")
     before = {path: path.read_bytes() for path in balancer.paths.nginx.parent.rglob("*") if path.is_file()}

@@ -113,16 +113,16 @@ def write_lifetime(hosts: Iterable[Mapping[str, Any]]) -> float:
 def host_variable(variables: Mapping[str, Any], name: str, default: Any = None) -> Any:
     """Return a variable of another host.
 
-    Jinja's `default` and `defined` take a variable that can't be evaluated there, such as one that refers to
-    `hostvars` or to facts, for one that isn't set; then a host would silently get the default.
+    Jinja's `default` and `defined` treat a variable that can't be evaluated there (one that refers to
+    `hostvars` or to facts) as unset; the host would silently get the default.
 
     Args:
         variables: The host's variables, `hostvars[host]`.
         name: The variable.
-        default: What it is if the inventory doesn't set it.
+        default: The value if the inventory doesn't set the variable.
 
     Raises:
-        AnsibleUndefinedVariable: It can't be evaluated; the message names the line of the inventory.
+        AnsibleUndefinedVariable: The variable can't be evaluated; the message names its inventory line.
     """
     return variables.get(name, default)
 

@@ -802,7 +802,7 @@ class Manager:
         return f"Its former deployment (release {before.release}) was restored and serves."
 
     def tidy(self, units: Sequence[str], keep: int, dry: bool, paths: Sequence[Path] = ()) -> list[str]:
-        """Enable and start the units, remove surplus instances, releases and paths. Returns what was done."""
+        """Enable and start the units; remove surplus instances, releases and paths. Returns the actions."""
         done = []
         wanted = [f"{unit}.{kind}" for unit in units for kind in ("socket", "service")]
         for unit in wanted:
@@ -924,7 +924,7 @@ def carry_out(manager: Manager, option: dict[str, Any], dry: bool) -> dict[str, 
             is_new = manager.running() != fingerprint or manager.is_staged(fingerprint)
             if is_new and not dry:
                 manager.switch(manager.staged_deployment(release, fingerprint), option["rollback"])
-            # Of a trial that failed on another host, or was interrupted.
+            # A trial failed on another host, or was interrupted.
             given_up = [manager.staged] if manager.staged.exists() and not is_new else []
             result["tidied"] = manager.tidy(option["units"], option["keep"], dry, given_up)
             result["changed"] = is_new or bool(result["tidied"])

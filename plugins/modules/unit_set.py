@@ -19,9 +19,9 @@ description:
     handlers that restart or reload the units. systemd is asked once for all units, and only those that
     differ are changed.
   - >-
-    A unit is restarted because of what is on the host, not because of what this run has done: a run that was
-    interrupted between the write of a file and the restart is finished by the next one.
-  - systemd reads its configuration again if that of one of the units has changed, and before a restart.
+    The times of the files on the host decide about a restart, not the changes of this run: if a run is
+    interrupted between the write of a file and the restart, the next run restarts the unit.
+  - systemd is reloaded if the configuration of a unit has changed, and before a restart.
 options:
   names:
     description: Names of the units with their suffix.
@@ -39,19 +39,19 @@ options:
     description: >-
       Files that a unit reads when it starts, by the name of the unit. The unit is restarted if it was started
       before one of them was last modified. For a timer or a socket, files of its service may be among them.
-      Units that are not in O(names) are left alone.
+      Units that are not in O(names) are ignored.
     type: dict
     default: {}
   reload_on:
     description: >-
       Files that a unit reads when it starts and when it is reloaded, by the name of the unit. The unit is
-      reloaded if both were before one of them was last modified. Units that are not in O(names) are left
-      alone.
+      reloaded if its last start and reload were before one of them was last modified. Units that are not in
+      O(names) are ignored.
     type: dict
     default: {}
   changed_paths:
     description: >-
-      What M(pixel.endpoint.file_set) has returned under this name. Only used in check mode, in which these
+      The return value C(changed_paths) of M(pixel.endpoint.file_set). Only used in check mode, in which these
       files were not written.
     type: list
     elements: str
@@ -63,7 +63,7 @@ author: Pixel Endpoint contributors
 """
 
 EXAMPLES = r"""
-- name: Enable and start the service, and make it use its files
+- name: Enable and start the service, and restart or reload it if its files are newer
   unit_set:
     names: [example.service, example-cleanup.timer]
     restart_on:
@@ -120,7 +120,7 @@ def differences(unit: dict[str, str], state: str) -> list[str]:
 def newer(paths: Iterable[str], microseconds: str) -> list[str]:
     """Return the files that were modified after a moment of the monotonic clock.
 
-    A file from the future, as before a correction of the clock, is none of them: a restart wouldn't help.
+    Files from the future, written before the clock was corrected, are left out: a restart wouldn't help.
     """
     now = time.time()
     moment = now - time.monotonic() + int(microseconds) / 1e6
@@ -130,7 +130,7 @@ def newer(paths: Iterable[str], microseconds: str) -> list[str]:
 def outdated(
     name: str, unit: dict[str, str], option: dict[str, Any], check_mode: bool
 ) -> tuple[list[str], list[str]]:
-    """Return the command of systemctl that a running unit needs, and the files that it needs it for."""
+    """Return the systemctl command that a running unit needs, and the files that are the reason."""
     for command, since in (("restart", "InactiveExitTimestamp"), ("reload", "StateChangeTimestamp")):
         paths = option[f"{command}_on"].get(name, [])
         unwritten = [path for path in paths if path in option["changed_paths"]] if check_mode else []
@@ -170,7 +170,7 @@ def main() -> None:
     before: dict[str, str] = {}
     units = show(module, names)
     unread = [name for name, unit in zip(names, units, strict=True) if unit["NeedDaemonReload"] == "yes"]
-    # systemd may know nothing yet of a unit that was written just now.
+    # systemd doesn't know a new unit file before its reload.
     if not module.check_mode and (unread or any(unit["LoadState"] == "not-found" for unit in units)):
         systemctl(module, "daemon-reload")
         units = show(module, names)

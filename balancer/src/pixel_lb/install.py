@@ -35,7 +35,7 @@ def apply(nginx: Nginx, changes: Mapping[Path, bytes | None]) -> bool:
             changed |= write(path, content)
         reloaded = nginx.reload_if_needed()
     except (OSError, Refused):
-        # First those that need no space on a full disk.
+        # Removals first: they need no space on a full disk.
         for path, content in sorted(former.items(), key=lambda item: item[1] is not None):
             write(path, content)
         raise
@@ -48,7 +48,7 @@ def install(paths: Paths, nginx: Nginx, *, dry_run: bool = False) -> bool:
     Args:
         paths: The agent's directories.
         nginx: The Nginx that reads them.
-        dry_run: Change nothing, and only tell whether anything would change.
+        dry_run: Change nothing; only return whether anything would change.
 
     Returns:
         Whether anything changed.

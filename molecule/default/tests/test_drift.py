@@ -1,7 +1,7 @@
-"""What was changed by hand or left by an interrupted run is shown by a dry run, and repaired by the next run.
+"""A dry run shows manual changes and the leftovers of interrupted runs, and the next run repairs them.
 
-One test for all roles: three runs of site.yml. Not here: python3-venv, which role pixel_app installs where it
-builds a release and needs for nothing else, so that without it nothing is out of order.
+One test for all roles: three runs of site.yml. Not covered: python3-venv, which role pixel_app needs, and
+installs, only when it builds a release.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DAMAGE = {
         echo '# by hand' >>/etc/default/prometheus-redis-exporter
         rm /etc/systemd/system/prometheus-nginx-exporter.service.d/pixel.conf
         systemctl disable --now prometheus-alertmanager
-        # As runs leave it that were interrupted before a restart or a reload.
+        # Files newer than their services, as after a run that was interrupted before a restart or a reload.
         touch /usr/local/sbin/pixel-lb /etc/prometheus/pixel.rules.yml
     """,
     "t2": """
@@ -52,25 +52,25 @@ DAMAGE = {
 SHOWN = [
     "c5: redis : Configure Redis",
     "c5: redis : Apply kernel settings",
-    "c5: redis : Enable and start Redis, with its present files",
+    "c5: redis : Enable and start Redis, and restart it if its files are newer",
     "c5: pixel_app : Stage settings, password and units",
-    "c5: pixel_app : Switch to the staged deployment, and back if it fails its check",
+    "c5: pixel_app : Switch to the staged deployment; roll back if its check fails",
     "t2: pixel_app : Stage settings, password and units",
-    "t2: pixel_app : Switch to the staged deployment, and back if it fails its check",
+    "t2: pixel_app : Switch to the staged deployment; roll back if its check fails",
     "c5: nginx_lb : Install the agent and stage the configuration",
-    "c5: nginx_lb : Check the staged configuration and put it in force",
-    "c5: nginx_lb : Enable and start Nginx and the controller, with its present files",
+    "c5: nginx_lb : Check and apply the staged configuration",
+    "c5: nginx_lb : Enable and start Nginx and the controller, and restart a controller with newer files",
     "c5: firewall : Stage the rules",
-    "c5: firewall : Compare them with the loaded rules",
-    "t2: firewall : Compare them with the loaded rules",
+    "c5: firewall : Compare the staged rules with the loaded ones",
+    "t2: firewall : Compare the staged rules with the loaded ones",
     "t2: firewall : Load the rules at boot",
     "c5: logs : Configure the journal, rotation and forwarding",
     "t2: logs : Configure the journal, rotation and forwarding",
-    "c5: logs : Start the journal, rotation and forwarding, with their present files",
-    "t2: logs : Start the journal, rotation and forwarding, with their present files",
+    "c5: logs : Start the journal, rotation and forwarding, and restart those with newer files",
+    "t2: logs : Start the journal, rotation and forwarding, and restart those with newer files",
     "c5: monitoring : Configure Prometheus, Alertmanager and the exporters",
-    "c5: monitoring : Enable and start the services, with their present files",
-    # A dry run can't go on without the package.
+    "c5: monitoring : Enable and start the services, and restart those with newer files",
+    # Without the package a dry run of this role ends here.
     "t2: monitoring : Install Prometheus, Alertmanager and the exporters that this host needs",
 ]
 DIFFS = [
@@ -90,7 +90,7 @@ DIFFS = [
     "-prometheus-alertmanager.service: disabled, inactive",
     "-prometheus-redis-exporter.service: enabled, active, older than /etc/default/prometheus-redis-exporter",
 ]
-# Each unit that is stopped or runs with other files is started once, and no other one is.
+# Each unit that is stopped or older than its files is started once, and no other unit is started.
 STARTED = {
     "c5": {
         "logrotate.timer": 1,
@@ -133,7 +133,7 @@ UNIT_STARTED = "39f53479d3a045ac8e11786248231fbf"
 
 @pytest.fixture
 def state_of(shell: Any) -> Any:
-    """Modes, owners and digests of files, and what is enabled, active and loaded, on a host."""
+    """Modes, owners and digests of a host's files, states of its units, its firewall rules and packages."""
     script = (
         f"cd /; for file in {' '.join(FILES)}; do stat -c '%n %a %U' $file; sha256sum $file; done\n"
         f"systemctl show --property=Id,UnitFileState,ActiveState,NeedDaemonReload {' '.join(sorted(OURS))}\n"
@@ -144,7 +144,7 @@ def state_of(shell: Any) -> Any:
 
 @pytest.fixture
 def started(shell: Any) -> Any:
-    """Count how often each of our units has been started on a host since this fixture was made."""
+    """Count the starts of each of these units on a host since the fixture was set up."""
     cursors = {
         host: shell("journalctl --lines=0 --show-cursor", on=host).split("cursor: ")[1].strip()
         for host in DAMAGE
@@ -176,14 +176,14 @@ def test_drift_of_all_roles_is_shown_and_repaired_once(
 
     prometheus = host.service("prometheus").systemd_properties
     repaired = play("site.yml")
-    # A run loads the rules.
+    # A run loads the rules, so their comparison is no change there.
     assert {task.split(": ", 1)[1] for task in set(SHOWN) - set(repaired.changed_tasks())} == {
-        "firewall : Compare them with the loaded rules"
+        "firewall : Compare the staged rules with the loaded ones"
     }
     assert max(Counter(repaired.changed_tasks()).values()) == 1
     assert {name: state_of(name) for name in DAMAGE} == before
     assert {name: started(name) for name in DAMAGE} == STARTED
-    # It was reloaded.
+    # Prometheus was reloaded, not restarted.
     moments = host.service("prometheus").systemd_properties
     assert moments["InactiveExitTimestamp"] == prometheus["InactiveExitTimestamp"]
     assert moments["StateChangeTimestampMonotonic"] != prometheus["StateChangeTimestampMonotonic"]

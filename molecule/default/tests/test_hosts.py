@@ -48,7 +48,7 @@ def test_passwords_leak_nowhere(shell: Any, password: Any) -> None:
         lines: str = shell(f"{{ {command}; }} 2>/dev/null | {search} 3<<'END'\n{secrets}\nEND\n")
         return lines
 
-    # What it would look like.
+    # Proof that the search finds a password.
     assert found("cat /etc/pixel/credentials/redis_password") != ""
     for place in (
         "systemctl show pixel redis-server nginx 'prometheus*'",

@@ -188,7 +188,7 @@ def webhook(fleet: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]
 
 @pytest.fixture
 def relay(fleet: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """A mail relay without STARTTLS, beside the webhook, and the mails that it got."""
+    """A mail relay without STARTTLS: its address, and the mails that it has received."""
     mails: list[str] = []
 
     class Relay(socketserver.StreamRequestHandler):

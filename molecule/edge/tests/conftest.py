@@ -15,7 +15,7 @@ def name(host: Any) -> str:
 
 @pytest.fixture(scope="session")
 def ports_seen(fleet: dict[str, Any], hosts: dict[str, Any]) -> Any:
-    """Those ports of a host that answer another host."""
+    """Return which of these ports of a server a client can connect to."""
 
     def ask(client: str, server: str, ports: list[int]) -> list[int]:
         words = " ".join(map(str, [fleet["hosts"][server]["address"], *ports]))

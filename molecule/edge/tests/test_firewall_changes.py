@@ -12,26 +12,25 @@ import yaml
 
 NAMES = ("debian12", "debian13")
 PUBLIC = [22, 80, 443]
-# Ports of the fleet, and one that no role has.
+# Ports of the fleet, and one that no role uses.
 OTHERS = [8000, 6379, 9100, 9113, 9121, 9090, 9093, 5000]
 
 
 @pytest.fixture
 def both(hosts: dict[str, Any]) -> dict[str, Any]:
-    """The hosts that have the firewall."""
+    """The hosts with the firewall."""
     return {name: hosts[name] for name in NAMES}
 
 
 @pytest.fixture
 def seen(ports_seen: Any) -> Callable[[], list[list[int]]]:
-    """The ports of both hosts that answer a stranger."""
+    """The ports of both hosts that a stranger can connect to."""
     return lambda: [ports_seen("stranger", name, [*PUBLIC, *OTHERS]) for name in NAMES]
 
 
 @pytest.fixture
 def firewall(play: Any) -> Any:
-    """Run its playbook."""
-    # As the scenario configures it.
+    """Run firewall.yml with the scenario's variables."""
     scenario = yaml.safe_load((Path(__file__).parents[1] / "vars" / "main.yml").read_text())
     own = {name: value for name, value in scenario.items() if name.startswith("firewall_")}
 
@@ -46,7 +45,7 @@ def test_rules_that_lock_the_operator_out_are_rolled_back(both: Any, firewall: A
     rules = [host.check_output("nft list table inet pixel") for host in both.values()]
     done = firewall(firewall_ssh_networks=["203.0.113.0/24"], firewall_rollback=20)
     assert done.returncode != 0
-    # It was locked out; where a try takes long, it gets in by the former rules, which are back by then.
+    # Ansible was locked out; if its attempt takes long, it connects after the former rules were restored.
     last = done.stdout.split("fatal:")[0].rsplit("TASK", 1)[-1]
     assert "Reconnect under the new rules" in last or "The former rules have been restored." in done.stdout
     for _ in range(30):
@@ -63,7 +62,7 @@ def test_rules_that_lock_the_operator_out_are_rolled_back(both: Any, firewall: A
 
 
 def test_the_rules_can_be_removed_and_restored(firewall: Any, seen: Any) -> None:
-    # As the manual has it: text, not a boolean.
+    # The manual's command: text, not a boolean.
     assert firewall("-e", "firewall_enabled=false").returncode == 0
     assert seen() == [[*PUBLIC, *OTHERS]] * 2
     done = firewall()

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-# As converge.yml configures the role.
+# The variables of converge.yml.
 DEFAULT = {"nginx_lb_health_checks": False}
 
 
 @pytest.fixture(scope="session")
 def configure(play: Any) -> Iterator[Callable[..., None]]:
-    """Run the role with these variables, unless they are in force. In the end it is as it was before."""
+    """Run the role with these variables, unless they are applied already. The teardown restores DEFAULT."""
     in_force: dict[str, Any] = DEFAULT
 
     def run(**variables: Any) -> None:
@@ -29,7 +29,7 @@ def configure(play: Any) -> Iterator[Callable[..., None]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def configured(request: pytest.FixtureRequest, configure: Callable[..., None]) -> None:
-    """The role has the variables that a module of tests names in VARIABLES."""
+    """Apply the variables in VARIABLES of the test module."""
     configure(**getattr(request.module, "VARIABLES", DEFAULT))
 
 

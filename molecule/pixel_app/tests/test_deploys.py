@@ -18,7 +18,7 @@ def converge(play: Any) -> Any:
 
 @pytest.fixture
 def ask(hosts: dict[str, Any], fleet: dict[str, Any]) -> Callable[..., dict[str, Any]]:
-    """GET from the app on every host itself; returns the decoded bodies by host."""
+    """GET a path from the app, on every host; returns the decoded bodies by host."""
     program = (
         "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=3).read().decode())"
     )
@@ -81,7 +81,7 @@ def test_a_deploy_removes_old_releases_and_works_with_a_strict_umask_and_a_dead_
 ) -> None:
     """Three releases are kept: the current one, the one before it, and the newest complete one of the others.
 
-    sudo's umask would hide files from the service's user; the proxy does not answer.
+    With sudo's umask, the service's user could not read the files; the proxy does not answer.
     """
     former = releases()
     for number in range(1, 6):

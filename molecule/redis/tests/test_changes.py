@@ -17,7 +17,7 @@ ODD = r"""'"quo\ted"\\#%$&{-ü-€-'""" + "x" * 8
 
 @pytest.fixture
 def answers(state: Path, fleet: dict[str, Any]) -> Callable[[str], list[str]]:
-    """Send PING as the app's user with a password, which is passed on standard input; the hosts' answers."""
+    """Send PING as the app's user to every host, with the password on standard input; returns the answers."""
 
     def ping(name: str, password: str) -> str:
         address = fleet["hosts"][name]["address"]
@@ -74,7 +74,7 @@ def test_a_new_password_needs_no_restart_and_the_former_one_is_valid_until_retir
 
 
 def test_a_redis_with_foreign_data_is_not_taken_over(hosts: dict[str, Any], play: Any) -> None:
-    """As before the first run: no users file of the role, and data."""
+    """The state before the first run: no users file of the role, but data."""
     for host in hosts.values():
         host.run_expect([0], "mv /etc/redis/users.acl /etc/redis/kept")
         host.run_expect([0], "truncate -s 2k /var/lib/redis/dump.rdb")
