@@ -287,7 +287,7 @@ def test_the_last_line_shows_the_state_and_the_instance(
     line, none = page.locator("footer #state"), "\N{EN DASH}"
     expect(line).to_have_text("Live 1 viewer 0 writes/s t2 1.0.0-3fa9c1d2")
     fragile_redis.kill()
-    away = f"Storage is away {none} viewers {none} writes/s t2 1.0.0-3fa9c1d2"
+    away = f"Storage is unavailable {none} viewers {none} writes/s t2 1.0.0-3fa9c1d2"
     expect(line).to_have_text(away, timeout=10_000)
     service.stop()
     lost = f"Reconnecting {none} viewers {none} writes/s {none} {none}"

@@ -300,7 +300,7 @@ async def test_an_internal_error_fails_only_its_own_batch(
     with monkeypatch.context() as broken:
         broken.setattr("pixel.commit.pack", lambda changes: 1 / 0)
         assert await outcomes([store.write([Change(0, 0, 0, 1)])]) == [
-            "This is our fault, and it is logged; the write may have been made."
+            "This is a fault of the server, and it is logged; the write may have been made."
         ]
     assert "ZeroDivisionError" in caplog.text
     await store.write([Change(0, 0, 0, 1)])

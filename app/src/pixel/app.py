@@ -1,6 +1,6 @@
 """The application: FastAPI behind ``MetricsMiddleware``.
 
-Nearly every ``POST /pixel``, the hot path, is answered before it gets here: see ``protocol``.
+Nearly all ``POST /pixel``, the hot path, are answered in ``protocol`` and don't get here.
 """
 
 import logging
@@ -43,16 +43,16 @@ ROUTERS: tuple[APIRouter, ...] = (
 DISCONNECTED = 499
 """In metrics, the status of a request whose client disconnected before the answer."""
 
-OUR_FAULT = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This is a fault of the server; it is logged.")
+INTERNAL_ERROR = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This is a fault of the server; it is logged.")
 
 log = logging.getLogger(__name__)
 
 
 class MetricsMiddleware:
-    """Counts FastAPI's answers, and does what HTTP asks of every GET.
+    """Counts and logs FastAPI's answers, answers HEAD, and limits caching.
 
-    HEAD is answered as GET without the body. An answer to GET that doesn't say how long it may be
-    kept must not be kept by a cache; one with an ETag must be validated each time.
+    HEAD is answered as GET without the body. An answer to GET without a ``Cache-Control`` must not be
+    stored by a cache; one with an ETag must be validated each time.
     """
 
     def __init__(self, api: ASGIApp) -> None:
@@ -66,7 +66,7 @@ class MetricsMiddleware:
         status = DISCONNECTED
         level = logging.DEBUG
         method = scope["method"]
-        if method == "HEAD":  # is GET, without the body
+        if method == "HEAD":
             scope = {**scope, "method": "GET"}
 
         async def watch(message: Message) -> None:
@@ -111,7 +111,7 @@ def _limit_caching(headers: list[tuple[bytes, bytes]]) -> None:
 
 async def fault_answer(request: Request, error: Exception) -> Response:
     """The answer to an unexpected exception."""
-    return OUR_FAULT.response()
+    return INTERNAL_ERROR.response()
 
 
 async def problem_answer(request: Request, error: Exception) -> Response:
@@ -121,7 +121,7 @@ async def problem_answer(request: Request, error: Exception) -> Response:
 
 
 async def http_answer(request: Request, error: Exception) -> Response:
-    """The router's 404 and 405; OPTIONS, which no route answers itself, is answered here."""
+    """The router's 404 and 405, and the answer to OPTIONS, which no route has."""
     assert isinstance(error, HTTPException)
     if error.status_code == HTTPStatus.NOT_FOUND:
         return Problem(HTTPStatus.NOT_FOUND, "There is nothing at this path.").response()

@@ -1,4 +1,4 @@
-"""HTTP requests to other parts of the fleet, straight, whatever proxy the environment names."""
+"""HTTP requests to other parts of the fleet, without the environment's proxy."""
 
 import asyncio
 from urllib.parse import urlsplit
@@ -20,8 +20,8 @@ async def get(url: str) -> tuple[int, bytes]:
 
     Raises:
         OSError: the host can't be reached.
-        h11.RemoteProtocolError: it did not answer with HTTP.
-        AnswerError: it answered with more than 64 kB.
+        h11.RemoteProtocolError: the answer is not HTTP.
+        AnswerError: the answer is larger than 64 kB.
     """
     parts = urlsplit(url)
     tls = parts.scheme == "https"

@@ -1,4 +1,4 @@
-"""Group commit: writes that wait together go to Redis in one transaction, within its lease."""
+"""Group commit: waiting writes are sent to Redis in one transaction, within its lease."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ from pixel.resp import Command, Connection, ReplyError, Server
 from pixel.settings import MAX_BATCH, Settings
 from pixel.stream import EVENT_CHANGES, EVENTS, NO_EVENT, EventId
 
-# Makes a tile as long as it has to be, or leaves it alone: it adds nothing to its last byte.
+# Extends a tile to its full length by adding 0 to its last byte; a full tile stays unchanged.
 _GROW = ("INCRBY", "u8", (TILE_BYTES - 1) * 8, 0)
 
 # Pauses between attempts to connect, in seconds.
@@ -27,10 +27,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 _RESTART = 2.0
 """Seconds that a restart of Redis may take; meanwhile, writes wait for it."""
 
-# Errors of a server that isn't there yet, or not ready, but whose host answers.
+# Errors of a Redis that is starting, on a host that answers.
 _RESTARTING = (ConnectionRefusedError, ConnectionResetError, FileNotFoundError, ReplyError)
 
-# A lease lasts, and is renewed when less is left than, these parts of the Redis timeout.
+# Parts of the Redis timeout: the length of a lease, and the remaining time below which it is renewed.
 _LEASE, _RENEWAL = 0.75, 0.5
 
 _SAMPLING = 1.0  # seconds between two measurements of the queue's length
@@ -38,7 +38,7 @@ _SAMPLING = 1.0  # seconds between two measurements of the queue's length
 log = logging.getLogger(__name__)
 
 
-# Its changes, who waits for them, and until when they may be sent, by Redis's clock.
+# The changes, the future of the answer, and the Redis time until which they may be sent.
 _Request = tuple[Sequence[Change], asyncio.Future[EventId], float]
 
 
@@ -48,7 +48,7 @@ def _fail(request: _Request, problem: Problem) -> None:
 
 
 class _Batch:
-    """Requests that go to Redis together."""
+    """Requests that are sent to Redis together."""
 
     def __init__(self) -> None:
         self.timer: asyncio.TimerHandle
@@ -68,15 +68,15 @@ class _Batch:
 
 
 class _Lease:
-    """A key that expires by Redis's own clock, and without which a transaction isn't executed.
+    """A key that expires by Redis's clock; Redis executes a transaction only while it exists.
 
     The transaction watches the key. If it has expired before EXEC, or is missing (then SET NX
     creates it, which is a change too), EXEC does nothing. So it doesn't matter where a transaction
-    was held up: in this process, in a buffer of either kernel, in the network or in Redis.
+    was delayed: in this process, in a buffer of either kernel, in the network or in Redis.
     """
 
     def __init__(self, name: str, seconds: float, renewal: float) -> None:
-        # A connection has its own: renewing it must not revive what another one left behind.
+        # Each connection has its own key: a renewal must not make transactions of an earlier one valid.
         self._key = f"pixel:lease:{name}:{secrets.token_hex(4)}"
         self._seconds = seconds
         self._renewal = renewal
@@ -88,7 +88,7 @@ class _Lease:
         )
 
     def renew(self, now: float) -> list[Command]:
-        """What to send before a transaction; nothing, while enough of the lease is left."""
+        """The commands to send before a transaction; none while enough of the lease is left."""
         if self.end - now >= self._renewal:
             return []
         self.end = now + self._seconds
@@ -96,16 +96,16 @@ class _Lease:
 
 
 class GroupCommit:
-    """Writes that arrive while others are on their way to Redis go together, as the next batch.
+    """Writes that arrive while a transaction is in flight form the next batch.
 
-    One transaction is in flight at a time. It holds a BITFIELD for each tile that is written to,
-    and the event, so that the events have the order in which the canvas changed. There is no
-    timer that collects writes: one that finds nothing in flight leaves at once.
+    One transaction is in flight at a time. It contains a BITFIELD for each tile that is written to,
+    and the event, so that the events have the order in which the canvas changed. No timer collects
+    writes: if nothing is in flight, a write is sent at once.
 
     A request is answered once Redis has acknowledged its own tiles. When the connection is lost or
-    Redis doesn't answer in time, what was in flight is in doubt; it is answered when its lease has
-    expired, so it can't be made later. Requests behind it wait while Redis restarts. While Redis
-    doesn't answer at all, new ones are refused at once.
+    Redis doesn't answer in time, the writes in flight are in doubt; they are answered when their lease
+    has expired, so they can't be made later. Requests behind them wait while Redis restarts. While
+    Redis doesn't answer at all, new requests are refused at once.
     """
 
     def __init__(self, server: Server, settings: Settings, clock: RedisClock, worker: str) -> None:
@@ -132,8 +132,8 @@ class GroupCommit:
         """Done when Redis has acknowledged the changes, which are made in their order.
 
         Args:
-            changes: channel writes; none at all ask whether Redis can be written to.
-            begin_by: Redis's time until when they may be sent to Redis (``StartLimit.begin_by``).
+            changes: channel writes; an empty sequence probes whether Redis accepts writes.
+            begin_by: the Redis time until which they may be sent (``StartLimit.begin_by``).
 
         Returns:
             The event that contains the changes, or a later one.
@@ -159,7 +159,7 @@ class GroupCommit:
         return future
 
     def close(self) -> None:
-        """Stop. To be called when nobody waits any more."""
+        """Stop. Call it when no request waits any more."""
         self._task.cancel()
         self._sampling.cancel()
         if self._connection:
@@ -175,7 +175,7 @@ class GroupCommit:
         self._arrival.set()
 
     def _count_queue(self) -> None:
-        """Once a second, not at every write: it costs nothing, and goes on while Redis hangs."""
+        """Sample the queue once a second: cheaper than at every write, and it works while Redis hangs."""
         metrics.QUEUED_WRITES.set(self._depth)
         self._sampling = self._loop.call_later(_SAMPLING, self._count_queue)
 
@@ -190,7 +190,7 @@ class GroupCommit:
         while True:
             if self._connection is None or self._connection.closed:
                 await self._connect()
-            # What woke it may have expired by now: a process that was stopped has late timers.
+            # The batch that set the event may have expired: in a process that was stopped, timers are late.
             while not self._queue:
                 self._arrival.clear()
                 await self._arrival.wait()
@@ -202,14 +202,14 @@ class GroupCommit:
             try:
                 await self._commit(connection, batch)
             except Exception:
-                # A fault of ours: these requests get an answer, and the next their turn.
+                # An internal error: answer these requests, and continue with the next batch.
                 log.exception("%d writes are in doubt", batch.size)
                 connection.close()
-                batch.doubt("This is our fault, and it is logged")
+                batch.doubt("This is a fault of the server, and it is logged")
             self._depth -= batch.size
 
     async def _connect(self) -> None:
-        """Connect, however long it takes; meanwhile batches expire, or are refused at once."""
+        """Try to connect until it succeeds; meanwhile batches expire, or are refused at once."""
         reconnecting = self._connection is not None
         since = monotonic()
         pause = _FIRST_PAUSE
@@ -233,7 +233,7 @@ class GroupCommit:
                 return
 
     async def _ask_time(self, connection: Connection) -> None:
-        """Learn Redis's time, before a lease is reckoned by it."""
+        """Read Redis's time, which the first lease needs."""
         asked = monotonic()
         try:
             [said] = await connection.execute([("TIME",)])
@@ -249,7 +249,7 @@ class GroupCommit:
         self._clock.learn(asked, seconds + microseconds / 1e6, monotonic())
 
     def _refuse(self, reason: str) -> None:
-        """Refuse what waits and, until there is a connection again, what comes."""
+        """Refuse all waiting requests and, until the next connection, new ones."""
         self._unreachable = reason
         while self._queue:
             batch = self._queue.popleft()
@@ -280,13 +280,13 @@ class GroupCommit:
                 metrics.BATCH_WRITES.observe(batch.size)
                 self._settle(batch, commands, queued, results)
                 return
-            # The lease had expired, so nothing was written. Renewing it also asks for Redis's time.
+            # The lease had expired, so nothing was written. Its renewal also reads Redis's time.
             metrics.LAPSED_LEASES.inc()
             self._grown.clear()
             self._lease.end = 0
 
     def _in_time(self, batch: _Batch) -> list[_Request]:
-        """The requests that may still begin; the others are refused."""
+        """Return the requests that may still begin; refuse the others."""
         now = self._clock.now()
         if batch.begin_by >= now:
             return [request for request in batch.requests if not request[1].done()]
@@ -310,7 +310,7 @@ class GroupCommit:
     def _settle(self, batch: _Batch, commands: list[Command], queued: list[object], results: object) -> None:
         """Answer a batch by Redis's replies."""
         if isinstance(results, ReplyError):
-            # Redis wouldn't queue a command (it's out of memory, say), and dropped them all.
+            # Redis refused to queue a command (out of memory, for example) and dropped the transaction.
             reasons = [reply for reply in queued if isinstance(reply, ReplyError)]
             self._health.fails(reasons[0] if reasons else results)
             self._grown.clear()
@@ -318,7 +318,7 @@ class GroupCommit:
                 _fail(request, Problem.unavailable("Redis refuses writes", "no"))
             return
         assert isinstance(results, list)
-        # A tile can fail by itself: somebody has put something else under its key.
+        # A single tile fails if its key holds another type.
         refused = {
             command[1]: result
             for command, result in zip(commands[1:-1], results, strict=True)

@@ -1,4 +1,4 @@
-"""Crashes of the service are counted, and frequent ones delay its restart.
+"""Counts crashes of the service, and delays its restart if they are frequent.
 
 The unit runs ``python -m pixel.crashes`` each time the service has ended. A crash is recorded in
 the runtime directory, which systemd keeps when it restarts the service and removes when it is

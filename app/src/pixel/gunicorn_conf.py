@@ -22,7 +22,7 @@ from pixel.settings import load, refuse
 
 settings = load()
 
-# Without them, Uvicorn would silently use slower ones.
+# Without these packages, Uvicorn would silently use slower ones.
 for package in ("uvloop", "httptools"):
     if find_spec(package) is None:
         refuse(f"the package {package} is missing: install what requirements.txt lists")
@@ -33,7 +33,7 @@ own_metrics = ""
 if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
     own_metrics = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="pixel-metrics-")
 
-# Workers compute the service's uptime from it; the clock that it is from is never set.
+# Workers compute the service's uptime from this time of the monotonic clock.
 os.environ.setdefault("SERVICE_STARTED", str(time.monotonic()))
 
 from prometheus_client import multiprocess  # noqa: E402
@@ -45,10 +45,10 @@ LAST_REQUESTS = 0.2
 
 
 class GracefulServer(Server):
-    """Uvicorn with a shutdown that breaks off no request.
+    """Uvicorn with a shutdown that aborts no request.
 
-    It ends the event streams, which would not end by themselves, and waits for the first request
-    of clients that have just connected; Uvicorn would close such connections at once.
+    It ends the event streams, which have no end of their own, and waits for the first request of
+    clients that have just connected; Uvicorn would close such connections at once.
     """
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -64,13 +64,13 @@ class Worker(UvicornWorker):  # type: ignore[misc]
 
     CONFIG_KWARGS = {  # noqa: RUF012 - declared so by the base class
         "loop": "uvloop",
-        "http": "pixel.protocol:PixelProtocol",  # and so httptools
+        "http": "pixel.protocol:PixelProtocol",  # uses httptools
         "ws": "none",
         "lifespan": "on",
         "access_log": False,
         "proxy_headers": False,
         "server_header": False,
-        # On every answer, including those that Uvicorn itself gives.
+        # For every answer, including those of Uvicorn itself.
         "headers": [("X-Pixel-Instance", settings.instance)],
         # A second before the master kills the worker.
         "timeout_graceful_shutdown": settings.graceful_timeout - 1,
@@ -91,7 +91,7 @@ logconfig_dict = logs.config(settings)
 proc_name = "pixel"
 control_socket_disable = True
 # Workers report that they are alive by touching a file, which must not wait for a busy disk.
-# S108 warns of guessable names: Gunicorn generates one, and unlinks it at once.
+# S108 warns of predictable names: Gunicorn generates a random one, and unlinks it at once.
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 
 
@@ -112,7 +112,7 @@ def post_fork(server: Arbiter, worker: GunicornWorker) -> None:
 
 def post_worker_init(worker: GunicornWorker) -> None:
     """Set up the worker's memory."""
-    # What stays until the end, modules and the application, isn't collected.
+    # Modules and the application live as long as the process: exclude them from garbage collection.
     gc.collect()
     gc.freeze()
     # Large buffers (pictures, batches) are mapped, so that the kernel gets them back when they are

@@ -1,7 +1,7 @@
-"""The lifetime of a write: by which clock it is judged, and until when it may begin.
+"""The lifetime of a write: Redis's clock, and the time until which a write may begin.
 
-All times are in seconds of Redis's clock, since the epoch, unless said otherwise. The reasons are
-in docs/adr.
+All times are in seconds of Redis's clock, since the epoch, unless stated otherwise. The reasons are
+in docs/adr/0026-lifetime-of-a-write.md.
 """
 
 import asyncio
@@ -17,16 +17,16 @@ from pixel.problems import Problem
 from pixel.settings import Settings
 
 MEASURE_TIMEOUT = 0.3
-"""Seconds that a balancer may take to say its time."""
+"""Seconds in which a balancer must answer with its time."""
 
 MEASURE_PAUSE = 1.0
 """Seconds between two measurements of one balancer's clock."""
 
 ASSUME_AFTER = 10.0
-"""Seconds after which a balancer that never says its time is taken to have Redis's."""
+"""Seconds without an answer after which a balancer's clock is assumed to equal Redis's."""
 
 MOST_BALANCERS = 100
-"""Balancers that are remembered; more can only be a mistake."""
+"""Largest number of balancers whose clocks are stored; beyond it, all are measured again."""
 
 WAIT = b"wait"
 """Mark of a retry whose earlier attempt may still be on its way to Redis."""
@@ -39,46 +39,47 @@ log = logging.getLogger(__name__)
 class RedisClock:
     """Redis's clock, as an offset from this process's monotonic clock.
 
-    Redis said its time somewhere between question and answer, so the offset is known within
-    bounds, which further answers narrow. A bound that a new answer contradicts moves as far as
-    that answer demands: clocks drift, are set, and stand still while a host is suspended.
+    Redis read its clock at some moment between question and answer, so the offset is known within
+    bounds, which further answers narrow. If a new answer contradicts a bound, the bound moves just
+    far enough: clocks drift, are set, and stop while a host is suspended.
     """
 
     def __init__(self) -> None:
         self._known = False
-        # Until Redis has said its time: this host's clock.
+        # Until Redis's first answer: this host's clock.
         self._low = time() - monotonic()
         self._high = inf
 
     def learn(self, sent: float, said: float, received: float) -> None:
-        """Redis said its time to a question sent and answered at these monotonic times."""
+        """Learn from Redis's time ``said``, asked and received at these monotonic times."""
         low, high = said - received, said - sent
         if not self._known or low > self._high:
             self._known, self._low, self._high = True, low, high
         else:
-            # An answer that was long on its way says little: it must not make the time late.
+            # A slow answer is inaccurate: it must not move the time back.
             self._high = min(high, self._high)
             self._low = min(max(low, self._low), self._high)
 
     def now(self) -> float:
-        """Redis's time, not early but where Redis's clock was set back, and hardly late."""
+        """A lower bound of Redis's time: at most slightly late, and early only after it was set back."""
         return monotonic() + self._low
 
 
 class StartLimit:
-    """Refuses writes that come late, by the balancer's stamp.
+    """Refuses writes that arrive late, by the balancer's stamp.
 
-    A stamp is ``TIME ADDRESS`` or, on a retry, ``TIME ADDRESS MARK``: the balancer's clock when it
-    sent the request, and where it says its time. Its clock may differ from Redis's by anything. The
-    difference is measured when a balancer is new, and again when its requests seem to come late. It
-    is never taken to be larger than it is, so a request is never taken to be younger than it is.
+    A stamp is ``TIME ADDRESS`` or, on a retry, ``TIME ADDRESS MARK``: the balancer's time when it
+    sent the request, and the address at which its clock can be read. Its clock may differ from
+    Redis's by any amount. The difference is measured when a balancer is new, and again when its
+    requests seem to be late. It is never overestimated, so no request is assumed to be younger than
+    it is.
     """
 
     def __init__(self, clock: RedisClock, settings: Settings) -> None:
         self._clock = clock
         self._limit = settings.start_limit
         self.wait = settings.start_limit + settings.redis_timeout
-        """Seconds after which an attempt that was sent can't be made any more."""
+        """Seconds after which an attempt that the balancer has sent can't be made any more."""
         self._differences: dict[bytes, float] = {}
         # Monotonic times: of the last measurement, and since when all of them have failed.
         self._measured: dict[bytes, float] = {}
@@ -86,16 +87,16 @@ class StartLimit:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin_by(self, stamp: bytes | None, waited: float = 0) -> float:
-        """Until when the write may begin; without a stamp, it has just been sent.
+        """The time until which the write may begin; without a stamp, it counts as just sent.
 
         Args:
             stamp: the request's header X-Request-Start.
-            waited: seconds that the request was held back on purpose, which don't count.
+            waited: seconds for which the request was delayed on purpose, which don't count.
 
         Raises:
-            Problem: 503, if it came too late; nothing was written.
+            Problem: 503, if the request is too late; nothing was written.
             UnknownClockError: the balancer's clock has to be measured first.
-            MustWaitError: the request has to be held back first.
+            MustWaitError: the request has to be delayed first.
         """
         now = self._clock.now()
         if stamp is None:
@@ -123,7 +124,7 @@ class StartLimit:
         return now + left
 
     def _judge_unusual(self, text: bytes, balancer: bytes, now: float, waited: float) -> float:
-        """Judge a request that is marked as a retry, or of a balancer that isn't known yet."""
+        """``begin_by`` for a request that is marked as a retry, or from a balancer that is new."""
         balancer, _, mark = balancer.partition(b" ")
         if not _ADDRESS.fullmatch(balancer):
             return now + self._limit  # No balancer stamps like this.
@@ -137,8 +138,8 @@ class StartLimit:
         """Measure the difference between Redis's clock and a balancer's.
 
         Raises:
-            Problem: 503, if it has never been measured and can't be now. A balancer that has not
-                said its time for ten seconds is taken to have Redis's.
+            Problem: 503, if the clock can't be read and has never been measured. After ten seconds
+                without an answer, the balancer's clock is assumed to equal Redis's.
         """
         if len(self._differences) > MOST_BALANCERS:
             self._differences.clear()
@@ -159,8 +160,8 @@ class StartLimit:
         name = balancer.decode()
         silent_since = self._silent.setdefault(balancer, monotonic())
         if monotonic() - silent_since < ASSUME_AFTER:
-            raise Problem.not_written(f"Balancer {name} doesn't say its time ({reason})")
-        log.warning("balancer %s doesn't say its time, which is taken to be Redis's", name)
+            raise Problem.not_written(f"The clock of balancer {name} can't be read ({reason})")
+        log.warning("the clock of balancer %s can't be read; it is assumed to equal Redis's", name)
         self._differences[balancer] = 0.0
 
     def _measure_soon(self, balancer: bytes) -> None:
@@ -180,4 +181,4 @@ class UnknownClockError(Exception):
 
 
 class MustWaitError(Exception):
-    """The request has to be held back for ``StartLimit.wait`` seconds, and is judged then."""
+    """The request has to be delayed by ``StartLimit.wait`` seconds and judged after that."""

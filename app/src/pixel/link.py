@@ -1,4 +1,4 @@
-"""Links to Redis for questions: each is one connection, opened when needed and after a loss."""
+"""Links to Redis for reads: each is one connection, opened when needed and after a loss."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Health:
-    """Logs when an operation begins to fail and when it works again, and nothing in between."""
+    """Logs when an operation begins to fail and when it works again, but no failure in between."""
 
     def __init__(self, operation: str) -> None:
         self._what = {"read": "reading from Redis", "write": "writing to Redis"}[operation]
@@ -35,7 +35,7 @@ class Health:
 
 
 class _Connection(Connection):
-    """A connection that knows when it has last received something."""
+    """A connection that records when it last received data."""
 
     received = 0.0
 
@@ -45,7 +45,7 @@ class _Connection(Connection):
 
 
 class Link:
-    """A connection for questions: opened at the first one, and again after it was lost."""
+    """A connection for reads: opened at the first one, and again after it was lost."""
 
     def __init__(self, server: Server, timeout: float) -> None:
         self._server = server
@@ -56,7 +56,7 @@ class Link:
         self._closed = False
 
     async def ask(self, *commands: Command, blocking: float = 0) -> list[Any]:
-        """The replies to some commands.
+        """Send commands and return their replies.
 
         Args:
             commands: they are sent together, and answered in their order.
@@ -84,7 +84,7 @@ class Link:
         return replies
 
     async def ask_at_once(self, *commands: Command) -> list[Any]:
-        """The replies to commands between which nothing changes; errors are among them."""
+        """Execute commands in one transaction; errors are among the returned replies."""
         *_, results = await self.ask(("MULTI",), *commands, ("EXEC",))
         return list(results)
 
@@ -97,8 +97,8 @@ class Link:
     def _drop(self, started: float, error: Exception) -> None:
         """Close a connection that failed.
 
-        A question that timed out behind the large replies to others leaves the connection to
-        them: as long as something arrives, it works. The late reply is discarded.
+        If a read timed out behind large replies to others, the connection stays open for them: as
+        long as data arrives, it works. The late reply is discarded.
         """
         connection = self._connection
         if connection and not (isinstance(error, TimeoutError) and connection.received > started):

@@ -1,8 +1,8 @@
-"""Logs: a JSON object a line, to standard error, which systemd keeps.
+"""Logs: one JSON object per line to standard error, which systemd stores in the journal.
 
-Answers aren't logged one by one (Nginx does that), but for those that are our fault, and at level
-debug. Such a line has the ``request_id`` that Nginx' line has. While Redis is away that is a line
-a request; how many there may be is the journal's to say, which has a limit for each service.
+Nginx logs every request. The app logs only answers with status 500 and above and, at level debug,
+all others, with the ``request_id`` of Nginx's line. While Redis is unavailable that is one line per
+request; the journal limits the rate for each service.
 """
 
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The id that the balancer has given a request, and has in its own log."""
+    """The ID that the balancer has given to a request; its own log contains it too."""
     return dict(headers).get(b"x-request-id", b"").decode("latin-1")
 
 

@@ -1,10 +1,10 @@
 """Prometheus metrics, summed over the workers of an instance.
 
 Workers share files under ``PROMETHEUS_MULTIPROC_DIR``, which must be set before this module is
-imported, and empty when the service starts; without it a process counts for itself alone. A file
+imported, and empty when the service starts; without it, each process has its own metrics. A file
 belongs to a worker's slot (``METRICS_SLOT``, see ``gunicorn_conf``), not to its process: the next
-worker in the slot continues its counters. So there are only as many files as there were workers at
-the same time, however often the service is reloaded, and no counter falls.
+worker in the slot continues its counters. So reloads of the service neither add files nor reset
+counters.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-    # prometheus_client would use the process ID, and ask for it at every count.
+    # prometheus_client would use the process ID, and ask the kernel for it at every count.
     slot = int(os.environ.get("METRICS_SLOT", os.getpid()))
     values.ValueClass = values.MultiProcessValue(partial(int, slot))  # type: ignore[no-untyped-call]
 
@@ -53,7 +53,7 @@ VIEWERS.set(0)
 WRITES = Counter("pixel_writes", "Channel writes that Redis has acknowledged.")
 BATCH_WRITES = Histogram(
     "pixel_batch_writes",
-    "Channel writes that went to Redis together; 0 is a readiness probe.",
+    "Channel writes in a batch; 0 is a readiness probe.",
     buckets=(0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000),
 )
 QUEUED_WRITES = Gauge(
@@ -74,7 +74,7 @@ _CPU_MODES = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "ste
 
 
 class HostCpu(Collector):
-    """CPU time of the host by mode, steal included: balancers adapt their weights to it.
+    """CPU time of the host by mode, including steal; balancers use it for adaptive weights.
 
     ``HOST_PROC`` is the host's ``/proc``; in a sandbox, ``/proc`` may be another one.
     """
@@ -100,10 +100,10 @@ PROCESS.register(HOST_CPU)
 
 
 class _Answers:
-    """Answers with the same labels, counted together at the loop's next turn.
+    """Answers with the same labels, counted together in the loop's next iteration.
 
-    To count each on its own, in two places of a mapped file, would be a twentieth of a write's
-    cost. A histogram has no public method for many observations.
+    Counting each answer separately, in two places of a mapped file, would cost a twentieth of a
+    write. A histogram has no public method for many observations.
     """
 
     def __init__(self, method: str, route: str, status: int) -> None:

@@ -1,4 +1,4 @@
-"""The OpenAPI description, from the types that bodies are read and written with."""
+"""The OpenAPI description, generated from the types of the bodies."""
 
 from http import HTTPStatus
 from typing import Any
@@ -43,7 +43,7 @@ _DETAILS = {
     504: "1 of 2 instances have failed or are late.",
 }
 
-# The types that routes have named.
+# The types that the routes use.
 _described: list[Any] = []
 
 _EVENT_HEADER = {
@@ -112,7 +112,7 @@ def _schema(kind: Any) -> Any:
 
 
 class DescribedAPI(FastAPI):
-    """FastAPI with our types, and the size of the canvas, in its description."""
+    """FastAPI whose description contains the msgspec types and the size of the canvas."""
 
     def __init__(self, canvas: Canvas, **options: Any) -> None:
         super().__init__(**options)
@@ -128,7 +128,7 @@ class DescribedAPI(FastAPI):
         if self.openapi_schema is None:
             schema = super().openapi()
             _, components = msgspec.json.schema_components(_described, ref_template=_REF)
-            # In place of FastAPI's own schemas, which no answer has.
+            # Replace FastAPI's own schemas, which no answer uses.
             schema["components"] = {"schemas": components | {"Problem": _PROBLEM}}
             for path in schema["paths"].values():
                 for operation in path.values():

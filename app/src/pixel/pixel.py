@@ -88,7 +88,7 @@ def pack(changes: Iterable[Change]) -> bytes:
 
 
 def unpack(record: bytes) -> Iterator[Change]:
-    """Decode what ``pack`` has encoded."""
+    """Decode the result of ``pack``."""
     return map(Change._make, _RECORD.iter_unpack(record))
 
 
@@ -134,7 +134,7 @@ class Reader:
         """The body of ``POST /pixels``: 1 to 10,000 pixels."""
         pixels: list[Pixel] = []
         fault = None
-        # msgspec reads all items before it counts them; what can't be a batch isn't read at all.
+        # msgspec reads all items before it counts them, so a body with too many is refused before.
         if body.count(b"{") <= MAX_BATCH and body.count(b'"') <= 20 * MAX_BATCH and body.isascii():
             try:
                 pixels = self._decode_pixels(body)
@@ -164,7 +164,7 @@ class Reader:
     def _batch_problem(self, body: bytes, pixels: list[Pixel], index: int | None) -> Problem:
         """Explain a refused batch by its first faulty item.
 
-        ``pixels`` is what msgspec has read of it, or ``index`` the item that msgspec has refused.
+        ``pixels`` are the pixels that msgspec has decoded, or ``index`` is the item that it refused.
         """
         fields = ", ".join(self._pixel_rules)
         size = _Fault("", f"must contain 1 to {MAX_BATCH} pixels, objects with {fields}")
@@ -189,7 +189,6 @@ class Reader:
 
     def _first_fault(self, body: bytes, pixels: list[Pixel]) -> int:
         """The first item with a fault that msgspec accepts."""
-        texts = body.split(b"}")
         width, height = self._canvas.width, self._canvas.height
         texts = body.split(b"}")
         minus = body.find(b"-")
@@ -201,10 +200,10 @@ class Reader:
         )
 
 
-# What follows explains a refusal: a second, slower reader, for which msgspec has no messages. All
-# that it does is bounded, as it runs on the event loop: it parses EXPLAINED_BYTES at most and
-# stops after REPORTED_FAULTS; a larger body is checked for its syntax only (by msgspec, which then
-# builds nothing), and its first faulty item is explained.
+# The rest of this module explains a refusal with a second, slower parser, because msgspec's messages
+# don't name all faults. It runs on the event loop, so its work is bounded: it parses EXPLAINED_BYTES
+# at most and stops after REPORTED_FAULTS. Of a larger body only the syntax is checked (by msgspec,
+# which then builds no values), and the first faulty item is explained.
 
 EXPLAINED_BYTES = 8192
 """Most bytes of a body that are parsed again to explain a refusal."""

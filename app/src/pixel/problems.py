@@ -10,17 +10,17 @@ from starlette.responses import Response
 Headers = Iterable[tuple[bytes, bytes]]
 
 STAMP = b"x-request-start"
-"""The header in which a balancer says when it sent a request that it may send elsewhere."""
+"""The header with the time at which a balancer sent a request that it can retry on another host."""
 
 _OUTCOMES = {"no": "nothing was written", "maybe": "the write may have been made"}
 
 
 class Problem(Exception):
-    """An answer other than the one that was asked for.
+    """An error answer.
 
-    ``errors`` names the faulty fields of a request, each with its reason; ``headers`` go onto
+    ``errors`` lists the faulty fields of a request, each with its reason; ``headers`` are headers of
     the answer (``Allow``, ``Retry-After``); ``members`` are further members of its body;
-    ``written`` says what became of a write: ``no`` (it was not made, and will not be) or ``maybe``
+    ``written`` is the outcome of a write: ``no`` (it was not made, and will not be) or ``maybe``
     (it may have been made, but will not be made any more).
     """
 
@@ -48,7 +48,7 @@ class Problem(Exception):
 
     @classmethod
     def invalid(cls, field: str, reason: str) -> "Problem":
-        """422: a field of the request isn't what it has to be."""
+        """422: a field of the request is invalid."""
         errors = [{"field": field, "reason": reason}]
         return cls(HTTPStatus.UNPROCESSABLE_ENTITY, f"{field} {reason}.", errors=errors)
 
@@ -56,12 +56,12 @@ class Problem(Exception):
     def unavailable(
         cls, detail: str, written: Literal["no", "maybe"] | None = None, *, elsewhere: bool = False
     ) -> "Problem":
-        """503: nothing is wrong with the request, and it may be sent again soon.
+        """503: the request is valid and can be sent again soon.
 
         Args:
             detail: the reason.
-            written: what became of a write.
-            elsewhere: whether another host may do better.
+            written: the outcome of a write.
+            elsewhere: whether the request may succeed on another host.
         """
         problem = cls(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "1"}, written=written)
         problem.elsewhere = elsewhere
@@ -80,14 +80,14 @@ class Problem(Exception):
     def response(self, request_headers: Headers = ()) -> Response:
         """The answer to a request with these headers.
 
-        A 503 goes back to a balancer that can ask another host: X-Accel-Redirect names the
-        location from which it does, and is not sent on to the client.
+        For a 503 that may succeed on another host, X-Accel-Redirect names the balancer's location
+        that retries the request; the balancer doesn't send the header to the client.
         """
         headers = {"Cache-Control": "no-store"} | (self.headers or {})
         stamp = dict(request_headers).get(STAMP) if self.elsewhere else None
         if stamp is not None:
             if self.written == "no" and stamp.count(b" ") > 1:
-                self.written = "maybe"  # by an earlier attempt, which the balancer's mark tells of
+                self.written = "maybe"  # the balancer's mark means that an earlier attempt is in doubt
             headers |= {"X-Accel-Redirect": "@again", "X-Pixel-Written": self.written or "no"}
         body: dict[str, Any] = {
             "type": "about:blank",

@@ -20,11 +20,11 @@ from pixel.store import Store
 from pixel.stream import EventId
 
 BODY_SECONDS = 10.0
-"""How long the rest of a body may take that didn't arrive with the head of its request."""
+"""Seconds in which the rest of a body must arrive after the first part."""
 
 
 class State(TypedDict):
-    """The state that the application's lifespan makes, and every request can use."""
+    """The state that the application's lifespan creates for all requests."""
 
     settings: Settings
     store: Store
@@ -40,7 +40,7 @@ def state_of(request: Request) -> State:
 
 
 def json_response(content: msgspec.Struct, event: EventId | None = None) -> Response:
-    """A 200 with JSON; ``event`` is the stream event that contains what the request has written."""
+    """A 200 with JSON; ``event`` is the stream event that contains the request's changes."""
     headers = {"X-Pixel-Event": event.text().decode()} if event else None
     return Response(msgspec.json.encode(content), headers=headers, media_type="application/json")
 
@@ -69,9 +69,9 @@ async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 async def begin_by(request: Request) -> float:
-    """Until when a write may begin (``StartLimit.begin_by``); holds back a retry that has to wait.
+    """The time until which a write may begin (``StartLimit.begin_by``); delays a retry that must wait.
 
-    Raises a ``Problem`` (503) if the request came too late.
+    Raises a ``Problem`` (503) if the request is too late.
     """
     start_limit = state_of(request)["store"].start_limit
     stamp = dict(request.scope["headers"]).get(STAMP)

@@ -1,8 +1,8 @@
-"""A connection to Redis: pipelines out, replies in, and nothing ever sent a second time.
+"""A connection to Redis: sends pipelines and receives replies; nothing is sent a second time.
 
-hiredis packs and parses; what is left is small, and sure of what became of a command when the
-connection is lost. redis-py would do the rest as well, but its import alone takes 18 MB of each
-worker, a third of all that it has.
+hiredis packs and parses. This module is small and knows the outcome of each command when the
+connection is lost. redis-py could do this too, but its import alone takes 18 MB of each worker, a
+third of its memory.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from pixel.settings import Settings
 
 Command = tuple[str | bytes | int, ...]
 
-# As it really is; its annotation knows tuples of one only.
+# The function's real type; its annotation allows tuples of one element only.
 _pack: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[assignment]
 
 _INCOMPLETE = object()
@@ -30,12 +30,12 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class ReplyError(Exception):
-    """Redis' own error, in its words; inside a transaction's reply it stands in its place."""
+    """An error reply of Redis; in the reply to a transaction, it stands for its command's result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where Redis is, and as whom to speak to it."""
+    """Address, database and user of Redis."""
 
     host: str
     port: int
@@ -64,7 +64,7 @@ class Server:
 
 
 class Connection(asyncio.Protocol):
-    """One connection. Pipelines may be in flight together; they are answered in their order."""
+    """One connection. Several pipelines may be in flight; they are answered in their order."""
 
     def __init__(self) -> None:
         self._reader = hiredis.Reader(replyError=ReplyError, notEnoughData=_INCOMPLETE)
@@ -76,8 +76,8 @@ class Connection(asyncio.Protocol):
     async def open(cls, server: Server) -> Self:
         """Connect and log in.
 
-        Raises OSError if the server can't be reached, ReplyError if it won't have us, or isn't
-        ready yet (it reads its data after a start).
+        Raises OSError if the server can't be reached, ReplyError if it refuses the login or isn't
+        ready yet (it loads its data after a start).
         """
         loop = asyncio.get_running_loop()
         if server.path:
@@ -101,7 +101,7 @@ class Connection(asyncio.Protocol):
         """Send the commands at once; the future holds a reply for each.
 
         Errors of single commands are among the replies. The future raises ConnectionError when
-        the connection is lost: what became of the commands is then unknown.
+        the connection is lost: the outcome of the commands is then unknown.
         """
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         if self.closed:
@@ -112,13 +112,13 @@ class Connection(asyncio.Protocol):
         return future
 
     def close(self, reason: str = "the connection was closed") -> None:
-        """Close at once; whoever waits gets ConnectionError with the reason."""
+        """Close at once; waiting futures raise ConnectionError with the reason."""
         self._transport.abort()
         self._lose(ConnectionAbortedError(reason))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        # However it ends, what the kernel has not sent yet is discarded, not sent later.
+        # When the connection ends, the kernel discards unsent data instead of sending it later.
         self._transport.get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE
         )

@@ -1,7 +1,7 @@
 """Settings, read from the environment (prefix ``PIXEL_``) and from systemd's credentials.
 
-``python -m pixel.settings`` checks them: one line and status 0, or one line a fault and
-status 78 (``EX_CONFIG``).
+``python -m pixel.settings`` checks them: it prints one line and exits with 0, or prints a line for
+each fault and exits with 78 (``EX_CONFIG``).
 """
 
 import difflib
@@ -41,7 +41,7 @@ _HTTP_URL: TypeAdapter[AnyHttpUrl] = TypeAdapter(AnyHttpUrl)
 
 
 def _base_url(value: str) -> str:
-    """One way to write a base URL: an HTTP one, without the slash at its end."""
+    """Normalize a base URL: HTTP, without a slash at its end."""
     return str(_HTTP_URL.validate_python(value)).rstrip("/")
 
 
@@ -49,11 +49,11 @@ BaseUrl = Annotated[str, AfterValidator(_base_url)]
 
 
 class Settings(BaseSettings):
-    """What an operator can set. Times are in seconds, sizes in bytes unless said otherwise."""
+    """Settings of the service. Times are in seconds, sizes in bytes unless stated otherwise."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        # systemd's LoadCredential; an absent directory is none at all.
+        # From systemd's LoadCredential; without the variable, no credentials are read.
         secrets_dir=os.environ.get("CREDENTIALS_DIRECTORY"),
         frozen=True,
         validate_default=False,
@@ -106,7 +106,7 @@ class Settings(BaseSettings):
             raise ValueError("must begin with redis://, rediss:// or unix://")
         if parts.password or "password=" in parts.query:
             raise ValueError(
-                "must hold no password: give it as PIXEL_REDIS_PASSWORD"
+                "must not contain a password: set it as PIXEL_REDIS_PASSWORD"
                 " or in the credential pixel_redis_password"
             )
         if parts.scheme == "unix":
@@ -130,7 +130,7 @@ class Settings(BaseSettings):
 
 @cache
 def load() -> Settings:
-    """The settings of this process; ends it with status 78 and a line a fault if they are bad."""
+    """The settings of this process. If they are invalid, exits with 78 and a line for each fault."""
     faults = _unknown_variables()
     try:
         settings = Settings()
@@ -142,14 +142,14 @@ def load() -> Settings:
 
 
 def refuse(*faults: str) -> NoReturn:
-    """End the process as systemd expects it of a bad configuration, with a line a fault."""
+    """Exit with the status for an invalid configuration, which systemd doesn't restart."""
     for fault in faults:
         print(f"pixel: {fault}", file=sys.stderr)
     sys.exit(EX_CONFIG)
 
 
 def _unknown_variables() -> list[str]:
-    """A misspelt setting would otherwise leave its default in force, unnoticed."""
+    """A line for each unknown variable: a misspelt one would silently have no effect."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     lines = []
     for name in sorted(os.environ):

@@ -1,4 +1,4 @@
-// The pixels: as the server has sent them, and what is painted over them for the time being.
+// The pixels: as the server has sent them, and the colours painted over them until they are answered.
 
 /** Width of the squares that are redrawn, in pixels. */
 const TILE = 64;

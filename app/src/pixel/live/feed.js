@@ -16,9 +16,9 @@ export function isAfter(one, other) {
 /**
  * Follows the event stream for the tabs at some message ports. A tab sends
  *
- * - {follow: event, subscription, url}: send me what comes after an event,
+ * - {follow: event, subscription, url}: send me the changes after an event,
  * - {hurry: true}: the network may be back,
- * - {leave: true}: send me nothing.
+ * - {leave: true}: stop sending.
  *
  * It receives messages with the number of its subscription and one of
  *
@@ -31,10 +31,10 @@ export class Feed {
   #subscriptions = new Map(); // port -> number
   #url = "";
   #source = null;
-  #state = ""; // empty while nobody follows
+  #state = ""; // empty without a subscription
   #event = ""; // the last one received
   #history = []; // messages with changes
-  #complete = ""; // the event after which the history has everything
+  #complete = ""; // the event after which the history is complete
   #kept = 0; // changes in it
   #received = false; // whether this source has received anything
   #pause = FIRST_PAUSE;
@@ -108,7 +108,7 @@ export class Feed {
       this.#send({ resync: true });
     });
     source.onerror = () => {
-      // A lost connection is opened again by the browser, a refused one is not.
+      // The browser reopens a lost connection, but not a refused one.
       if (source.readyState === EventSource.CLOSED) this.#lose();
       else this.#tell("lost");
       this.#received = true; // it was lost, not held back
@@ -132,7 +132,7 @@ export class Feed {
     this.#send({ state });
   }
 
-  /** Without anything received by then, the connection is taken as lost, or as held back. */
+  /** If nothing arrives within this time, the connection counts as lost, or as held back. */
   #expect(milliseconds = SILENCE) {
     this.#received ||= milliseconds === SILENCE;
     clearTimeout(this.#timer);

@@ -179,7 +179,7 @@ new Stream({
     $("viewers-unit").textContent = viewers === 1 ? "viewer" : "viewers";
     $("writes").textContent = writes === null ? "–" : number.format(writes);
     if (connected !== "live") return;
-    if (writes === null) showState("lost", "Storage is away");
+    if (writes === null) showState("lost", "Storage is unavailable");
     else showState("live");
   },
   state(state, text) {

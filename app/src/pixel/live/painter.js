@@ -8,7 +8,7 @@ export class Painter {
   #board;
   #refused;
   #received = "0-0"; // the last event that the board contains
-  #strokes = new Map(); // place of a pixel -> what is painted there and not yet received
+  #strokes = new Map(); // place of a pixel -> the colour painted there whose event hasn't arrived
 
   /**
    * @param {import("./board.js").Board} board

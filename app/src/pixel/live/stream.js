@@ -2,7 +2,7 @@
 
 import { Feed, isAfter } from "./feed.js";
 
-// A worker of an earlier release serves as long as one of its tabs is open. To be changed whenever
+// A worker of an earlier release runs as long as one of its tabs is open. Change this name whenever
 // the messages of feed.js change.
 const WORKER = "pixel-1";
 const UNSEEN = 60_000; // milliseconds after which a hidden tab no longer follows
@@ -49,7 +49,7 @@ export class Stream {
     this.#load();
   }
 
-  /** Use the feed of all tabs, or one of this tab's own where there are no shared workers. */
+  /** Use the feed shared by all tabs, or one for this tab if the browser has no shared workers. */
   #connect() {
     const own = () => {
       const { port1, port2 } = new MessageChannel();
@@ -114,7 +114,7 @@ export class Stream {
     }
   }
 
-  /** Load at once; but later if the last load is recent: then too much changes to be sent. */
+  /** Load at once, or later if the last load is recent: then there are too many changes to send. */
   #reload() {
     this.#subscription += 1;
     this.#on.state("loading", "");
@@ -142,7 +142,7 @@ export class Stream {
     this.#polling = false;
   }
 
-  /** Something suggests that the server can be reached now, or the tab is seen again. */
+  /** Reconnect now: the browser is online again, or the tab is visible again. */
   #hurry() {
     if (this.#loading) return;
     if (!this.#event) this.#load();
@@ -167,7 +167,7 @@ export class Stream {
     this.#timer = setTimeout(() => this.#poll(), POLLING);
   }
 
-  /** Fetch the canvas if it has changed. Throws an Error with the reason if it can't be had. */
+  /** Fetch the canvas if it has changed. Throws an Error with the reason if that fails. */
   async #fetch(progress = () => {}) {
     const answer = await fetch(
       "canvas.rgb",

@@ -1,1 +1,1 @@
-"""The HTTP surface, a file for each family of endpoints."""
+"""The HTTP routes, a module for each subject."""

@@ -35,7 +35,7 @@ def _answers(media_type: str) -> dict[int | str, dict[str, Any]]:
 CACHING = "max-age=1, stale-while-revalidate=10"
 
 MOST_SCALED_PIXELS = 2048 * 2048
-"""Of an enlarged picture. One that isn't is bounded by the canvas: settings.MAX_PIXELS."""
+"""Most pixels of an enlarged picture. Others are bounded by the canvas (settings.MAX_PIXELS)."""
 
 Length = Annotated[int | None, Query(ge=1), WithJsonSchema({"type": "integer", "minimum": 1})]
 
@@ -94,7 +94,7 @@ async def canvas_png(
     return PictureResponse(picture, png, _headers(picture), "image/png")
 
 
-# The answer to "If-None-Match: *", which every canvas matches: nothing is read for it.
+# The answer to "If-None-Match: *", which every canvas matches: it needs no read.
 _NOT_MODIFIED = Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"Cache-Control": CACHING})
 
 

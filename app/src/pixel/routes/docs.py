@@ -1,4 +1,4 @@
-"""The interactive documentation; all its files are served from here."""
+"""The interactive documentation, with all its files."""
 
 import re
 from base64 import b64encode

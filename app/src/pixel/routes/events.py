@@ -34,7 +34,7 @@ async def events(
         str | None,
         Query(
             pattern=r"^[0-9]{1,15}-[0-9]{1,15}$",
-            description="X-Pixel-Event of the canvas that the viewer has.",
+            description="X-Pixel-Event of the viewer's canvas.",
         ),
     ] = None,
     last_event_id: Annotated[

@@ -19,7 +19,7 @@ from pixel.requests import State, json_response, state_of
 router = APIRouter(prefix="/fleet", tags=["fleet"])
 
 FAN_OUTS = 8
-"""Requests to all peers that a worker makes at the same time; further ones get a 503."""
+"""Requests to all peers that a worker handles at the same time; further ones get a 503."""
 
 LATE = "is late"
 
@@ -61,7 +61,7 @@ class Fleet(msgspec.Struct, frozen=True):
 
 
 class PeerError(Exception):
-    """A peer has not answered as expected; the message says how."""
+    """A peer has not answered as expected; the message is the cause."""
 
 
 @router.get("/self", responses=openapi.answer(Status, EXAMPLE))

@@ -53,7 +53,7 @@ async def ping(request: Request) -> Response:
 
 @router.get("/healthz", responses=openapi.answer(Health, {"status": "ok"}))
 async def healthz() -> Response:
-    """The process is alive, whether or not Redis is."""
+    """The process is alive, independent of Redis."""
     return json_response(Health())
 
 
@@ -63,7 +63,7 @@ async def healthz() -> Response:
     | openapi.problems(503),
 )
 async def readyz(request: Request) -> Response:
-    """200 if Redis has just acknowledged a write, one that changes nothing; 503 if not."""
+    """200 if Redis has acknowledged a write that changes nothing; 503 otherwise."""
     state = state_of(request)
     known = msgspec.structs.asdict(_identity(state)) | {"crashes": crashes.lately()}
     try:

@@ -41,7 +41,7 @@ class _File(NamedTuple):
 
 def _read(path: Path) -> _File:
     content = path.read_bytes()
-    # Of the content, so that all hosts send the same tag for the same file.
+    # A digest of the content, so that all hosts send the same tag for the same file.
     return _File(content, _TYPES[path.suffix], f'"{blake2b(content, digest_size=16).hexdigest()}"')
 
 

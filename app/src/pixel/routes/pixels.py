@@ -31,7 +31,7 @@ Coordinate = Annotated[str, Path(pattern="^[0-9]{1,5}$"), WithJsonSchema({"type"
 )
 async def post_pixel(request: Request) -> Response:
     """Set one channel of a pixel; answered when Redis has acknowledged the write."""
-    # Most requests are answered in ``protocol``, which does the same.
+    # ``protocol`` answers most of these requests in the same way.
     state = state_of(request)
     body = await read_json(request.scope, request.receive, state["settings"].body_limit)
     pixel = state["reader"].pixel(body)
