@@ -245,8 +245,8 @@ def test_variables_of_roles_that_run_elsewhere_are_checked_if_they_are_set(tmp_p
 def test_arguments_on_the_command_line_are_text(tmp_path: Path) -> None:
     given = ("-e", "redis_port=6380 firewall_enabled=false monitoring_p99_seconds=0.5 nginx_lb_tls=off")
     assert "failed=0" in check(tmp_path, {"roles": ROLES}, *given)
-    said = check(tmp_path, {"roles": ROLES}, "-e", "firewall_public_ports=80,443")
-    assert "firewall_public_ports is text, not a list" in said
+    output = check(tmp_path, {"roles": ROLES}, "-e", "firewall_public_ports=80,443")
+    assert "firewall_public_ports is text, not a list" in output
 
 
 T2_ALONE = {"nginx_lb_backup": "{{ inventory_hostname == 't2' }}"}
@@ -272,9 +272,9 @@ T2_ALONE = {"nginx_lb_backup": "{{ inventory_hostname == 't2' }}"}
 def test_a_balancer_whose_variables_contradict_each_other_is_refused(
     tmp_path: Path, variables: dict[str, Any], message: str
 ) -> None:
-    said = check(tmp_path, {"roles": ["nginx_lb"]}, **variables)
-    assert "failed=1" in said
-    assert message in " ".join(said.split())
+    output = check(tmp_path, {"roles": ["nginx_lb"]}, **variables)
+    assert "failed=1" in output
+    assert message in " ".join(output.split())
 
 
 WRONG = [

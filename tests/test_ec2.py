@@ -275,10 +275,10 @@ def tagged(thing: dict[str, Any]) -> dict[str, str]:
     return {tag["Key"]: tag["Value"] for tag in thing.get("Tags", [])}
 
 
-OURS = {"Project": "pixel", "Environment": "production"}
+FLEET_TAGS = {"Project": "pixel", "Environment": "production"}
 
 
-def account(ec2: Any, *, ours: bool) -> dict[str, Any]:
+def account(ec2: Any, *, of_fleet: bool) -> dict[str, Any]:
     """List the account's resources: those with the fleet's tags, or all others."""
     found = {
         "instances": [
@@ -294,13 +294,13 @@ def account(ec2: Any, *, ours: bool) -> dict[str, Any]:
         "vpcs": ec2.describe_vpcs()["Vpcs"],
     }
     return {
-        kind: [thing for thing in things if (tagged(thing).items() >= OURS.items()) == ours]
+        kind: [thing for thing in things if (tagged(thing).items() >= FLEET_TAGS.items()) == of_fleet]
         for kind, things in found.items()
     }
 
 
 def launch(ec2: Any, kind: str = "c5.xlarge", key: str = "", **values: str) -> str:
-    """Launch an instance without the playbook; with our key pair it counts as ours. Return its ID."""
+    """Launch an instance without the playbook; with the fleet's key pair it is the fleet's. Return its ID."""
     made = ec2.run_instances(
         **({"KeyName": key} if key else {}),
         ImageId=DEBIAN["ami_id"],
@@ -326,11 +326,11 @@ def add_foreign_resources(ec2: Any) -> dict[str, Any]:
     address = ec2.allocate_address(Domain="vpc")["AllocationId"]
     ec2.create_tags(Resources=[address], Tags=tags(Name="c5-1"))
     ec2.create_volume(AvailabilityZone=f"{REGION}a", Size=1)
-    return account(ec2, ours=False)
+    return account(ec2, of_fleet=False)
 
 
 def hosts(ec2: Any) -> dict[str, dict[str, Any]]:
-    return {tagged(instance)["Name"]: instance for instance in account(ec2, ours=True)["instances"]}
+    return {tagged(instance)["Name"]: instance for instance in account(ec2, of_fleet=True)["instances"]}
 
 
 def states(ec2: Any) -> dict[str, str]:
@@ -338,7 +338,7 @@ def states(ec2: Any) -> dict[str, str]:
 
 
 def check_what_was_made(operator: Operator, ec2: Any) -> None:
-    made = account(ec2, ours=True)
+    made = account(ec2, of_fleet=True)
     key = operator.inventory / "credentials" / "id_ed25519"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     [pair] = made["keys"]
@@ -490,8 +490,8 @@ def test_conflicts_with_existing_resources_are_reported_before_anything_is_creat
     ec2.create_security_group(GroupName="pixel-production-fleet", Description="another's", VpcId=vpc)
     ec2.create_key_pair(KeyName="pixel-production")
     for name, kind, role in (("c5-1", "c5.large", "redis"), ("old-1", "c5.xlarge", "redis pixel_app")):
-        launch(ec2, kind, "pixel-production", **OURS, Name=name, Role=role)
-    before = account(ec2, ours=True), account(ec2, ours=False)
+        launch(ec2, kind, "pixel-production", **FLEET_TAGS, Name=name, Role=role)
+    before = account(ec2, of_fleet=True), account(ec2, of_fleet=False)
     operator.set(aws_image="debian-12-amd64-latest")
     status, output = operator.provision("-e", "remove=true")
     assert status == 2
@@ -506,20 +506,20 @@ def test_conflicts_with_existing_resources_are_reported_before_anything_is_creat
 
     # Two instances with the same name.
     ec2.create_tags(Resources=[one["InstanceId"] for one in before[0]["instances"]], Tags=tags(Name="c5-1"))
-    before = account(ec2, ours=True), account(ec2, ours=False)
+    before = account(ec2, of_fleet=True), account(ec2, of_fleet=False)
     status, output = operator.provision()
     assert status == 2
     assert "without a name, or two with the same: c5-1 i-" in output
-    assert (account(ec2, ours=True), account(ec2, ours=False)) == before
+    assert (account(ec2, of_fleet=True), account(ec2, of_fleet=False)) == before
 
     # Instances with the fleet's tags that don't belong to it.
     ec2.create_key_pair(KeyName="theirs")
-    strangers = [launch(ec2, key=key, **OURS, Name="theirs") for key in ("", "theirs")]
-    before = account(ec2, ours=True), account(ec2, ours=False)
+    strangers = [launch(ec2, key=key, **FLEET_TAGS, Name="theirs") for key in ("", "theirs")]
+    before = account(ec2, of_fleet=True), account(ec2, of_fleet=False)
     status, output = operator.teardown("-e", "confirm=pixel")
     assert status == 2
     assert f"{strangers[0]} theirs, {strangers[1]} theirs. Nothing was changed." in output
-    assert (account(ec2, ours=True), account(ec2, ours=False)) == before
+    assert (account(ec2, of_fleet=True), account(ec2, of_fleet=False)) == before
 
 
 def test_missing_credentials_and_an_unknown_region_are_reported(operator: Operator) -> None:
@@ -599,8 +599,8 @@ def provision_change_and_tear_down(operator: Operator) -> None:
     status, output = operator.provision("--check")
     assert status == 0, output
     assert "make: c5-1, t2-1" in output
-    assert account(ec2, ours=False) == foreign
-    assert not any(account(ec2, ours=True).values())
+    assert account(ec2, of_fleet=False) == foreign
+    assert not any(account(ec2, of_fleet=True).values())
     assert not (operator.inventory / "credentials").exists()
 
     status, output = operator.provision()
@@ -625,7 +625,7 @@ def provision_change_and_tear_down(operator: Operator) -> None:
     aws.client("iam").create_instance_profile(InstanceProfileName="pixel-balancer")
     operator.set(aws_instance_profile="pixel-balancer")
     # A host of a former version of the table.
-    launch(ec2, key="pixel-production", **OURS, Name="t2-9", Role="pixel_app")
+    launch(ec2, key="pixel-production", **FLEET_TAGS, Name="t2-9", Role="pixel_app")
     operator.count("t2", 2)
     operator.set(aws_elastic_ip=True, aws_ssh_from=["198.51.100.8/32"])
 
@@ -638,7 +638,7 @@ def provision_change_and_tear_down(operator: Operator) -> None:
     assert "VcpuLimitExceeded" in output
     assert "Service Quotas" in output
     assert states(ec2) == {"c5-1": "running", "t2-1": "running", "t2-9": "running"}
-    assert account(ec2, ours=True)["addresses"] == []
+    assert account(ec2, of_fleet=True)["addresses"] == []
 
     # The next run completes the changes, and with -e remove=true removes the former host.
     aws.quota.clear()
@@ -651,8 +651,8 @@ def provision_change_and_tear_down(operator: Operator) -> None:
     assert now["t2-1"]["InstanceId"] == t2["InstanceId"]
     assert tagged(now["t2-1"])["CostCenter"] == "7"
     assert now["t2-1"]["MetadataOptions"]["HttpTokens"] == "required"
-    assert "198.51.100.7" not in json.dumps(account(ec2, ours=True)["groups"])
-    [address] = account(ec2, ours=True)["addresses"]
+    assert "198.51.100.7" not in json.dumps(account(ec2, of_fleet=True)["groups"])
+    [address] = account(ec2, of_fleet=True)["addresses"]
     assert f"c5-1: {address['PublicIp']} " in output
     assert {name for name, host in now.items() if "IamInstanceProfile" in host} == {"c5-1"}
 
@@ -669,11 +669,11 @@ def provision_change_and_tear_down(operator: Operator) -> None:
     assert "-e confirm=pixel" in output
     status, output = operator.teardown("-e", "confirm=pixel")
     assert status == 0, output
-    assert not any(account(ec2, ours=True).values())
+    assert not any(account(ec2, of_fleet=True).values())
     status, output = operator.teardown("-e", "confirm=pixel")
     assert "changed=0 unreachable=0 failed=0" in output
 
-    assert account(ec2, ours=False) == foreign
+    assert account(ec2, of_fleet=False) == foreign
     assert operator.went_outside() == ""
     # sts:GetCallerIdentity needs no permission; iam:PassRole is needed but is not a request.
     check_policy("aws-policy.json", set(aws.actions) - {"sts:GetCallerIdentity"} | {"iam:PassRole"})

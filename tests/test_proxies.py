@@ -37,8 +37,10 @@ def requests(value: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_tasks_use_no_proxy(path: Path) -> None:
-    ours = [task for task in requests(yaml.safe_load(path.read_text())) if "amazonaws.com" not in task["url"]]
-    assert [task["url"] for task in ours if task.get("use_proxy") is not False] == []
+    to_fleet = [
+        task for task in requests(yaml.safe_load(path.read_text())) if "amazonaws.com" not in task["url"]
+    ]
+    assert [task["url"] for task in to_fleet if task.get("use_proxy") is not False] == []
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))

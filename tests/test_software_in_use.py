@@ -121,10 +121,13 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             server.wait(10)
     passed = set(re.findall(r"^(\w+) +: ok=2 +changed=0 .* failed=0 ", done.stdout, re.M))
     failed = re.findall(r"^fatal: \[(\w+)\]: FAILED! =>.*\n((?: +.*\n)+)", done.stdout, re.M)
-    said = {name: " ".join(result.partition("msg: ")[2].split()).strip("'") for name, result in failed}
-    assert passed | said.keys() == hosts.keys(), done.stdout + done.stderr
-    assert not passed & said.keys()
-    return {name: said.get(name, "") for name in hosts} | {"port": str(web_port), "other": str(redis_port)}
+    messages = {name: " ".join(result.partition("msg: ")[2].split()).strip("'") for name, result in failed}
+    assert passed | messages.keys() == hosts.keys(), done.stdout + done.stderr
+    assert not passed & messages.keys()
+    return {name: messages.get(name, "") for name in hosts} | {
+        "port": str(web_port),
+        "other": str(redis_port),
+    }
 
 
 @pytest.mark.parametrize(
@@ -151,9 +154,9 @@ def test_nothing_stops_a_run_where_nothing_is_displaced(verdicts: dict[str, str]
     ],
 )
 def test_a_web_server_in_use_is_named(verdicts: dict[str, str], host: str, found: str) -> None:
-    said = re.sub(r"\S+/hosts0/\w+/", "ROOT/", verdicts[host]).replace(verdicts["port"], "PORT")
-    assert said.startswith(f"{host} already serves something: {found}. Nothing was changed.")
-    assert "set nginx_lb_take_over to true" in said
+    message = re.sub(r"\S+/hosts0/\w+/", "ROOT/", verdicts[host]).replace(verdicts["port"], "PORT")
+    assert message.startswith(f"{host} already serves something: {found}. Nothing was changed.")
+    assert "set nginx_lb_take_over to true" in message
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,6 @@ def test_a_web_server_in_use_is_named(verdicts: dict[str, str], host: str, found
     ],
 )
 def test_a_redis_in_use_is_named(verdicts: dict[str, str], host: str, found: str) -> None:
-    said = re.sub(r"\S+/hosts0/\w+/", "ROOT/", verdicts[host]).replace(verdicts["other"], "PORT")
-    assert said.startswith(f"{host} already has a Redis: {found}. Nothing was changed.")
-    assert "set redis_take_over to true" in said
+    message = re.sub(r"\S+/hosts0/\w+/", "ROOT/", verdicts[host]).replace(verdicts["other"], "PORT")
+    assert message.startswith(f"{host} already has a Redis: {found}. Nothing was changed.")
+    assert "set redis_take_over to true" in message

@@ -304,16 +304,16 @@ class Clocks:
         if not self.reachable:
             raise ConnectionRefusedError
         self.now += 0.0005
-        said = b"%.3f" % (self.now + self.balancer)
+        body = b"%.3f" % (self.now + self.balancer)
         self.now += 0.0005
-        return 200, said
+        return 200, body
 
     def ask(self, there: float = 0.0002, back: float = 0.0002) -> None:
         """Ask Redis its time, with these delays on the way there and back."""
         asked = self.now
-        said = asked + there + self.redis
+        redis_time = asked + there + self.redis
         self.now += there + back
-        self.clock.learn(asked, said, self.now)
+        self.clock.learn(asked, redis_time, self.now)
 
     def stamp(self, age: float = 0.0) -> bytes:
         """The stamp of a request that the balancer sent ``age`` seconds ago."""

@@ -110,11 +110,11 @@ class Transaction:
         self.renewed = renewed
         self.lease = worker.lease
         self.watched = False
-        self.said = 0.0
+        self.redis_time = 0.0
 
     def begin(self) -> None:
         redis = self.worker.world.redis
-        self.said = redis.time()
+        self.redis_time = redis.time()
         if self.renewed is not None:
             redis.leases[self.lease] = self.renewed
         self.watched = redis.leases.get(self.lease, -inf) > redis.time()
@@ -175,10 +175,10 @@ class Worker(Process):
 
         def answered() -> None:
             if world.now - at <= lifetime.MEASURE_TIMEOUT:
-                self.limit._differences[LB] = asked - said
+                self.limit._differences[LB] = asked - balancer_time
             then()
 
-        said = world.now + there + world.balancer_clock
+        balancer_time = world.now + there + world.balancer_clock
         world.after(there + world.delay(), lambda: self.handle(answered))
 
     def receive(self, attempt: "Attempt", waited: float = 0) -> None:
@@ -240,7 +240,7 @@ class Worker(Process):
             sent.request.succeed()
         else:
             self.lease_end = 0.0
-            self.clock.learn(asked - 5, sent.said, self.world.now)
+            self.clock.learn(asked - 5, sent.redis_time, self.world.now)
             self.queue.insert(0, sent.request)
         self.send()
 

@@ -255,7 +255,7 @@ def test_every_function_can_be_used_by_keyboard(canvas: str, open_page: Callable
     keys.press("ArrowUp")
     keys.press("Space")
     wait_until(lambda: stored(canvas, 513, 511) == RED)
-    expect(page.locator("#said")).to_have_text("Painted 513, 511")
+    expect(page.locator("#announcement")).to_have_text("Painted 513, 511")
     for _ in range(150):  # the view follows
         keys.press("ArrowLeft")
     expect(page.locator("#place")).to_have_text("363, 511")

@@ -236,8 +236,8 @@ def test_at_level_debug_each_answer_is_logged_with_its_id_and_without_its_body(
     wait_until(lambda: service.output().count("0123456789abcdef") == 2)
     lines = [json.loads(line) for line in service.output().splitlines()]
     logged = [line for line in lines if line.get("request_id") == "0123456789abcdef"]
-    said = [line["message"] for line in logged]
-    assert said == ["POST /pixel was answered 200", "POST /pixel was answered 415"]
+    messages = [line["message"] for line in logged]
+    assert messages == ["POST /pixel was answered 200", "POST /pixel was answered 415"]
     assert all(0 < line["seconds"] < 1 for line in logged)
     assert "hidden" not in service.output()
 
@@ -359,8 +359,8 @@ def test_the_service_starts_without_redis_and_is_not_ready(
     assert time.monotonic() - started < 3
     wait_until(lambda: service.output().count("0123456789abcdef") == 2)
     lines = [json.loads(line) for line in service.output().splitlines()]
-    said = [line["message"] for line in lines if "answered" in line["message"]]
-    assert said == ["POST /pixel was answered 503", "POST /pixels was answered 503"]
+    messages = [line["message"] for line in lines if "answered" in line["message"]]
+    assert messages == ["POST /pixel was answered 503", "POST /pixels was answered 503"]
     fragile_redis.start()
     wait_until(lambda: httpx.get(f"{service.url}/readyz").status_code == 200)
 

@@ -111,8 +111,8 @@ async def test_one_broken_tile_fails_its_own_writes_only(store: Store, redis_ser
     with redis_server.admin() as admin:
         admin.rpush(TILE_00, "no string")
     here, there = Change(0, 0, 0, 9), Change(600, 600, 0, 9)
-    told = await outcomes(store.write(w) for w in ([here], [there], [there, here], [there]))
-    assert [result == "ok" for result in told] == [False, True, False, True]
+    results = await outcomes(store.write(w) for w in ([here], [there], [there, here], [there]))
+    assert [result == "ok" for result in results] == [False, True, False, True]
     assert stored(redis_server, there) == 9
     with pytest.raises(Problem):
         await store.colour(0, 0)

@@ -251,8 +251,8 @@ def parent_of(path: PurePosixPath) -> Iterator[int]:
             if stat.S_ISLNK(there.st_mode):
                 links += 1
                 holder = os.fstat(directory)
-                ours = {0, os.geteuid()}
-                if {there.st_uid, holder.st_uid} - ours or holder.st_mode & 0o022 or links > MOST_LINKS:
+                trusted = {0, os.geteuid()}
+                if {there.st_uid, holder.st_uid} - trusted or holder.st_mode & 0o022 or links > MOST_LINKS:
                     raise Fault(f"{path}: the symbolic link {name!r} in this path is not followed")
                 target = PurePosixPath(os.readlink(name, dir_fd=directory))
                 names += reversed(target.parts[1:] if target.is_absolute() else target.parts)

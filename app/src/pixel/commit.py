@@ -236,16 +236,16 @@ class GroupCommit:
         """Read Redis's time, which the first lease needs."""
         asked = monotonic()
         try:
-            [said] = await connection.execute([("TIME",)])
-            if isinstance(said, ReplyError):
-                raise said
+            [redis_time] = await connection.execute([("TIME",)])
+            if isinstance(redis_time, ReplyError):
+                raise redis_time
         except BaseException:
             connection.close()
             raise
-        self._learn_time(asked, said)
+        self._learn_time(asked, redis_time)
 
-    def _learn_time(self, asked: float, said: Sequence[bytes]) -> None:
-        seconds, microseconds = map(int, said)
+    def _learn_time(self, asked: float, redis_time: Sequence[bytes]) -> None:
+        seconds, microseconds = map(int, redis_time)
         self._clock.learn(asked, seconds + microseconds / 1e6, monotonic())
 
     def _refuse(self, reason: str) -> None:

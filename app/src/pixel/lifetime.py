@@ -50,9 +50,9 @@ class RedisClock:
         self._low = time() - monotonic()
         self._high = inf
 
-    def learn(self, sent: float, said: float, received: float) -> None:
-        """Learn from Redis's time ``said``, asked and received at these monotonic times."""
-        low, high = said - received, said - sent
+    def learn(self, sent: float, redis_time: float, received: float) -> None:
+        """Learn from Redis's time ``redis_time``, asked and received at these monotonic times."""
+        low, high = redis_time - received, redis_time - sent
         if not self._known or low > self._high:
             self._known, self._low, self._high = True, low, high
         else:

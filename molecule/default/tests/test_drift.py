@@ -112,7 +112,7 @@ STARTED = {
         "systemd-journald.service": 1,
     },
 }
-OURS = {*STARTED["c5"], *STARTED["t2"], "prometheus.service"}
+UNITS = {*STARTED["c5"], *STARTED["t2"], "prometheus.service"}
 FILES = [
     "/etc/default/prometheus-redis-exporter",
     "/etc/logrotate.d/nginx",
@@ -136,7 +136,7 @@ def state_of(shell: Any) -> Any:
     """Modes, owners and digests of a host's files, states of its units, its firewall rules and packages."""
     script = (
         f"cd /; for file in {' '.join(FILES)}; do stat -c '%n %a %U' $file; sha256sum $file; done\n"
-        f"systemctl show --property=Id,UnitFileState,ActiveState,NeedDaemonReload {' '.join(sorted(OURS))}\n"
+        f"systemctl show --property=Id,UnitFileState,ActiveState,NeedDaemonReload {' '.join(sorted(UNITS))}\n"
         "nft --stateless list chain inet pixel input; dpkg-query --show 'prometheus*'"
     )
     return lambda host: shell(script, on=host)
@@ -153,7 +153,7 @@ def started(shell: Any) -> Any:
     def count(host: str) -> dict[str, int]:
         script = f"journalctl --output=json --after-cursor='{cursors[host]}' MESSAGE_ID={UNIT_STARTED}"
         entries = [json.loads(line) for line in shell(script, on=host).splitlines()]
-        return Counter(entry["UNIT"] for entry in entries if entry["UNIT"] in OURS)
+        return Counter(entry["UNIT"] for entry in entries if entry["UNIT"] in UNITS)
 
     return count
 

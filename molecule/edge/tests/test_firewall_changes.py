@@ -24,7 +24,7 @@ def both(hosts: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def seen(ports_seen: Any) -> Callable[[], list[list[int]]]:
-    """The ports of both hosts that a stranger can connect to."""
+    """The ports of both hosts that host `stranger` can connect to."""
     return lambda: [ports_seen("stranger", name, [*PUBLIC, *OTHERS]) for name in NAMES]
 
 

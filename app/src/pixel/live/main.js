@@ -98,12 +98,12 @@ function describe(cell) {
   $("sample").style.backgroundColor = colour;
 }
 
-let said = 0;
+let announcing = 0;
 
 /** Announce a text to screen readers, not too often. */
 function say(text) {
-  clearTimeout(said);
-  said = setTimeout(() => ($("said").textContent = text), 200);
+  clearTimeout(announcing);
+  announcing = setTimeout(() => ($("announcement").textContent = text), 200);
 }
 
 let remembering = 0;
