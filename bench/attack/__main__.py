@@ -28,20 +28,22 @@ from typing import Any
 
 from bench.attack import attacks
 from bench.attack.attacks import ATTACKS, HALF_SENT, QUICK, Attack
-from bench.attack.workers import Memory, OfFleet, OfMaster, Workers
+from bench.attack.workers import LocalFleet, Memory, OneInstance, Service
 from bench.compare.machine import describe
 from bench.drill.hosts import ROOT, Fleet, FleetError
+from bench.load.disk import behind_a_flush
 from bench.load.figures import Spread
 from bench.load.http1 import Target
 from bench.load.ledger import Ledger
-from bench.load.openloop import Plan, Report, run
+from bench.load.openloop import Plan, Report, Sample, run
 from bench.load.options import ImpossibleError, allow_files, count, positive
 
 RATE = 10.0
 CONNECTIONS = 32
 TIMEOUT = 10.0
-SECONDS, QUICK_SECONDS = 20.0, 8.0
-AFTER, QUICK_AFTER = 60.0, 3.0
+SECONDS, QUICK_SECONDS = 20.0, 3.0
+AFTER, QUICK_AFTER = 60.0, 1.0
+PREPARING = 0.25  # of an attack's seconds, at least 2
 SETTLE = 2.0  # seconds between an attack's preparation and the first measurement
 SAMPLING = 2.0  # seconds between two looks at the workers' memory
 FACTOR = 2.0
@@ -51,13 +53,19 @@ OUTPUT = ROOT / "bench" / "out" / "attack.json"
 
 @dataclass
 class Result:
-    """What the second client and the workers noticed of an attack; memory is the largest worker's."""
+    """What the second client and the workers noticed of an attack.
+
+    Attributes:
+        failed: its requests that failed, without those that waited for a slow disk.
+        memory: of the largest worker: before, during and after the attack.
+    """
 
     attack: Attack
     answers: Counter[str]
     before: Report
     during: Report
-    memory: tuple[int, int, int]  # before, during, after
+    failed: Counter[str]
+    memory: tuple[int, int, int]
     killed: int
 
     def faults(self, least: float) -> list[str]:
@@ -66,8 +74,8 @@ class Result:
         found = []
         if not self.attack.reaches & self.answers.keys():
             found.append(f"the attack was answered {dict(self.answers)} only")
-        if self.during.failed:
-            found.append(f"failed: {dict(self.during.errors)}")
+        if self.failed:
+            found.append(f"failed: {dict(self.failed)}")
         if self.during.latency.p99 > limit:
             found.append(f"p99 {self.during.latency.p99:.0f} ms; the limit is {limit:.0f} ms")
         if self.killed:
@@ -79,7 +87,7 @@ class Result:
             "attack": self.attack.name,
             "answers": dict(self.answers),
             "sent": self.during.sent,
-            "failed": dict(self.during.errors),
+            "failed": dict(self.failed),
             "before_ms": self.before.latency.as_json(),
             "during_ms": self.during.latency.as_json(),
             "memory_mb": [round(size / 1e6) for size in self.memory],
@@ -90,10 +98,10 @@ class Result:
 class Bench:
     """The second client, and the watch over the workers."""
 
-    def __init__(self, url: str, workers: Workers, options: argparse.Namespace) -> None:
+    def __init__(self, url: str, service: Service, options: argparse.Namespace) -> None:
         self._url = url
         self._target = Target.parse(url, insecure=True)
-        self._workers = workers
+        self._service = service
         self._options = options
 
     async def make(self, attack: Attack) -> Result:
@@ -101,28 +109,37 @@ class Bench:
         loop = asyncio.get_running_loop()
         # In a process of its own, so that it doesn't delay the second client.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            await loop.run_in_executor(pool, attacks.prepare, attack.name, self._url)
+            await loop.run_in_executor(
+                pool, attacks.prepare, attack.name, self._url, max(2.0, PREPARING * seconds)
+            )
             await asyncio.sleep(SETTLE)
-            first = await self._workers.memory()
+            first = await self._service.memory()
             before = await self._write(seconds)
             attacking = loop.run_in_executor(pool, attacks.attack, attack.name, seconds + 1)
             seen: list[Memory] = []
             watching = asyncio.create_task(self._watch(seen))
-            during = await self._write(seconds)
+            failures: list[Sample] = []
+            during = await self._write(seconds, failures)
             answers = await attacking
             watching.cancel()
         await asyncio.sleep(self._options.after)
-        last = await self._workers.memory()
+        last = await self._service.memory()
         sizes = [size for memory in seen for size in memory.values()]
+        flushes = await self._service.slow_flushes() if failures else ()
+        failed = Counter(each.error or "" for each in failures if not behind_a_flush(each, flushes))
         memory = (max(first.values()), max(sizes, default=0), max(last.values()))
-        return Result(attack, answers, before, during, memory, len(first.keys() - last.keys()))
+        return Result(attack, answers, before, during, failed, memory, len(first.keys() - last.keys()))
 
-    async def _write(self, seconds: float) -> Report:
-        return await run(self._target, Plan(RATE, seconds, CONNECTIONS, TIMEOUT), Ledger())
+    async def _write(self, seconds: float, failures: list[Sample] | None = None) -> Report:
+        def watch(sample: Sample) -> None:
+            if failures is not None and sample.error is not None:
+                failures.append(sample)
+
+        return await run(self._target, Plan(RATE, seconds, CONNECTIONS, TIMEOUT), Ledger(), watch=watch)
 
     async def _watch(self, most: list[Memory]) -> None:
         while True:
-            most.append(await self._workers.memory())
+            most.append(await self._service.memory())
             await asyncio.sleep(SAMPLING)
 
 
@@ -175,15 +192,15 @@ def say(text: str) -> None:
 
 async def attack_all(options: argparse.Namespace, results: list[Result]) -> None:
     """Makes the attacks that the target allows; adds to `results` after each."""
-    workers: Workers
+    service: Service
     ours: tuple[str, ...] = ()
     if options.master:
-        workers, url = OfMaster(options.master), options.url
+        service, url = OneInstance(options.master), options.url
     else:
         fleet = Fleet.load()
-        workers, ours, url = OfFleet(fleet), tuple(fleet.addresses.values()), options.url or fleet.url
+        service, ours, url = LocalFleet(fleet), tuple(fleet.addresses.values()), options.url or fleet.url
     must_be_ours(url, ours)
-    bench = Bench(url, workers, options)
+    bench = Bench(url, service, options)
     for attack in options.attacks:
         missing = "TLS" if attack.tls and not url.startswith("https:") else ""
         missing = missing or ("a balancer" if attack.balancer and options.master else "")
@@ -202,7 +219,7 @@ async def attack_all(options: argparse.Namespace, results: list[Result]) -> None
 def line(result: Result) -> str:
     answers = ", ".join(f"{count} x {answer}" for answer, count in result.answers.most_common())
     return (
-        f"{result.attack.name}: failed {result.during.failed} of {result.during.sent}, p50/p99/max"
+        f"{result.attack.name}: failed {result.failed.total()} of {result.during.sent}, p50/p99/max"
         f" {marks(result.before.latency)} then {marks(result.during.latency)} ms, memory"
         f" {'/'.join(f'{size / 1e6:.0f}' for size in result.memory)} MB, killed {result.killed};"
         f" answers to the attack: {answers}"
@@ -221,7 +238,7 @@ def table(results: Sequence[Result]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {each.attack.name} | {each.during.sent} | {each.during.failed} | {marks(each.before.latency)}"
+        f"| {each.attack.name} | {each.during.sent} | {each.failed.total()} | {marks(each.before.latency)}"
         f" | {marks(each.during.latency)} | {'/'.join(f'{size / 1e6:.0f}' for size in each.memory)}"
         f" | {each.killed} |"
         for each in results

@@ -251,9 +251,10 @@ async def slow_readers(attacker: Attacker) -> None:
             async with asyncio.timeout(ANSWER_SECONDS):
                 status = (await reader.readuntil(b"\r\n")).split(b" ")[1].decode()
             attacker.answers[status] += 1
-            while await reader.read(1):
-                await asyncio.sleep(1)  # noqa: ASYNC110 - what it waits for is the answer's end
-        return "dropped"
+            for _ in range(int(attacker.until - asyncio.get_running_loop().time()) + 1):
+                await asyncio.sleep(1)
+                await reader.read(1)
+        return "read slowly"
 
     await attacker.at_rate(ask)
 
@@ -350,19 +351,18 @@ ATTACKS = (
     Attack("handshakes", handshakes, frozenset({"handshake"}), tls=True, balancer=True),
     Attack("resets", resets, frozenset({"100 streams"}), tls=True, balancer=True),
 )
-QUICK = ("faults", "replay", "positions", "pictures", "slow readers")
+QUICK = ("faults", "batches", "positions", "pictures")
 
 
-PREPARING = 5.0  # seconds
 _attacker: Attacker | None = None  # of this process
 
 
-def prepare(name: str, url: str) -> None:
+def prepare(name: str, url: str, seconds: float) -> None:
     """Makes this process the attacker, and sends what comes before the attack."""
     global _attacker
     _attacker = attacker = Attacker(Target.parse(url, insecure=True))
     if (sending := _named(name).prepare) is not None:
-        asyncio.run(attacker.work(sending, PREPARING))
+        asyncio.run(attacker.work(sending, seconds))
 
 
 def attack(name: str, seconds: float) -> Counter[str]:
