@@ -22,9 +22,13 @@ from pixel.stream import EventId
 BODY_SECONDS = 10.0
 """How long the rest of a body may take that didn't arrive with the head of its request."""
 
+_LONGEST_PAUSE = 0.1  # seconds: Redis may have been slow
+
 
 class Turns:
     """Lets one request after another do what is large, and refuses those that would wait too long.
+
+    After each, small requests have the worker for as long as it took.
 
     Args:
         waiting: how many may wait for their turn.
@@ -34,6 +38,7 @@ class Turns:
         self._most = waiting + 1
         self._present = 0
         self._lock = asyncio.Lock()
+        self._since = 0.0
 
     async def __aenter__(self) -> None:
         """Wait for one's turn. Raises a 503 ``Problem``."""
@@ -45,10 +50,12 @@ class Turns:
         except BaseException:
             self._present -= 1
             raise
+        self._since = asyncio.get_running_loop().time()
 
     async def __aexit__(self, *_: object) -> None:
         self._present -= 1
-        self._lock.release()
+        loop = asyncio.get_running_loop()
+        loop.call_later(min(loop.time() - self._since, _LONGEST_PAUSE), self._lock.release)
 
 
 class State(TypedDict):

@@ -21,7 +21,7 @@ BATCH_LIMIT = 1024 * 1024
 LARGE = 64 * 1024
 """Bytes from which a batch waits for its turn: other writes then wait for one such batch at most."""
 
-LARGE_WAITING = 8
+LARGE_WAITING = 4
 """Most large batches that wait; the last one's turn comes before it is too late for it to begin."""
 
 PIXEL = {"x": 10, "y": 20, "channel": "R", "value": 255}
