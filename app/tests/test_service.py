@@ -106,6 +106,24 @@ def test_slow_clients_hold_nobody_up(shared_redis: RedisServer, start_service: S
             connection.close()
 
 
+def test_one_client_cannot_harm_another(
+    redis_server: RedisServer, start_service: StartService, tmp_path: Path
+) -> None:
+    """The quick attacks; the fleet's scenario makes them through the balancer."""
+    service = start_service(redis_server.url, PIXEL_WORKERS="1")
+    httpx.get(f"{service.url}/readyz", timeout=20)
+    master = service.process.pid
+    options = ("--quick", "--least", "1", "--json", str(tmp_path / "attack.json"))
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.attack", *options, "--url", service.url, "--master", str(master)],
+        cwd=Path(__file__).parents[2],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_large_batches_wait_in_a_queue_of_their_own(
     redis_server: RedisServer, start_service: StartService
 ) -> None:

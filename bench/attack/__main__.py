@@ -38,6 +38,7 @@ from bench.load.ledger import Ledger
 from bench.load.openloop import Plan, Report, Sample, run
 from bench.load.options import ImpossibleError, allow_files, count, positive
 
+CANVAS = (1024, 1024)
 RATE = 10.0
 CONNECTIONS = 32
 TIMEOUT = 10.0
@@ -135,7 +136,9 @@ class Bench:
             if failures is not None and sample.error is not None:
                 failures.append(sample)
 
-        return await run(self._target, Plan(RATE, seconds, CONNECTIONS, TIMEOUT), Ledger(), watch=watch)
+        return await run(
+            self._target, Plan(RATE, seconds, CONNECTIONS, TIMEOUT), Ledger(*CANVAS), watch=watch
+        )
 
     async def _watch(self, most: list[Memory]) -> None:
         while True:
