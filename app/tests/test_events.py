@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -254,6 +255,39 @@ async def test_a_viewer_too_far_behind_is_sent_resync(
         await eventually(lambda: "resync" in screen.names)
         assert screen.after == await store.last_event()
         assert len(screen.cells) <= 301
+
+
+async def test_a_replay_reads_no_more_than_it_may_need(
+    store: Store, hub: Hub, redis_server: RedisServer
+) -> None:
+    """Full events that are too many cost 100 kB, not the 1.5 MB of one reply."""
+    for number in range(26):
+        await store.write(batch(number, 10_000))
+    with redis_server.admin() as admin:
+        before = admin.info("stats")["total_net_output_bytes"]
+        async with Screen(hub, NO_EVENT) as screen:
+            await eventually(lambda: "resync" in screen.names)
+            assert screen.messages == [[], []]
+        assert admin.info("stats")["total_net_output_bytes"] - before < 200_000
+
+
+async def test_after_each_message_others_have_the_workers_time(
+    store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, work, ends = events._message, 0.02, []
+
+    def slowly(last: EventId, records: list[bytes]) -> events._Message:
+        time.sleep(work)
+        ends.append(time.monotonic())
+        return make(last, records)
+
+    monkeypatch.setattr(events, "_message", slowly)
+    await store.write(batch(0, 10_000))
+    async with Screen(hub, NO_EVENT) as screen:
+        await eventually(lambda: len(screen.cells) == 10_000)
+    assert len(ends) == 4
+    # One message takes `work`, and three times as much passes before the next is begun.
+    assert all(later - earlier >= 3.9 * work for earlier, later in pairwise(ends))
 
 
 async def test_viewers_at_the_same_position_share_one_replay(

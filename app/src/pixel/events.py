@@ -19,11 +19,10 @@ from typing import NamedTuple
 import msgspec
 
 from pixel import metrics
-from pixel.canvas import CHANNELS
-from pixel.pixel import RECORD_BYTES, unpack
+from pixel.pixel import RECORD_BYTES, coalesce
 from pixel.problems import Problem
 from pixel.store import EVENTS_AT_ONCE, Events, Store
-from pixel.stream import EventId
+from pixel.stream import EVENT_CHANGES, EventId
 
 PAUSE = 0.05
 """Least seconds between two reads of the stream."""
@@ -54,6 +53,7 @@ RESYNC_PAUSE = 2.0
 """Least seconds between two ``resync`` events that the reader sends to all viewers."""
 
 _ENCODING_SHARE = 0.25  # of a worker's time, at most, for encoding changes
+_FIRST_EVENTS = REPLAY_CHANGES // EVENT_CHANGES + 1  # so many full ones are too many to be replayed
 _CHECK = 1.0  # seconds after which the reader checks whether it still has viewers
 _RETRY, _LONGEST_RETRY = 0.5, 4.0  # seconds until Redis is asked again after a failure
 
@@ -72,27 +72,39 @@ def _resync(last: EventId) -> _Message:
 
 
 def _message(last: EventId, records: list[bytes]) -> _Message:
-    cells = {change[:3]: change.value for record in records for change in unpack(record)}
-    changes = [(x, y, CHANNELS[channel], value) for (x, y, channel), value in cells.items()]
-    frame = b"id: %b\ndata: %b\n\n" % (last.text(), msgspec.json.encode(changes))
+    frame = b"id: %b\ndata: %b\n\n" % (last.text(), msgspec.json.encode(coalesce(records)))
     return _Message(last, True, frame)
 
 
-async def _messages(events: Events) -> list[_Message]:
-    """Events as messages of bounded size; gives others a turn after each."""
+async def _messages(events: Events) -> AsyncIterator[_Message]:
+    """Events as messages of bounded size.
+
+    Others have the worker's time between two messages, three times as long as one took: until it
+    was made, and sent to those who were waiting for it.
+    """
     if not events.complete:
-        return [_resync(events.last)]
-    messages = []
+        yield _resync(events.last)
+        return
+    loop = asyncio.get_running_loop()
     records: list[bytes] = []
     size = 0
     for event, record in events.records:
         records.append(record)
         size += len(record)
-        if size >= (FRAME_CHANGES - 1024) * RECORD_BYTES or event == events.last:
-            messages.append(_message(event, records))
+        if size >= (FRAME_CHANGES - EVENT_CHANGES) * RECORD_BYTES or event == events.last:
+            started = loop.time()
+            yield _message(event, records)
             records, size = [], 0
             await asyncio.sleep(0)
-    return messages
+            await asyncio.sleep(min((loop.time() - started) * (1 / _ENCODING_SHARE - 1), 1.0))
+
+
+class _Wanted(NamedTuple):
+    """What a viewer that catches up needs next: so many events, if they have no more changes."""
+
+    after: EventId
+    events: int
+    changes: int
 
 
 class _Replay(NamedTuple):
@@ -143,7 +155,7 @@ class Hub:
         self._name = {"instance": instance, "release": release}
         self._viewers: set[_Viewer] = set()
         self._reading: asyncio.Task[None] | None = None
-        self._replays: dict[EventId, asyncio.Task[_Replay | None]] = {}
+        self._replays: dict[_Wanted, asyncio.Task[_Replay | None]] = {}
         self._replaying = asyncio.Semaphore(REPLAYS)
         self._last: EventId
         self._closed = False
@@ -197,10 +209,10 @@ class Hub:
     async def _catch_up(self, viewer: _Viewer, last: EventId) -> AsyncIterator[bytes]:
         """The frames that a viewer needs until it knows ``last`` or a later event."""
         retry = _RETRY
-        replayed = 0
+        events, changes = _FIRST_EVENTS, REPLAY_CHANGES
         while not self._closed:
             try:
-                replay = await self._replay(viewer.position)
+                replay = await self._replay(_Wanted(viewer.position, events, changes))
             except asyncio.CancelledError:
                 if self._closed:
                     return
@@ -210,46 +222,40 @@ class Hub:
                 await asyncio.sleep(retry)
                 retry = min(2 * retry, _LONGEST_RETRY)
                 continue
-            messages = replay.messages
-            replayed += replay.changes
-            if replayed > REPLAY_CHANGES:
-                messages = [_resync(max(last, viewer.position))]
-            for message in messages:
+            for message in replay.messages:
                 viewer.position = message.last
                 yield message.frame
-            if not messages or viewer.position >= last:
+                await asyncio.sleep(0)
+            if not replay.messages or viewer.position >= last:
                 return
+            # As many more as will do, if they are like these.
+            if 4 * replay.changes <= changes:
+                events = min(4 * events, EVENTS_AT_ONCE)
+            changes -= replay.changes
             await asyncio.sleep(PAUSE)
 
-    async def _replay(self, after: EventId) -> _Replay | None:
+    async def _replay(self, wanted: _Wanted) -> _Replay | None:
         """What comes next after an event, from Redis; None if Redis can't be read.
 
-        Viewers at the same position share one replay.
+        Viewers that want the same share one replay.
         """
-        task = self._replays.get(after)
+        task = self._replays.get(wanted)
         if task is None:
             if len(self._replays) >= REPLAYS_WAITING:
-                return _Replay([_resync(max(self._last, after))])
-            task = self._replays[after] = asyncio.create_task(self._read_replay(after))
-            task.add_done_callback(lambda _: self._replays.pop(after))
+                return _Replay([_resync(max(self._last, wanted.after))])
+            task = self._replays[wanted] = asyncio.create_task(self._read_replay(wanted))
+            task.add_done_callback(lambda _: self._replays.pop(wanted))
         return await asyncio.shield(task)
 
-    async def _read_replay(self, after: EventId) -> _Replay | None:
-        await self._replaying.acquire()
-        loop = asyncio.get_running_loop()
-        pause = 0.0
+    async def _read_replay(self, wanted: _Wanted) -> _Replay | None:
         try:
-            events = await self._store.events(after, replay=True)
-            if events.changes > REPLAY_CHANGES:
-                return _Replay([_resync(max(self._last, events.last))])
-            started = loop.time()
-            messages = await _messages(events)
-            pause = _pause(loop.time() - started)
+            async with self._replaying:
+                events = await self._store.events(wanted.after, most=wanted.events, replay=True)
+                if events.changes > wanted.changes:
+                    return _Replay([_resync(max(self._last, events.last))])
+                return _Replay([message async for message in _messages(events)], events.changes)
         except Problem:
             return None
-        finally:
-            loop.call_later(pause, self._replaying.release)
-        return _Replay(messages, events.changes)
 
     async def _wait(self, viewer: _Viewer) -> bool:
         """Whether something arrives for the viewer before a heartbeat is due."""
@@ -281,27 +287,22 @@ class Hub:
                 except Problem:
                     await asyncio.sleep(_RETRY)
                     continue
-                if events.records or not events.complete:
-                    await asyncio.sleep(await self._send(events))
+                await self._send(events)
+                if not events.complete:
+                    await asyncio.sleep(RESYNC_PAUSE)
+                elif 0 < len(events.records) < EVENTS_AT_ONCE:  # otherwise there is more to read
+                    await asyncio.sleep(PAUSE)
         finally:
             self._reading = None
             with contextlib.suppress(Problem):
                 await self._store.count_viewers(0)
 
-    async def _send(self, events: Events) -> float:
-        """Queue events for all viewers; returns for how many seconds to pause."""
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        messages = await _messages(events)
-        self._last = events.last
-        for message in messages:
+    async def _send(self, events: Events) -> None:
+        """Queue events for all viewers."""
+        async for message in _messages(events):
+            self._last = message.last
             for viewer in self._viewers:
                 viewer.send(message)
-        if not events.complete:
-            return RESYNC_PAUSE
-        pause = _pause(loop.time() - started)
-        # After a full reply there is more to read.
-        return pause if len(events.records) == EVENTS_AT_ONCE else max(pause, PAUSE)
 
     async def _status(self, rate: float) -> bytes:
         """A ``status`` event: viewers and writes per second of the fleet, and who reports them.
@@ -315,8 +316,3 @@ class Hub:
         except Problem:
             status = {"viewers": None, "writes": None}
         return b"event: status\ndata: %b\n\n" % msgspec.json.encode(status | self._name)
-
-
-def _pause(spent: float) -> float:
-    """The pause after encoding for some seconds that keeps it to its share of the time."""
-    return min(spent * (1 / _ENCODING_SHARE - 1), 1.0)

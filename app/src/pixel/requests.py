@@ -22,6 +22,41 @@ from pixel.stream import EventId
 BODY_SECONDS = 10.0
 """Seconds in which the rest of a body must arrive after the first part."""
 
+_LONGEST_PAUSE = 0.1  # seconds: Redis may have been slow
+
+
+class Turns:
+    """Lets one request after another do what is large, and refuses those that would wait too long.
+
+    After each, small requests have the worker for as long as it took.
+
+    Args:
+        waiting: how many may wait for their turn.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        self._most = waiting + 1
+        self._present = 0
+        self._lock = asyncio.Lock()
+        self._since = 0.0
+
+    async def __aenter__(self) -> None:
+        """Wait for one's turn. Raises a 503 ``Problem``."""
+        if self._present == self._most:
+            raise Problem.unavailable("Too many large requests are waiting", "no")
+        self._present += 1
+        try:
+            await self._lock.acquire()
+        except BaseException:
+            self._present -= 1
+            raise
+        self._since = asyncio.get_running_loop().time()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._present -= 1
+        loop = asyncio.get_running_loop()
+        loop.call_later(min(loop.time() - self._since, _LONGEST_PAUSE), self._lock.release)
+
 
 class State(TypedDict):
     """The state that the application's lifespan creates for all requests."""
@@ -31,6 +66,7 @@ class State(TypedDict):
     reader: Reader
     pictures: PictureCache
     hub: Hub
+    large_batches: Turns
 
 
 def state_of(request: Request) -> State:

@@ -94,7 +94,7 @@ class StandIn:
                 method, path, _ = head.split(b"\r\n")[0].decode().split(" ")
                 found = re.search(rb"(?i)content-length: (\d+)", head)
                 body = await reader.readexactly(int(found[1]) if found else 0)
-                last = self.close_each
+                last = self.close_each or b"\r\nconnection: close\r\n" in head.lower()
                 answer = await self._answer(method, path, body)
                 if answer is None:
                     break
