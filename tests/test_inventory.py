@@ -120,6 +120,10 @@ def test_backups_of_a_managed_redis_are_refused(tmp_path: Path, playbook: str) -
             "'b.example' of b is not",
         ),
         (
+            {"pixel_app": {"hosts": {"a": {}, "b": {"private_address": "10.0.0.256"}}}},
+            "'10.0.0.256' of b is not",
+        ),
+        (
             {"pixel_app": {"hosts": {"a": {}, "b": {"private_address": "10.0.0.1"}}}},
             "that only this host has",
         ),
