@@ -359,3 +359,31 @@ def test_control_node_tasks_never_use_sudo() -> None:
                 found[f"{path.relative_to(ROOT)}: {name}"] = become
     assert len(found) > 20
     assert [task for task, become in found.items() if become is not False] == []
+
+
+def test_no_green_item_reads_like_a_fault() -> None:
+    """Ansible prints each item of a loop: messages in items would be printed where all is well."""
+    asserts = [
+        (path, task)
+        for path in sorted([*ROOT.glob("playbooks/**/*.yml"), *ROOT.glob("roles/*/tasks/*.yml")])
+        for task in assertions(yaml.safe_load(path.read_text()))
+    ]
+    assert len(asserts) > 20
+    messages = [re.sub(r"[\w ]+: ", "", task["ansible.builtin.assert"]["fail_msg"]) for _, task in asserts]
+    found = [
+        f"{path.relative_to(ROOT)}: {task['name']}"
+        for (path, task), message in zip(asserts, messages, strict=True)
+        if re.fullmatch(r"{{ item[.]\w+ }}", message)
+    ]
+    assert found == []
+
+
+def assertions(node: Any) -> Iterator[dict[str, Any]]:
+    """Every task below a document that is an assert."""
+    if isinstance(node, dict):
+        if "ansible.builtin.assert" in node:
+            yield node
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from assertions(child)
