@@ -193,7 +193,8 @@ def test_a_dry_run_stores_no_password(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     kept = password()
     assert (tmp_path / "new" / "one").read_text().strip() == kept
-    # A dry run uses a stored password.
+    # A dry run uses a stored password, with the line end of any editor.
+    (tmp_path / "new" / "one").write_bytes(kept.encode() + b"\r\n")
     assert password("--check") == kept
 
 
@@ -274,7 +275,8 @@ INI = "[redis]\na private_address=10.0.0.1\n[pixel_app]\na\n[nginx_lb]\na\n"
 def test_only_host_files_of_an_inventory_directory_are_read(tmp_path: Path, name: str) -> None:
     inventory = tmp_path / "production"
     files = {
-        name: json.dumps(VALID) if name.endswith(".yml") else INI,
+        # As editors on Windows save it.
+        name: json.dumps(VALID) if name.endswith(".yml") else INI.replace("\n", "\r\n"),
         "group_vars/all.yml": "domain: example.com",
         "tls/fullchain.pem": "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
         "tls/privkey.pem": "-----BEGIN PRIVATE KEY-----\nMIIB\n-----END PRIVATE KEY-----\n",
