@@ -196,6 +196,8 @@ def check(tmp_path: Path, task: dict[str, Any], *arguments: str, **variables: An
 def test_all_faults_of_all_roles_are_reported_at_once(tmp_path: Path) -> None:
     invalid = {
         "redis_port": 80,
+        "pixel_app_port": 79,
+        "pixel_app_instances": 2,
         "redis_appendfsync": "sometimes",
         "redis_app_password": "short-word",
         "redis_monitor_password": "0123456789abcdefghij\x07",
@@ -215,6 +217,7 @@ def test_all_faults_of_all_roles_are_reported_at_once(tmp_path: Path) -> None:
     assert "failed=1" in output
     for line in (
         "redis_port 80 is out of range: 1024 to 65535.",
+        "redis_port 80 is invalid: on c5 the app has this port (pixel_app_port, pixel_app_instances).",
         "redis_appendfsync 'sometimes' is invalid: always or everysec.",
         "redis_app_password is invalid: it needs at least 20 characters",
         "redis_monitor_password is invalid: it needs at least 20 characters, and neither white space",

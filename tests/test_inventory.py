@@ -120,6 +120,10 @@ def test_backups_of_a_managed_redis_are_refused(tmp_path: Path, playbook: str) -
             "'b.example' of b is not",
         ),
         (
+            {"pixel_app": {"hosts": {"a": {}, "b": {"private_address": "10.0.0.256"}}}},
+            "'10.0.0.256' of b is not",
+        ),
+        (
             {"pixel_app": {"hosts": {"a": {}, "b": {"private_address": "10.0.0.1"}}}},
             "that only this host has",
         ),
@@ -189,7 +193,8 @@ def test_a_dry_run_stores_no_password(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     kept = password()
     assert (tmp_path / "new" / "one").read_text().strip() == kept
-    # A dry run uses a stored password.
+    # A dry run uses a stored password, with the line end of any editor.
+    (tmp_path / "new" / "one").write_bytes(kept.encode() + b"\r\n")
     assert password("--check") == kept
 
 
@@ -270,7 +275,8 @@ INI = "[redis]\na private_address=10.0.0.1\n[pixel_app]\na\n[nginx_lb]\na\n"
 def test_only_host_files_of_an_inventory_directory_are_read(tmp_path: Path, name: str) -> None:
     inventory = tmp_path / "production"
     files = {
-        name: json.dumps(VALID) if name.endswith(".yml") else INI,
+        # As editors on Windows save it.
+        name: json.dumps(VALID) if name.endswith(".yml") else INI.replace("\n", "\r\n"),
         "group_vars/all.yml": "domain: example.com",
         "tls/fullchain.pem": "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
         "tls/privkey.pem": "-----BEGIN PRIVATE KEY-----\nMIIB\n-----END PRIVATE KEY-----\n",
@@ -355,3 +361,31 @@ def test_control_node_tasks_never_use_sudo() -> None:
                 found[f"{path.relative_to(ROOT)}: {name}"] = become
     assert len(found) > 20
     assert [task for task, become in found.items() if become is not False] == []
+
+
+def test_no_green_item_reads_like_a_fault() -> None:
+    """Ansible prints each item of a loop: messages in items would be printed where all is well."""
+    asserts = [
+        (path, task)
+        for path in sorted([*ROOT.glob("playbooks/**/*.yml"), *ROOT.glob("roles/*/tasks/*.yml")])
+        for task in assertions(yaml.safe_load(path.read_text()))
+    ]
+    assert len(asserts) > 20
+    messages = [re.sub(r"[\w ]+: ", "", task["ansible.builtin.assert"]["fail_msg"]) for _, task in asserts]
+    found = [
+        f"{path.relative_to(ROOT)}: {task['name']}"
+        for (path, task), message in zip(asserts, messages, strict=True)
+        if re.fullmatch(r"{{ item[.]\w+ }}", message)
+    ]
+    assert found == []
+
+
+def assertions(node: Any) -> Iterator[dict[str, Any]]:
+    """Every task below a document that is an assert."""
+    if isinstance(node, dict):
+        if "ansible.builtin.assert" in node:
+            yield node
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from assertions(child)

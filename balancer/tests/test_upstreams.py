@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 from pixel_lb.upstreams import render
@@ -83,3 +85,19 @@ def test_without_another_host_retries_go_to_the_same_upstream(balancer: Any) -> 
     ):
         assert "pixel_without_b {" in text
         assert "pixel_without_a" not in text
+
+
+def test_nginx_takes_whatever_hosts_are_called(make_fleet: Any, tmp_path: Path) -> None:
+    """Names in an inventory are often addresses."""
+    names = ["203.0.113.11", "App_2.example.org", "10", "ec2-203-0-113-12.eu-central-1.compute.amazonaws.com"]
+    fleet = make_fleet(*({"name": name, "address": f"10.0.0.{n}"} for n, name in enumerate(names)))
+    text = render(fleet, {"10"}, {})
+    assert [f"upstream pixel_without_{name} {{" in text for name in names] == [True] * 4
+    config = tmp_path / "nginx.conf"
+    config.write_text(
+        f"pid {tmp_path}/pid; events {{}} http {{ map $host $pixel_upstream {{ default pixel; }}\n{text}}}\n"
+    )
+    done = subprocess.run(
+        ["nginx", "-t", "-c", config, "-e", tmp_path / "log"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

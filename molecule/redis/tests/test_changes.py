@@ -71,20 +71,3 @@ def test_a_new_password_needs_no_restart_and_the_former_one_is_valid_until_retir
         run(str(state / "retire.yml"))
     assert set(answers(former)) == {"PONG"}
     assert all("WRONGPASS" in answer for answer in answers(ODD))
-
-
-def test_a_redis_with_foreign_data_is_not_taken_over(hosts: dict[str, Any], play: Any) -> None:
-    """The state before the first run: no users file of the role, but data."""
-    for host in hosts.values():
-        host.run_expect([0], "mv /etc/redis/users.acl /etc/redis/kept")
-        host.run_expect([0], "truncate -s 2k /var/lib/redis/dump.rdb")
-    try:
-        done = play("molecule/redis/converge.yml")
-        for name, message in done.failures().items():
-            assert f"{name} already has a Redis: data in /var/lib/redis/" in message
-        assert set(done.failures()) == set(hosts)
-        assert done.words.count("changed=0") == len(hosts)
-    finally:
-        for host in hosts.values():
-            host.run_expect([0], "mv /etc/redis/kept /etc/redis/users.acl")
-            host.run_expect([0], "rm /var/lib/redis/dump.rdb")
