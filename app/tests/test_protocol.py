@@ -1,4 +1,4 @@
-"""The short way of ``POST /pixel``, byte by byte, and that nobody can tell it from the other."""
+"""The short way through the protocol, byte by byte, and that nobody can tell it from the other."""
 
 import asyncio
 import contextlib
@@ -94,15 +94,15 @@ class Client:
             await asyncio.sleep(0.002)
             self.writer.write(part)
 
-    async def answer(self) -> Answer:
+    async def answer(self, method: str = "GET") -> Answer:
         head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 5)
         length = re.search(rb"content-length: (\d+)", head)
-        assert length
-        return Answer(head, await self.reader.readexactly(int(length[1])))
+        body = b"" if length is None or method == "HEAD" else await self.reader.readexactly(int(length[1]))
+        return Answer(head, body)
 
-    async def ask(self, *parts: bytes) -> Answer:
+    async def ask(self, *parts: bytes, method: str = "GET") -> Answer:
         await self.send(*parts)
-        return await self.answer()
+        return await self.answer(method)
 
     async def ended(self) -> bool:
         return await asyncio.wait_for(self.reader.read(), 5) == b""
@@ -142,8 +142,94 @@ async def test_a_write_that_comes_whole_goes_the_short_way(served: Served) -> No
         "content-length", "content-type", "date", "x-pixel-instance"
     ]  # fmt: skip
     assert served.came == []
-    assert (await client.ask(head(0, first="GET /pixel/10/20 HTTP/1.1"))).body.endswith(b'"R":2,"G":0,"B":0}')
-    assert served.came == ["GET /pixel/10/20"]
+    assert (await client.ask(head(0, first="GET /ping HTTP/1.1"))).status == 200
+    assert served.came == ["GET /ping"]
+
+
+async def ask_both_ways(served: Served, target: str, *lines: str) -> tuple[Answer, Answer]:
+    """The answers to a request that comes whole, and to one whose body comes later."""
+    client = await served.connect()
+    method = target.split()[0]
+    whole = await client.ask(head(0, *lines, first=f"{target} HTTP/1.1"), method=method)
+    request = head(1, *lines, first=f"{target} HTTP/1.1")
+    before = len(served.came)
+    other = await client.ask(request, b"x", method=method)
+    assert len(served.came) == before + 1
+    client.writer.close()
+    return whole, other
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_read_goes_the_short_way(served: Served, method: str) -> None:
+    client = await served.connect()
+    assert (await client.ask(head(len(GOOD)) + GOOD)).status == 200
+    whole, other = await ask_both_ways(served, f"{method} /pixel/10/20")
+    assert served.came == [f"{method} /pixel/10/20"]
+    assert whole == other
+    assert whole.body == (b'{"x":10,"y":20,"R":255,"G":0,"B":0}' if method == "GET" else b"")
+    assert {("cache-control", "no-store"), ("content-length", "35"), ("x-pixel-instance", "c5")} < set(
+        whole.headers
+    )
+    # A body is of no consequence.
+    assert (
+        await client.ask(head(len(GOOD), first=f"{method} /pixel/10/20 HTTP/1.1") + GOOD, method=method)
+        == whole
+    )
+    assert len(served.came) == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "DELETE", "PUT"])
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/pixel/1023/1023", 200),
+        ("/pixel/00010/00020", 200),
+        ("/pixel/%31/2", 200),
+        ("/pixel/1/2?x=5", 200),
+        ("/pixel/1024/0", 404),
+        ("/pixel/0/1024", 404),
+        ("/pixel/100000/0", 404),
+        ("/pixel/-1/0", 404),
+        ("/pixel/+1/0", 404),
+        ("/pixel/1_0/0", 404),
+        ("/pixel/1/2/", 404),
+        ("/pixel/1/", 404),
+        ("/pixel/", 404),
+        ("/pixel", 405),
+    ],
+)
+async def test_both_ways_read_alike(served: Served, method: str, path: str, status: int) -> None:
+    whole, other = await ask_both_ways(served, f"{method} {path}")
+    if method != "PUT":  # which has a body that the other hasn't
+        assert whole == other
+    if method in ("GET", "HEAD"):
+        assert whole.status == status
+
+
+async def test_reads_and_writes_are_answered_in_their_order(served: Served) -> None:
+    client = await served.connect()
+    requests = [
+        (GOOD.replace(b"255", b"%d" % value), head(0, first="GET /pixel/10/20 HTTP/1.1"))
+        for value in range(20)
+    ]
+    await client.send(b"".join(head(len(body)) + body + read for body, read in requests))
+    for value in range(20):
+        assert json.loads((await client.answer()).body)["received"]["value"] == value
+        assert json.loads((await client.answer()).body)["R"] == value
+
+
+async def test_a_read_while_redis_is_away_is_a_503(fragile_redis: RedisServer) -> None:
+    async with serving(fragile_redis.settings(instance="c5", redis_timeout=0.2)) as served:
+        client = await served.connect()
+        assert (await client.ask(head(0, first="GET /pixel/1/2 HTTP/1.1"))).status == 200
+        fragile_redis.pause()
+        for stamp in ([], ["X-Request-Start: 1"]):
+            whole, other = await ask_both_ways(served, "GET /pixel/1/2", *stamp)
+            assert whole == other
+            assert (whole.status, ("retry-after", "1") in whole.headers) == (503, True)
+            assert (("x-accel-redirect", "@again") in whole.headers) == bool(stamp)
+        fragile_redis.resume()
+        assert (await client.ask(head(0, first="GET /pixel/1/2 HTTP/1.1"))).status == 200
 
 
 @pytest.mark.parametrize(

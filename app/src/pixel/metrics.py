@@ -99,7 +99,7 @@ HOST_CPU = HostCpu()
 PROCESS.register(HOST_CPU)
 
 
-class _Answers:
+class Answers:
     """Answers with the same labels, counted together at the loop's next turn.
 
     To count each on its own, in two places of a mapped file, would be a twentieth of a write's
@@ -124,12 +124,12 @@ class _Answers:
         self._seconds.clear()
 
 
-_answers = cache(_Answers)
+answers = cache(Answers)
 
 
 def observe(method: str, route: str, status: int, seconds: float) -> None:
     """Count an answer. ``route`` is a path template, or empty if no route matched."""
-    _answers(method if method in _METHODS else "other", route, status).add(seconds)
+    answers(method if method in _METHODS else "other", route, status).add(seconds)
 
 
 def exposition() -> bytes:
