@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 from uvicorn import Config, Server
 
-from pixel import requests
+from pixel import events, protocol, requests
 from pixel.app import create_app
-from pixel.pixel import Reader
+from pixel.pixel import Change, Reader
 from pixel.protocol import PixelProtocol
 from pixel.settings import Settings
 
@@ -400,6 +401,142 @@ async def test_our_own_fault_is_a_500_and_logged(
     answer = await client.ask(head(len(GOOD), "X-Request-ID: r-17") + GOOD)
     assert answer.status == 500
     assert [getattr(record, "request_id", "") for record in caplog.records] == ["r-17"]
+
+
+async def open_stream(served: Served, path: str = "/events", *lines: str) -> tuple[Client, Answer]:
+    client = await served.connect()
+    request = ["GET " + path + " HTTP/1.1", "Host: c5", *lines, "", ""]
+    await client.send("\r\n".join(request).encode())
+    return client, Answer(await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), 5), b"")
+
+
+async def sees(client: Client, data: bytes) -> None:
+    await asyncio.wait_for(client.reader.readuntil(b"\ndata: " + data + b"\n\n"), 5)
+
+
+async def test_a_stream_goes_the_short_way(served: Served) -> None:
+    short, answer = await open_stream(served)
+    other, same = await open_stream(served, "/events", "Connection: close")
+    assert served.came == ["GET /events"]
+    assert answer.first == same.first == "HTTP/1.1 200 OK"
+    assert [name for name in answer.headers if name[0] != "date"] == [
+        ("cache-control", "no-store"),
+        ("connection", "close"),
+        ("content-type", "text/event-stream; charset=utf-8"),
+        ("x-accel-buffering", "no"),
+        ("x-pixel-instance", "c5"),
+    ]
+    assert [n for n in same.headers if n[0] != "transfer-encoding"] == answer.headers
+    writer = await served.connect()
+    assert (await writer.ask(head(len(GOOD)) + GOOD)).status == 200
+    for client in (short, other):
+        await sees(client, b'[[10,20,"R",255]]')
+
+
+async def test_a_stream_resumes_after_an_event(served: Served) -> None:
+    writer = await served.connect()
+    body = b'{"R":1,"G":2,"B":3}'
+    event = dict((await writer.ask(head(len(body), first="PUT /pixel/1/1 HTTP/1.1") + body)).headers)[
+        "x-pixel-event"
+    ]
+    await writer.ask(head(len(GOOD)) + GOOD)
+    served.came.clear()
+    for path, *lines in (
+        (f"/events?after={event}",),
+        ("/events", f"Last-Event-ID: {event}"),
+        ("/events?after=0-0", f"Last-Event-ID: {event}"),
+        (f"/events?after={event}", "Last-Event-ID:"),
+    ):
+        client, _ = await open_stream(served, path, *lines)
+        first = await asyncio.wait_for(client.reader.readuntil(b"data: []\n\n"), 5)
+        assert first == f"retry: 1000\nid: {event}\ndata: []\n\n".encode()
+        await sees(client, b'[[10,20,"R",255]]')
+    client, _ = await open_stream(served, "/events", "Last-Event-ID: nonsense")
+    await asyncio.wait_for(client.reader.readuntil(b"id: 0-0\n"), 5)
+    assert served.came == []
+
+
+@pytest.mark.parametrize(
+    ("query", "status"), [("after=never", 422), ("after=", 422), ("after=1-1&after=2-2", 200)]
+)
+async def test_what_is_no_common_stream_goes_the_other_way(served: Served, query: str, status: int) -> None:
+    _, answer = await open_stream(served, f"/events?{query}")
+    assert answer.status == status
+    assert served.came == ["GET /events"]
+
+
+async def test_a_viewer_who_leaves_is_forgotten(served: Served) -> None:
+    client, _ = await open_stream(served)
+    await sees(client, b"[]")
+    hub = served.server.lifespan.state["hub"]
+    assert len(hub._viewers) == 1
+    client.writer.close()
+    async with asyncio.timeout(5):
+        while hub._viewers:  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.01)
+
+
+async def test_a_viewer_who_reads_nothing_is_bounded_and_catches_up(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "QUEUE_BYTES", 20_000)
+    monkeypatch.setattr(events, "REPLAY_CHANGES", 1_000_000)
+    listening = served.server.servers[0].sockets[0]
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 50_000)
+    narrow = socket.socket()
+    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+    narrow.connect(listening.getsockname())
+    slow = Client(*await asyncio.open_connection(sock=narrow, limit=1024))
+    served._clients.append(slow)
+    await slow.send(b"GET /events HTTP/1.1\r\nHost: c5\r\n\r\n")
+    quick, _ = await open_stream(served)
+    await sees(quick, b"[]")
+    state = served.server.lifespan.state
+    for value in range(80):
+        changes = [Change(x, 1, 0, value) for x in range(1000)]
+        await state["store"].write([*changes, Change(0, 2, 1, value)])
+        await asyncio.wait_for(quick.reader.readuntil(b'[0,2,"G",%d]]\n\n' % value), 5)
+    [viewer] = [viewer for viewer in state["hub"]._viewers if viewer.paused]
+    assert viewer.position < state["hub"]._last
+    received = b""
+    async with asyncio.timeout(10):
+        while b'[0,2,"G",79]]\n\n' not in received:
+            received += await slow.reader.read(100_000)
+    assert len(received) < 600_000  # of 1,200,000 that the other has received
+    ids = [tuple(map(int, event)) for event in re.findall(rb"id: (\d+)-(\d+)", received)]
+    assert ids == sorted(ids)
+    assert not viewer.paused
+
+
+async def test_streams_end_when_the_service_stops(redis_server: RedisServer) -> None:
+    async with serving(redis_server.settings()) as served:
+        client, _ = await open_stream(served)
+        await sees(client, b"[]")
+        served.server.lifespan.state["hub"].close()
+        assert await client.ended()
+        late, _ = await open_stream(served)
+        await sees(late, b"[]")
+        assert await late.ended()
+
+
+async def test_a_stream_while_redis_is_away_is_a_503(fragile_redis: RedisServer) -> None:
+    async with serving(fragile_redis.settings(redis_timeout=0.2)) as served:
+        client = await served.connect()
+        assert (await client.ask(head(0, first="GET /pixel/1/2 HTTP/1.1"))).status == 200
+        fragile_redis.pause()
+        clients = [await served.connect() for _ in range(3)]
+        for each in clients:
+            await each.send(b"GET /events HTTP/1.1\r\nHost: c5\r\n\r\n")
+        clients[0].writer.close()
+        for each in clients[1:]:
+            answer = await each.answer()
+            assert (answer.status, ("retry-after", "1") in answer.headers) == (503, True)
+        fragile_redis.resume()
+        # The connections are good for more.
+        assert (await clients[1].ask(head(0, first="GET /pixel/1/2 HTTP/1.1"))).status == 200
+        await clients[2].send(b"GET /events HTTP/1.1\r\nHost: c5\r\n\r\n")
+        await sees(clients[2], b"[]")
+        assert served.came == []
 
 
 VALUES = st.sampled_from(

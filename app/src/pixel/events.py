@@ -1,19 +1,21 @@
 """Changes on their way to viewers; one reader of Redis serves all viewers of a worker.
 
-A viewer is sent all events after the one that it knows: first from Redis, by catching up, then
-what the worker's reader finds. They are coalesced: of a channel that changed several times only
-the last value is sent. A viewer may therefore be sent events that it already knows, provided that
-one message contains everything up to the last of them.
+The reader decodes, coalesces and encodes changes once, and writes the same bytes to all viewers that
+follow it. Of a channel that changed several times only the last value is sent. A viewer that knows
+an earlier event, or was too slow, first catches up: from Redis, until it has come to where the
+reader is. A viewer may therefore be sent events that it already knows, provided that one message
+contains everything up to the last of them.
 
-What viewers may cost a worker is bounded (see docs/security.md): changes in a message, changes
-that are replayed to one viewer, replays at a time, and the share of time for encoding. A viewer
-that would exceed a bound is sent ``resync`` and fetches the canvas, which is cheaper for all.
+What viewers may cost a worker is bounded (see docs/security.md): the share of time for them, changes
+in a message, changes that are replayed to one viewer, and replays at a time. A viewer that would
+exceed a bound is sent ``resync`` and fetches the canvas, which is cheaper for all.
 """
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 import msgspec
@@ -22,21 +24,21 @@ from pixel import metrics
 from pixel.canvas import CHANNELS
 from pixel.pixel import RECORD_BYTES, unpack
 from pixel.problems import Problem
+from pixel.settings import Settings
 from pixel.store import EVENTS_AT_ONCE, Events, Store
 from pixel.stream import EventId
 
 PAUSE = 0.05
-"""Least seconds between two reads of the stream."""
-
-HEARTBEAT = 15.0
-"""Seconds after which a quiet stream sends a comment."""
+"""Seconds between two replays for one viewer."""
 
 STATUS = 2.0
-"""Seconds between two ``status`` events."""
+"""Seconds between two ``status`` events, which also show that a quiet stream is alive."""
 
-QUEUE_MESSAGES = 20
-QUEUE_BYTES = 1024 * 1024
-"""Most that waits for a slow viewer. Beyond that it is dropped, and the viewer catches up."""
+STATUS_PAUSES = 8
+"""Pauses of the reader between two ``status`` events, if that is longer."""
+
+QUEUE_BYTES = 256 * 1024
+"""Bytes that wait for a viewer, beyond which it is too slow: it catches up when it has them all."""
 
 FRAME_CHANGES = 4096
 """Most changes in one message: 90 kB, and 4 ms to encode."""
@@ -53,9 +55,14 @@ REPLAYS_WAITING = 64
 RESYNC_PAUSE = 2.0
 """Least seconds between two ``resync`` events that the reader sends to all viewers."""
 
-_ENCODING_SHARE = 0.25  # of a worker's time, at most, for encoding changes
+_ENCODING_SHARE = 0.25  # of a worker's time, at most, for encoding changes and writing them
+_FRAME_SECONDS = 25e-6  # processor time that a frame takes for one viewer, in the worker and in Nginx
+_FRAME_SHARE = 0.2  # of a processor, at most, for the frames of a worker's viewers
+_TURN = 200  # viewers that are written to before others get a turn: 1 ms
 _CHECK = 1.0  # seconds after which the reader checks whether it still has viewers
 _RETRY, _LONGEST_RETRY = 0.5, 4.0  # seconds until Redis is asked again after a failure
+
+log = logging.getLogger(__name__)
 
 
 class _Message(NamedTuple):
@@ -102,124 +109,184 @@ class _Replay(NamedTuple):
     changes: int = 0
 
 
-class _Viewer:
-    """An open stream, and the messages that wait for it."""
+class Viewer:
+    """An open stream: what it knows, and how to write to it.
 
-    def __init__(self, position: EventId, *, behind: bool) -> None:
-        self.position = position
-        self.behind = behind
-        self.arrival = asyncio.Event()
-        self.waiting: deque[_Message] = deque()
-        self.status = b""
-        self._size = 0
+    Args:
+        write: sends bytes, or queues them. Whoever owns the stream tells the hub when too many wait
+            (``Hub.pause``), and when none do any more (``Hub.resume``).
+        end: ends the stream, as the worker stops.
+    """
 
-    def send_status(self, frame: bytes) -> None:
-        """Queue the newest status, in place of an older one."""
-        self.status = frame
-        self.arrival.set()
+    __slots__ = ("end", "paused", "position", "replayed", "task", "write")
 
-    def send(self, message: _Message) -> None:
-        """Queue a message."""
-        self.waiting.append(message)
-        self._size += len(message.frame)
-        if len(self.waiting) > QUEUE_MESSAGES or self._size > QUEUE_BYTES:
-            self.waiting.clear()
-            self._size = 0
-            self.behind = True
-        self.arrival.set()
-
-    def take(self) -> _Message:
-        """The message that has waited longest."""
-        message = self.waiting.popleft()
-        self._size -= len(message.frame)
-        return message
+    def __init__(self, write: Callable[[bytes], object], end: Callable[[], object]) -> None:
+        self.write = write
+        self.end = end
+        self.position: EventId
+        """The last event that it has been sent; while it follows the reader, the reader's is."""
+        self.paused = False
+        self.replayed = 0
+        """Changes, since it last followed the reader."""
+        self.task: asyncio.Task[None] | None = None
 
 
 class Hub:
     """Reads the event stream while there are viewers, and sends it to them."""
 
-    def __init__(self, store: Store, instance: str, release: str) -> None:
+    def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
-        self._name = {"instance": instance, "release": release}
-        self._viewers: set[_Viewer] = set()
+        self._name = {"instance": settings.instance, "release": settings.release}
+        self._pause = self._least_pause = settings.frame_pause_min
+        self._longest_pause = settings.frame_pause_max
+        self._viewers: set[Viewer] = set()
+        # Those that follow the reader, and those that will when it has come to where they are.
+        self._following: set[Viewer] = set()
+        self._ahead: set[Viewer] = set()
         self._reading: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[None] | None = None
         self._replays: dict[EventId, asyncio.Task[_Replay | None]] = {}
         self._replaying = asyncio.Semaphore(REPLAYS)
         self._last: EventId
+        self._writes = 0
         self._closed = False
 
-    async def prepare(self) -> None:
-        """Find the end of the stream, if nobody reads it yet. Raises a 503 ``Problem``."""
-        if self._reading is None:
-            self._last = await self._store.last_event()
+    def prepare(self) -> asyncio.Future[None]:
+        """Done when streams can be opened. Raises a 503 ``Problem``; must not be cancelled."""
+        if self._reading is not None:
+            ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            ready.set_result(None)
+            return ready
+        if self._preparing is None:
+            self._preparing = asyncio.create_task(self._find_end())
+        return self._preparing
 
-    async def stream(self, after: EventId | None) -> AsyncIterator[bytes]:
-        """The frames for a viewer that knows the canvas as of an event, or from now on.
-
-        It ends when the viewer disconnects or the worker stops.
-        """
-        viewer = _Viewer(after or self._last, behind=after is not None)
+    def open(self, viewer: Viewer, after: EventId | None) -> None:
+        """Begin a stream for a viewer that knows the canvas as of an event, or from now on."""
+        viewer.position = after or self._last
         self._viewers.add(viewer)
-        self._reading = self._reading or asyncio.create_task(self._read())
         metrics.VIEWERS.inc()
-        try:
-            yield b"retry: 1000\nid: %b\ndata: []\n\n" % viewer.position.text()
-            while not self._closed:
-                if viewer.behind:
-                    # What the reader finds from now on is queued; what came before is in Redis.
-                    viewer.behind = False
-                    async for frame in self._catch_up(viewer, self._last):
-                        yield frame
-                elif viewer.status:
-                    frame, viewer.status = viewer.status, b""
-                    yield frame
-                elif viewer.waiting:
-                    message = viewer.take()
-                    if message.last > viewer.position or not message.complete:
-                        viewer.position = message.last
-                        yield message.frame
-                elif not await self._wait(viewer):
-                    yield b":\n\n"
-        finally:
+        viewer.write(b"retry: 1000\nid: %b\ndata: []\n\n" % viewer.position.text())
+        if self._closed:
+            viewer.end()
+            return
+        if after is None:
+            self._following.add(viewer)
+        else:
+            self._start_catching_up(viewer)
+        self._reading = self._reading or asyncio.create_task(self._read())
+
+    def remove(self, viewer: Viewer) -> None:
+        """Forget a viewer whose stream has ended."""
+        if viewer in self._viewers:
             metrics.VIEWERS.dec()
             self._viewers.discard(viewer)
+            self._leave(viewer)
+            viewer.write = _discard
+            if viewer.task:
+                viewer.task.cancel()
+
+    def pause(self, viewer: Viewer) -> None:
+        """Write no more to a viewer, which has too much to take."""
+        if not viewer.paused:
+            viewer.paused = True
+            self._leave(viewer)
+            metrics.SLOW_VIEWERS.inc()
+
+    def resume(self, viewer: Viewer) -> None:
+        """Write to a viewer again, which has taken everything."""
+        if viewer.paused:
+            viewer.paused = False
+            if viewer.task is None and not self._closed:
+                self._start_catching_up(viewer)
+
+    async def stream(self, after: EventId | None) -> AsyncIterator[bytes]:
+        """A stream as an iterator over its bytes. It ends when the worker stops."""
+        waiting: deque[bytes] = deque()
+        arrival = asyncio.Event()
+
+        def write(frames: bytes) -> None:
+            waiting.append(frames)
+            arrival.set()
+            if sum(map(len, waiting)) > QUEUE_BYTES:
+                self.pause(viewer)
+
+        viewer = Viewer(write, arrival.set)
+        self.open(viewer, after)
+        try:
+            while waiting or not self._closed:
+                if waiting:
+                    yield waiting.popleft()
+                else:
+                    self.resume(viewer)
+                    arrival.clear()
+                    await arrival.wait()
+        finally:
+            self.remove(viewer)
 
     def close(self) -> None:
         """End all streams, so that their viewers connect to another worker."""
         self._closed = True
         if self._reading:
             self._reading.cancel()
-        for task in self._replays.values():
-            task.cancel()
-        for viewer in self._viewers:
-            viewer.arrival.set()
+        for replay in self._replays.values():
+            replay.cancel()
+        for viewer in list(self._viewers):
+            viewer.end()
 
-    async def _catch_up(self, viewer: _Viewer, last: EventId) -> AsyncIterator[bytes]:
-        """The frames that a viewer needs until it knows ``last`` or a later event."""
-        retry = _RETRY
-        replayed = 0
-        while not self._closed:
-            try:
+    async def _find_end(self) -> None:
+        try:
+            last = await self._store.last_event()
+            if self._reading is None:
+                self._last = last
+        finally:
+            self._preparing = None
+
+    def _leave(self, viewer: Viewer) -> None:
+        if viewer in self._following:
+            self._following.discard(viewer)
+            viewer.position = self._last
+        self._ahead.discard(viewer)
+
+    def _start_catching_up(self, viewer: Viewer) -> None:
+        viewer.task = asyncio.create_task(self._catch_up(viewer))
+
+    async def _catch_up(self, viewer: Viewer) -> None:
+        """Send a viewer what it needs to follow the reader; stop when it has too much to take."""
+        try:
+            retry = _RETRY
+            while not viewer.paused:
                 replay = await self._replay(viewer.position)
-            except asyncio.CancelledError:
-                if self._closed:
+                if replay is None:
+                    viewer.write(b":\n\n")
+                    await asyncio.sleep(retry)
+                    retry = min(2 * retry, _LONGEST_RETRY)
+                elif self._send_replay(viewer, replay):
                     return
-                raise
-            if replay is None:
-                yield b":\n\n"
-                await asyncio.sleep(retry)
-                retry = min(2 * retry, _LONGEST_RETRY)
-                continue
-            messages = replay.messages
-            replayed += replay.changes
-            if replayed > REPLAY_CHANGES:
-                messages = [_resync(max(last, viewer.position))]
-            for message in messages:
-                viewer.position = message.last
-                yield message.frame
-            if not messages or viewer.position >= last:
-                return
-            await asyncio.sleep(PAUSE)
+                else:
+                    await asyncio.sleep(PAUSE)
+        except Exception:
+            log.exception("a viewer could not catch up")
+            viewer.end()
+        finally:
+            viewer.task = None
+
+    def _send_replay(self, viewer: Viewer, replay: _Replay) -> bool:
+        """Send a replay; returns whether the viewer knows all that the reader does, and follows it."""
+        messages = replay.messages
+        viewer.replayed += replay.changes
+        if viewer.replayed > REPLAY_CHANGES:
+            messages = [_resync(max(self._last, viewer.position))]
+        for message in messages:
+            viewer.position = message.last
+            viewer.write(message.frame)
+            if viewer.paused:
+                return False
+        if messages and viewer.position < self._last:
+            return False
+        viewer.replayed = 0
+        (self._ahead if viewer.position > self._last else self._following).add(viewer)
+        return True
 
     async def _replay(self, after: EventId) -> _Replay | None:
         """What comes next after an event, from Redis; None if Redis can't be read.
@@ -251,57 +318,72 @@ class Hub:
             loop.call_later(pause, self._replaying.release)
         return _Replay(messages, events.changes)
 
-    async def _wait(self, viewer: _Viewer) -> bool:
-        """Whether something arrives for the viewer before a heartbeat is due."""
-        viewer.arrival.clear()
-        try:
-            async with asyncio.timeout(HEARTBEAT):
-                return await viewer.arrival.wait()
-        except TimeoutError:
-            return False
-
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
-        writes, since = 0, loop.time()
+        self._writes, since = 0, loop.time()
         try:
             while self._viewers:
-                if (seconds := loop.time() - since) >= STATUS:
-                    status = await self._status(writes / seconds)
-                    writes, since = 0, loop.time()
-                    for viewer in self._viewers:
-                        viewer.send_status(status)
-                    await asyncio.sleep(PAUSE)
-                    continue
-                try:
-                    await self._store.wait_for_event(self._last, _CHECK)
-                    events = await self._store.events(self._last)
-                    writes += events.changes
-                    if events.changes > REPLAY_CHANGES:
-                        events = Events(await self._store.last_event(), [], complete=False)
-                except Problem:
-                    await asyncio.sleep(_RETRY)
-                    continue
-                if events.records or not events.complete:
-                    await asyncio.sleep(await self._send(events))
+                due = since + max(STATUS, STATUS_PAUSES * self._pause)
+                events = await self._next(due - loop.time())
+                status = b""
+                if (now := loop.time()) >= due:
+                    status = await self._status(self._writes / (now - since))
+                    self._writes, since = 0, now
+                pause = await self._send(events or Events(self._last, [], complete=True), status)
+                await asyncio.sleep(pause if events else _RETRY)
         finally:
             self._reading = None
             with contextlib.suppress(Problem):
                 await self._store.count_viewers(0)
 
-    async def _send(self, events: Events) -> float:
-        """Queue events for all viewers; returns for how many seconds to pause."""
-        loop = asyncio.get_running_loop()
-        started = loop.time()
+    async def _next(self, seconds: float) -> Events | None:
+        """What happens within some seconds; None if Redis can't be read."""
+        try:
+            await self._store.wait_for_event(self._last, min(max(seconds, 0.01), _CHECK))
+            events = await self._store.events(self._last)
+            # All of it is coalesced and sent together, unless it is too much.
+            while events.records and len(events.records) % EVENTS_AT_ONCE == 0:
+                more = await self._store.events(events.last)
+                if not more.records or events.changes > REPLAY_CHANGES:
+                    break
+                events = Events(more.last, events.records + more.records, complete=True)
+            self._writes += events.changes
+            if events.changes > REPLAY_CHANGES:
+                events = Events(await self._store.last_event(), [], complete=False)
+        except Problem:
+            return None
+        return events
+
+    async def _send(self, events: Events, status: bytes) -> float:
+        """Send events and the status to all that follow; returns for how many seconds to pause."""
+        if events.complete and not events.records and not status:
+            return 0
+        started = asyncio.get_running_loop().time()
         messages = await _messages(events)
+        frames = b"".join([*(message.frame for message in messages), status])
+        # From now on, those that follow are those that get these frames.
         self._last = events.last
-        for message in messages:
-            for viewer in self._viewers:
-                viewer.send(message)
-        if not events.complete:
-            return RESYNC_PAUSE
-        pause = _pause(loop.time() - started)
-        # After a full reply there is more to read.
-        return pause if len(events.records) == EVENTS_AT_ONCE else max(pause, PAUSE)
+        viewers = list(self._following)
+        for viewer in list(self._ahead):
+            if viewer.position > self._last and events.complete:
+                continue
+            self._ahead.discard(viewer)
+            self._following.add(viewer)
+            news = [m.frame for m in messages if m.last > viewer.position or not m.complete]
+            viewer.write(b"".join(news))
+        for start in range(0, len(viewers), _TURN):
+            for viewer in viewers[start : start + _TURN]:
+                viewer.write(frames)
+            await asyncio.sleep(0)
+        metrics.VIEWER_FRAMES.inc(len(viewers))
+        self._pause = self._choose_pause(asyncio.get_running_loop().time() - started)
+        metrics.FRAME_PAUSE.set(self._pause)
+        return self._pause if events.complete else RESYNC_PAUSE
+
+    def _choose_pause(self, spent: float) -> float:
+        """The pause after some seconds of encoding and writing: longer with viewers and load."""
+        share = len(self._following) * _FRAME_SECONDS / _FRAME_SHARE
+        return min(max(self._least_pause, share, _pause(spent)), self._longest_pause)
 
     async def _status(self, rate: float) -> bytes:
         """A ``status`` event: viewers and writes per second of the fleet, and who reports them.
@@ -320,3 +402,7 @@ class Hub:
 def _pause(spent: float) -> float:
     """The pause after encoding for some seconds that keeps it to its share of the time."""
     return min(spent * (1 / _ENCODING_SHARE - 1), 1.0)
+
+
+def _discard(frames: bytes) -> None:
+    """Take the place of a stream that has ended."""

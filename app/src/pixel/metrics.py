@@ -50,6 +50,13 @@ REQUEST_SECONDS = Histogram(
 )
 VIEWERS = Gauge("pixel_viewers", "Open event streams.", multiprocess_mode="livesum")
 VIEWERS.set(0)
+SLOW_VIEWERS = Counter("pixel_slow_viewers", "Times that a viewer had too much to take and had to catch up.")
+VIEWER_FRAMES = Counter("pixel_viewer_frames", "Writes of changes or of the status to a viewer.")
+FRAME_PAUSE = Gauge(
+    "pixel_frame_pause_seconds",
+    "Pause between two messages to a viewer, which grows with viewers and load.",
+    multiprocess_mode="livemax",
+)
 WRITES = Counter("pixel_writes", "Channel writes that Redis has acknowledged.")
 BATCH_WRITES = Histogram(
     "pixel_batch_writes",

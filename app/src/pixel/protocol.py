@@ -1,10 +1,11 @@
-"""Uvicorn's HTTP protocol, with a short way through it for ``POST /pixel`` and ``GET /pixel/{x}/{y}``.
+"""Uvicorn's HTTP protocol, with a short way through it for pixels and event streams.
 
-A pixel costs less than the scope, the task and the messages by which an ASGI application is
-served. So a request that has come whole is served where the parser is done with it, and answered
-where Redis's reply arrives. Everything else takes Uvicorn's way to FastAPI: other requests, those
-that come in pieces or behind one that is still being served, and those that can't be accepted,
-which FastAPI's routes explain.
+``POST /pixel``, ``GET /pixel/{x}/{y}`` and a message to a viewer cost less than the scope, the task
+and the messages by which an ASGI application is served. So a request that has come whole is served
+where the parser is done with it, and answered where Redis's reply arrives; a stream is written to
+by the hub itself. Everything else takes Uvicorn's way to FastAPI: other requests, those that come
+in pieces or behind one that is still being served, and those that can't be accepted, which
+FastAPI's routes explain.
 """
 
 import asyncio
@@ -18,17 +19,20 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pixel import logs, metrics
+from pixel.events import QUEUE_BYTES, Viewer
 from pixel.pixel import PixelColour, Received
 from pixel.problems import Headers, Problem
 from pixel.reads import Colour
-from pixel.requests import State, check_headers, check_size
-from pixel.stream import EventId
+from pixel.requests import STREAM_HEADERS, State, check_headers, check_size
+from pixel.stream import EventId, known_event
 
 log = logging.getLogger(__name__)
 
 
 _READING = (b"GET", b"HEAD")
+_READABLE = (b"/pixel/", b"/events")
 _PIXEL = re.compile(rb"/pixel/([0-9]{1,5})/([0-9]{1,5})")
+_EVENTS = re.compile(rb"/events(?:\?after=([0-9]{1,15}-[0-9]{1,15}))?")
 
 
 class _Accepted:
@@ -120,6 +124,23 @@ class Head(Read):
     accepted = _Accepted(method, Read.route, *Read.accepted.headers)
 
 
+class Stream(Exchange):
+    """``GET /events``; its subject is the event that the client knows, if any."""
+
+    __slots__ = ("viewer",)
+
+    viewer: Viewer
+
+    method, route = "GET", "/events"
+    # Its end is that of the connection, so that all streams can be sent the same bytes.
+    accepted = _Accepted(
+        method,
+        route,
+        *((name.lower().encode(), value.encode()) for name, value in STREAM_HEADERS.items()),
+        (b"connection", b"close"),
+    )
+
+
 class PixelProtocol(HttpToolsProtocol):
     """One connection.
 
@@ -132,6 +153,7 @@ class PixelProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._held: bytes | None = None
+        self._stream: Stream | None = None
         self._active = 0.0
         # Where every answer is logged, the front does it.
         self._short = not log.isEnabledFor(logging.DEBUG)
@@ -140,6 +162,19 @@ class PixelProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         if self.timeout_keep_alive_task:
             self.timeout_keep_alive_task.cancel()
+        if self._stream:
+            self.app_state["hub"].remove(self._stream.viewer)
+            Stream.accepted.observe(perf_counter() - self._stream.started)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stream:
+            self.app_state["hub"].pause(self._stream.viewer)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stream:
+            self.app_state["hub"].resume(self._stream.viewer)
 
     def data_received(self, data: bytes) -> None:
         self._active = perf_counter()
@@ -162,7 +197,7 @@ class PixelProtocol(HttpToolsProtocol):
             and (
                 self.url == b"/pixel"
                 if method == b"POST"
-                else method in _READING and self.url.startswith(b"/pixel/")
+                else method in _READING and self.url.startswith(_READABLE)
             )
             and (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused
@@ -182,7 +217,7 @@ class PixelProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         held = self._held
-        if held is None or not (self._write(held) if self.url == b"/pixel" else self._read()):
+        if held is None or not (self._write(held) if self.url == b"/pixel" else self._serve()):
             super().on_message_complete()
 
     def _hand_on(self) -> None:
@@ -212,21 +247,48 @@ class PixelProtocol(HttpToolsProtocol):
         self._begin(Write(pixel, self.headers, self._active), written)
         return True
 
-    def _read(self) -> bool:
-        """Begin to read a pixel; what isn't one is handed on."""
-        place = _PIXEL.fullmatch(self.url)
-        store = self.app_state["store"]
-        if place is None or not store.canvas.contains(x := int(place[1]), y := int(place[2])):
-            self._hand_on()
-            return False
-        kind = Read if self.parser.get_method() == b"GET" else Head
-        self._begin(kind((x, y), self.headers, self._active), store.colour(x, y))
-        return True
+    def _serve(self) -> bool:
+        """Begin to read a pixel, or a stream; what is neither is handed on."""
+        state = self.app_state
+        store, hub = state["store"], state["hub"]
+        get = self.parser.get_method() == b"GET"
+        if (pixel := _PIXEL.fullmatch(self.url)) and store.canvas.contains(
+            x := int(pixel[1]), y := int(pixel[2])
+        ):
+            kind = Read if get else Head
+            self._begin(kind((x, y), self.headers, self._active), store.colour(x, y))
+            return True
+        if get and (events := _EVENTS.fullmatch(self.url)):
+            after = known_event(dict(self.headers).get(b"last-event-id") or events[1] or b"")
+            stream = Stream(after, self.headers, self._active)
+            self._held = None
+            self.cycle = stream  # type: ignore[assignment]
+            hub.prepare().add_done_callback(partial(self._open, stream))
+            return True
+        self._hand_on()
+        return False
 
     def _begin(self, exchange: Exchange, done: asyncio.Future[Any]) -> None:
         self._held = None
         self.cycle = exchange  # type: ignore[assignment]
         done.add_done_callback(partial(self._answer, exchange))
+
+    def _open(self, stream: Stream, prepared: asyncio.Future[None]) -> None:
+        if prepared.exception() is not None:
+            self._answer(stream, prepared)
+        elif not stream.disconnected:
+            self.transport.set_write_buffer_limits(QUEUE_BYTES, 0)
+            self.transport.write(stream.accepted.head(self.server_state.default_headers) + b"\r\n")
+            stream.viewer = Viewer(self.transport.write, self._end)
+            self._stream = stream
+            self.app_state["hub"].open(stream.viewer, stream.subject)
+
+    def _end(self) -> None:
+        """End a stream. A client that has not taken everything connects again from where it is."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
 
     def _answer(self, exchange: Exchange, done: asyncio.Future[Any]) -> None:
         accepted = exchange.accepted

@@ -22,6 +22,13 @@ from pixel.stream import EventId
 BODY_SECONDS = 10.0
 """How long the rest of a body may take that didn't arrive with the head of its request."""
 
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",
+}
+"""Of a stream of events."""
+
 
 class State(TypedDict):
     """The state that the application's lifespan makes, and every request can use."""

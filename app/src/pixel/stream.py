@@ -29,3 +29,11 @@ class EventId(NamedTuple):
 
 
 NO_EVENT = EventId(0, 0)
+
+
+def known_event(text: bytes) -> EventId | None:
+    """The event that a client says it knows; ``NO_EVENT`` if that is no ID, None if it says none."""
+    try:
+        return EventId.parse(text) if text else None
+    except ValueError:
+        return NO_EVENT

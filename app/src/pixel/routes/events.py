@@ -1,16 +1,16 @@
 """Changes of the canvas as server-sent events."""
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 
 from pixel import openapi
-from pixel.requests import state_of
-from pixel.stream import NO_EVENT, EventId
+from pixel.requests import STREAM_HEADERS, state_of
+from pixel.stream import known_event
 
 router = APIRouter(tags=["canvas"])
-
 
 _STREAM = {
     "description": "OK",
@@ -44,23 +44,17 @@ async def events(
 ) -> StreamingResponse:
     """Changes after an event, or from now on: arrays of ``[x, y, channel, value]``.
 
-    The ``id`` of a message is the last event that it contains. Changes of 50 ms are sent together,
-    at most 4,096 in a message. The event ``resync`` means that changes were left out, because
+    The ``id`` of a message is the last event that it contains. Changes of 50 ms (up to 500 ms with
+    thousands of viewers) are sent together, at most 4,096 in a message. The event ``resync`` means that changes were left out, because
     ``after`` is too old or there were too many: fetch the canvas, and continue after its
     ``X-Pixel-Event``. The event ``status`` is sent every two seconds, without an id:
     ``{"viewers": 12, "writes": 480.5, "instance": "c5", "release": "2026-11-21"}``: viewers and
     channel writes per second of the fleet, null while Redis can't be asked, and the instance and
     release that send the stream.
     """
-    text = last_event_id or after
-    try:
-        known = EventId.parse(text.encode()) if text else None
-    except ValueError:
-        known = NO_EVENT
+    # Most requests are answered in ``protocol``, which does the same.
     hub = state_of(request)["hub"]
-    await hub.prepare()
+    await asyncio.shield(hub.prepare())
     return StreamingResponse(
-        hub.stream(known),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        hub.stream(known_event((last_event_id or after or "").encode())), headers=STREAM_HEADERS
     )
