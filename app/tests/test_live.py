@@ -457,9 +457,13 @@ def test_a_lost_connection_heals_without_a_reload_and_without_a_missing_pixel(
         time.sleep(0.5)
     heal()
 
-    # Redis has forgotten what came before: the pages must load the canvas again.
+    # Redis has forgotten what came before: the pages must load the canvas again, not older than that.
+    asked: list[str] = []
+    pages[0].on("request", lambda request: asked.append(request.url))
     with fragile_redis.admin() as admin:
         admin.delete(EVENTS)
+    fresh = re.compile(r"/canvas\.rgb\?after=[0-9]+-[0-9]+$")
+    wait_until(lambda: pages[0].wait_for_timeout(10) or any(map(fresh.search, asked)))
     heal()
     assert all(page.evaluate("window.same") for page in pages)
 

@@ -1,9 +1,10 @@
 #!/usr/bin/python3
 """A backend that says who it is and what it was sent: backend.py NAME HOST:PORT SOCKET.
 
-It echoes, but /work is done one at a time, 10 ms each, /hold takes half a second, and /live and /events
-have headers of their own. What it does with /pixel is in /run/behaviour: `no` and `maybe` refuse a write
-as the app does, `break` closes the connection, `hang` doesn't answer in time.
+It echoes, but /work is done one at a time, 10 ms each, /hold takes half a second, /live and /events have
+headers of their own, and each /canvas.rgb is another picture. What it does with /pixel is in
+/run/behaviour: `no` and `maybe` refuse a write as the app does, `break` closes the connection, `hang`
+doesn't answer in time.
 """
 
 import json
@@ -85,6 +86,12 @@ class Echo(BaseHTTPRequestHandler):
         if self.path == "/live":
             self.send_header("Content-Security-Policy", "default-src 'self'")
             self.send_header("Referrer-Policy", "no-referrer")
+        if self.path.startswith("/canvas.rgb"):
+            time.sleep(0.2)
+            event = f"{int(time.time() * 1000)}-0"
+            self.send_header("Cache-Control", "max-age=1, stale-while-revalidate=2")
+            self.send_header("ETag", f'"{event}"')
+            self.send_header("X-Pixel-Event", event)
         if self.path == "/events":
             self.send_header("X-Accel-Buffering", "no")
         self.send_header("Content-Length", str(len(content)))

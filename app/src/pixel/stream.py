@@ -5,6 +5,9 @@ from typing import NamedTuple
 EVENTS = "pixel:events"
 """Key of the stream. Field ``c`` of an entry holds changes, encoded by ``pixel.pack``."""
 
+EVENT_PATTERN = "^[0-9]{1,15}-[0-9]{1,15}$"
+"""Of an ID in a query."""
+
 EVENT_CHANGES = 1024
 """Most changes in one entry, so that the stream's length bounds its memory."""
 

@@ -25,7 +25,7 @@ export function isAfter(one, other) {
  * - {event, changes}: arrays [x, y, channel, value], and the last event that they contain,
  * - {status}: as the server sends it,
  * - {state}: "live", "lost", or "held" if a proxy holds the stream back,
- * - {resync: true}: fetch the canvas, and follow again.
+ * - {resync: event}: fetch the canvas as of this event or later, and follow again.
  */
 export class Feed {
   #subscriptions = new Map(); // port -> number
@@ -56,7 +56,7 @@ export class Feed {
       this.#state = "lost";
       this.#listen();
     } else if (isAfter(this.#complete, follow)) {
-      this.#send({ resync: true }, [port]);
+      this.#send({ resync: this.#complete }, [port]);
     } else {
       for (const message of this.#history) {
         if (isAfter(message.event, follow)) this.#send(message, [port]);
@@ -105,7 +105,7 @@ export class Feed {
     source.addEventListener("resync", ({ lastEventId }) => {
       this.#expect();
       this.#restart(lastEventId);
-      this.#send({ resync: true });
+      this.#send({ resync: lastEventId });
     });
     source.onerror = () => {
       // A lost connection is opened again by the browser, a refused one is not.

@@ -4,7 +4,7 @@ import { Feed, isAfter } from "./feed.js";
 
 // A worker of an earlier release serves as long as one of its tabs is open. To be changed whenever
 // the messages of feed.js change.
-const WORKER = "pixel-1";
+const WORKER = "pixel-2";
 const UNSEEN = 60_000; // milliseconds after which a hidden tab no longer follows
 const POLLING = 2_000; // milliseconds between two polls
 const SETTLED = 10_000; // milliseconds after a load in which a resync means overload
@@ -27,6 +27,7 @@ export class Stream {
   #port;
   #subscription = 0;
   #event = ""; // the last one that is shown
+  #least = ""; // the event that the next canvas must contain, if any
   #tag = ""; // ETag of the canvas that is shown, if no change has come since it was loaded
   #loading = false;
   #loaded = 0; // when
@@ -85,6 +86,7 @@ export class Stream {
     } else if (status) {
       this.#on.status(status);
     } else if (resync) {
+      this.#least = resync;
       this.#reload();
     } else if (state === "held") {
       this.#polling = true;
@@ -169,10 +171,13 @@ export class Stream {
 
   /** Fetch the canvas if it has changed. Throws an Error with the reason if it can't be had. */
   async #fetch(progress = () => {}) {
-    const answer = await fetch(
-      "canvas.rgb",
-      this.#tag ? { cache: "no-store", headers: { "If-None-Match": this.#tag } } : { cache: "no-cache" },
-    );
+    // The balancer's cache may answer, the browser's own may not.
+    const headers = { "Cache-Control": "max-age=0" };
+    if (this.#tag) headers["If-None-Match"] = this.#tag;
+    const answer = await fetch(`canvas.rgb${this.#least && `?after=${this.#least}`}`, {
+      cache: "no-store",
+      headers,
+    });
     if (answer.status === 304) {
       this.#event = answer.headers.get("X-Pixel-Event") ?? this.#event;
       this.#on.change([], this.#event);
@@ -189,6 +194,7 @@ export class Stream {
       this.#event = answer.headers.get("X-Pixel-Event");
       this.#on.load(width, height, bytes, this.#event);
     }
+    this.#least = "";
     this.#loaded = performance.now();
   }
 }

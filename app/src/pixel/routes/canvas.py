@@ -11,6 +11,7 @@ from pixel.canvas import Region
 from pixel.pictures import Picture, PictureResponse
 from pixel.problems import Problem
 from pixel.requests import is_known, matches_any, state_of
+from pixel.stream import EVENT_PATTERN
 
 router = APIRouter(tags=["canvas"])
 
@@ -32,7 +33,7 @@ def _answers(media_type: str) -> dict[int | str, dict[str, Any]]:
     } | openapi.problems(422, 503)
 
 
-CACHING = "max-age=1, stale-while-revalidate=10"
+CACHING = "max-age=1, stale-while-revalidate=2"
 
 MOST_SCALED_PIXELS = 2048 * 2048
 """Of an enlarged picture. One that isn't is bounded by the canvas: settings.MAX_PIXELS."""
@@ -46,8 +47,19 @@ def wanted_region(
     y: Annotated[int, Query(ge=0)] = 0,
     w: Annotated[Length, Query(description="By default, the rest of the row.")] = None,
     h: Annotated[Length, Query(description="By default, the rest of the column.")] = None,
+    after: Annotated[
+        str | None,
+        Query(
+            pattern=EVENT_PATTERN,
+            description="An event that the answer must contain, also if a cache gives it.",
+        ),
+    ] = None,
 ) -> Region:
-    """The requested part of the canvas; by default, all of it."""
+    """The requested part of the canvas; by default, all of it.
+
+    ``after`` makes the URL another one. Who knows the event asks after it has happened, so what a
+    cache has for this URL is no older.
+    """
     canvas = state_of(request)["store"].canvas
     for name, start, length, size in (("w", x, w, canvas.width), ("h", y, h, canvas.height)):
         if start + (length or 1) > size:

@@ -8,7 +8,7 @@ from fastapi.responses import StreamingResponse
 
 from pixel import openapi
 from pixel.requests import STREAM_HEADERS, state_of
-from pixel.stream import known_event
+from pixel.stream import EVENT_PATTERN, known_event
 
 router = APIRouter(tags=["canvas"])
 
@@ -33,7 +33,7 @@ async def events(
     after: Annotated[
         str | None,
         Query(
-            pattern=r"^[0-9]{1,15}-[0-9]{1,15}$",
+            pattern=EVENT_PATTERN,
             description="X-Pixel-Event of the canvas that the viewer has.",
         ),
     ] = None,
@@ -45,12 +45,12 @@ async def events(
     """Changes after an event, or from now on: arrays of ``[x, y, channel, value]``.
 
     The ``id`` of a message is the last event that it contains. Changes of 50 ms (up to 500 ms with
-    thousands of viewers) are sent together, at most 4,096 in a message. The event ``resync`` means that changes were left out, because
-    ``after`` is too old or there were too many: fetch the canvas, and continue after its
-    ``X-Pixel-Event``. The event ``status`` is sent every two seconds, without an id:
-    ``{"viewers": 12, "writes": 480.5, "instance": "c5", "release": "2026-11-21"}``: viewers and
-    channel writes per second of the fleet, null while Redis can't be asked, and the instance and
-    release that send the stream.
+    thousands of viewers) are sent together, at most 4,096 in a message. The event ``resync`` means that
+    changes were left out, because ``after`` is too old or there were too many: fetch the canvas with
+    its ``id`` as ``after``, and continue after its ``X-Pixel-Event``. The event ``status`` is sent
+    every two seconds, without an id: ``{"viewers": 12, "writes": 480.5, "instance": "c5", "release":
+    "2026-11-21"}``: viewers and channel writes per second of the fleet, null while Redis can't be
+    asked, and the instance and release that send the stream.
     """
     # Most requests are answered in ``protocol``, which does the same.
     hub = state_of(request)["hub"]
