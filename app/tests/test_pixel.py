@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixel.canvas import Canvas
-from pixel.pixel import Change, Reader, pack, unpack
+from pixel.canvas import CHANNELS, Canvas
+from pixel.pixel import Change, Reader, coalesce, pack
 from pixel.problems import Problem
 
 READER = Reader(Canvas(1024, 512))
@@ -18,10 +18,24 @@ GOOD = {"x": 10, "y": 20, "channel": "R", "value": 255}
 UINT16 = st.integers(0, 65_535)
 
 
-@given(st.lists(st.builds(Change, UINT16, UINT16, st.integers(0, 2), st.integers(0, 255))))
+CHANGES = st.lists(st.builds(Change, UINT16, UINT16, st.integers(0, 2), st.integers(0, 255)))
+
+
+@given(CHANGES)
 def test_changes_survive_their_record(changes: list[Change]) -> None:
-    assert list(unpack(pack(changes))) == changes
+    records = [pack([change]) for change in changes]
+    assert [coalesce([record]) for record in records] == [
+        [(x, y, CHANNELS[channel], value)] for x, y, channel, value in changes
+    ]
+    assert pack(changes) == b"".join(records)
     assert len(pack(changes)) == 6 * len(changes)
+
+
+@given(st.lists(CHANGES), st.integers(1, 3))
+def test_of_a_channel_that_changed_often_the_last_value_is_left(parts: list[list[Change]], step: int) -> None:
+    near = [[Change(x % step, y % step, *rest) for x, y, *rest in part] for part in parts]
+    last = {(x, y, CHANNELS[channel]): value for part in near for x, y, channel, value in part}
+    assert coalesce(map(pack, near)) == [(*place, value) for place, value in last.items()]
 
 
 @pytest.mark.parametrize(

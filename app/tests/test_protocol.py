@@ -456,8 +456,31 @@ async def test_a_stream_resumes_after_an_event(served: Served) -> None:
     assert served.came == []
 
 
+@pytest.mark.parametrize("query", ["x=10&y=20&w=5&h=5&after=0-0", "x=10&y=20&w=5&h=5"])
+async def test_a_stream_of_a_region_goes_the_short_way(served: Served, query: str) -> None:
+    client, answer = await open_stream(served, f"/events?{query}")
+    assert answer.status == 200
+    await sees(client, b"[]")
+    writer = await served.connect()
+    elsewhere = GOOD.replace(b"20", b"19")
+    for body in (elsewhere, GOOD):
+        assert (await writer.ask(head(len(body)) + body)).status == 200
+    await sees(client, b'[[10,20,"R",255]]')
+    assert served.came == []
+
+
 @pytest.mark.parametrize(
-    ("query", "status"), [("after=never", 422), ("after=", 422), ("after=1-1&after=2-2", 200)]
+    ("query", "status"),
+    [
+        ("after=never", 422),
+        ("after=", 422),
+        ("after=1-1&after=2-2", 200),
+        ("x=10&w=5", 200),
+        ("x=10&y=20&w=5&h=0", 422),
+        ("x=1020&y=20&w=5&h=1", 422),
+        ("x=-1&y=20&w=5&h=1", 422),
+        ("x=a&y=20&w=5&h=1", 422),
+    ],
 )
 async def test_what_is_no_common_stream_goes_the_other_way(served: Served, query: str, status: int) -> None:
     _, answer = await open_stream(served, f"/events?{query}")

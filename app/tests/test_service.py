@@ -106,6 +106,30 @@ def test_slow_clients_hold_nobody_up(shared_redis: RedisServer, start_service: S
             connection.close()
 
 
+def test_large_batches_wait_in_a_queue_of_their_own(
+    redis_server: RedisServer, start_service: StartService
+) -> None:
+    """Forty at once would fill the queue of all writes eight times over."""
+    service = start_service(redis_server.url, PIXEL_WORKERS="1")
+    httpx.get(f"{service.url}/readyz", timeout=20)
+    large = json.dumps([PIXEL] * 10_000).encode()
+
+    def post(_: int) -> httpx.Response:
+        headers = {"content-type": "application/json"}
+        return httpx.post(f"{service.url}/pixels", content=large, headers=headers, timeout=20)
+
+    with ThreadPoolExecutor(40) as pool:
+        batches = pool.map(post, range(80))
+        small = [httpx.post(f"{service.url}/pixel", json=PIXEL, timeout=20) for _ in range(60)]
+        answers = list(batches)
+    statuses = [answer.status_code for answer in small]
+    assert statuses == [200] * 60
+    assert {answer.status_code for answer in answers} == {200, 503}
+    refused = {answer.json()["detail"]: answer for answer in answers if answer.status_code == 503}
+    answer = refused["Too many large requests are waiting; nothing was written."]
+    assert answer.headers["retry-after"] == "1"
+
+
 def test_metrics_are_of_all_workers(service: Service) -> None:
     for _ in range(20):  # new connections, so that both workers get some
         httpx.post(f"{service.url}/pixel", json=PIXEL)

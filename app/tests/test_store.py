@@ -1,6 +1,7 @@
 """Group commit and reading, against a Redis that is well, slow, gone and broken."""
 
 import asyncio
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable
 from itertools import pairwise
@@ -12,7 +13,7 @@ from conftest import APP_COMMANDS, RedisServer
 
 from pixel.canvas import TILE_BYTES, locate
 from pixel.events import Hub
-from pixel.pixel import Change, unpack
+from pixel.pixel import Change
 from pixel.problems import Problem
 from pixel.resp import Connection, Server
 from pixel.store import Store
@@ -53,7 +54,8 @@ def stored(server: RedisServer, change: Change) -> int:
 
 def events(server: RedisServer) -> list[list[Change]]:
     with server.admin() as admin:
-        return [list(unpack(fields[b"c"])) for _, fields in admin.xrange(EVENTS)]
+        records = [fields[b"c"] for _, fields in admin.xrange(EVENTS)]
+    return [[Change(*change) for change in struct.iter_unpack("<HHBB", record)] for record in records]
 
 
 async def test_a_write_is_in_redis_when_it_is_answered(store: Store, redis_server: RedisServer) -> None:

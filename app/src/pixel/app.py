@@ -25,7 +25,7 @@ from pixel.openapi import DescribedAPI
 from pixel.pictures import PictureCache
 from pixel.pixel import Reader
 from pixel.problems import Problem
-from pixel.requests import State
+from pixel.requests import State, Turns
 from pixel.routes import canvas, docs, events, fleet, health, live, pixels
 from pixel.settings import Settings, load
 from pixel.store import Store
@@ -170,6 +170,7 @@ def create_api(settings: Settings) -> FastAPI:
                 "reader": Reader(store.canvas),
                 "pictures": pictures,
                 "hub": Hub(store, settings),
+                "large_batches": Turns(pixels.LARGE_WAITING),
             }
         store.close()
 

@@ -14,19 +14,19 @@ exceed a bound is sent ``resync`` and fetches the canvas, which is cheaper for a
 import asyncio
 import contextlib
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from pixel import metrics
-from pixel.canvas import CHANNELS
-from pixel.pixel import RECORD_BYTES, unpack
+from pixel.canvas import Region
+from pixel.pixel import RECORD_BYTES, coalesce
 from pixel.problems import Problem
 from pixel.settings import Settings
 from pixel.store import EVENTS_AT_ONCE, Events, Store
-from pixel.stream import EventId
+from pixel.stream import EVENT_CHANGES, EventId
 
 PAUSE = 0.05
 """Seconds between two replays for one viewer."""
@@ -52,10 +52,14 @@ REPLAYS = 1
 REPLAYS_WAITING = 64
 """Most positions in the stream from which a replay is wanted at the same time."""
 
+REGIONS = 128
+"""Most different parts of the canvas that are watched; further ones are sent all changes."""
+
 RESYNC_PAUSE = 2.0
 """Least seconds between two ``resync`` events that the reader sends to all viewers."""
 
 _ENCODING_SHARE = 0.25  # of a worker's time, at most, for encoding changes and writing them
+_FIRST_EVENTS = REPLAY_CHANGES // EVENT_CHANGES + 1  # so many full ones are too many to be replayed
 _FRAME_SECONDS = 25e-6  # processor time that a frame takes for one viewer, in the worker and in Nginx
 _FRAME_SHARE = 0.2  # of a processor, at most, for the frames of a worker's viewers
 _TURN = 200  # viewers that are written to before others get a turn: 1 ms
@@ -65,41 +69,75 @@ _RETRY, _LONGEST_RETRY = 0.5, 4.0  # seconds until Redis is asked again after a 
 log = logging.getLogger(__name__)
 
 
-class _Message(NamedTuple):
-    """A server-sent event, and the last event of the stream that it contains."""
+class _Message:
+    """Changes, as a server-sent event for those who watch all of the canvas or a part.
 
-    last: EventId
-    complete: bool
-    frame: bytes
+    Args:
+        last: the last event of the stream that it contains.
+        changes: none at all tell viewers to fetch the canvas; what follows comes after ``last``.
+    """
+
+    def __init__(self, last: EventId, changes: Sequence[tuple[int, int, str, int]] = ()) -> None:
+        self.last = last
+        self.complete = bool(changes)
+        self._changes = changes
+        self._data = msgspec.json.encode(changes)
+        start = b"id: %b\n" if changes else b"event: resync\nid: %b\n"
+        self._start = start % last.text()
+        self._parts: dict[Region, bytes] = {}
+        self._whole = b"%bdata: %b\n\n" % (self._start, self._data)
+
+    def frame(self, region: Region | None) -> bytes:
+        """It for those who watch a region, or all; empty if nothing of the region has changed."""
+        if region is None or not self.complete:
+            return self._whole
+        if region not in self._parts:
+            self._parts[region] = self._select(region)
+        return self._parts[region]
+
+    def _select(self, region: Region) -> bytes:
+        left, top = region.x, region.y
+        right, bottom = left + region.w, top + region.h
+        # What is encoded already is cut, so that a region costs a tenth of all of it.
+        texts = zip(self._changes, self._data[2:-2].split(b"],["), strict=True)
+        chosen = [text for (x, y, _, _), text in texts if left <= x < right and top <= y < bottom]
+        return b"%bdata: [[%b]]\n\n" % (self._start, b"],[".join(chosen)) if chosen else b""
 
 
-def _resync(last: EventId) -> _Message:
-    """Tells viewers to fetch the canvas; what follows comes after ``last``."""
-    return _Message(last, False, b"event: resync\nid: %b\ndata: []\n\n" % last.text())
+async def _messages(events: Events) -> AsyncIterator[_Message]:
+    """Events as messages of bounded size.
 
-
-def _message(last: EventId, records: list[bytes]) -> _Message:
-    cells = {change[:3]: change.value for record in records for change in unpack(record)}
-    changes = [(x, y, CHANNELS[channel], value) for (x, y, channel), value in cells.items()]
-    frame = b"id: %b\ndata: %b\n\n" % (last.text(), msgspec.json.encode(changes))
-    return _Message(last, True, frame)
-
-
-async def _messages(events: Events) -> list[_Message]:
-    """Events as messages of bounded size; gives others a turn after each."""
+    Others have the worker's time between two messages, three times as long as one took: until it
+    was made, and sent to those who were waiting for it.
+    """
     if not events.complete:
-        return [_resync(events.last)]
-    messages = []
+        yield _Message(events.last)
+        return
+    loop = asyncio.get_running_loop()
     records: list[bytes] = []
     size = 0
     for event, record in events.records:
         records.append(record)
         size += len(record)
-        if size >= (FRAME_CHANGES - 1024) * RECORD_BYTES or event == events.last:
-            messages.append(_message(event, records))
+        if size >= (FRAME_CHANGES - EVENT_CHANGES) * RECORD_BYTES or event == events.last:
+            started = loop.time()
+            yield _Message(event, coalesce(records))
             records, size = [], 0
             await asyncio.sleep(0)
-    return messages
+            await asyncio.sleep(min((loop.time() - started) * (1 / _ENCODING_SHARE - 1), 1.0))
+
+
+class _Wanted(NamedTuple):
+    """What a viewer that catches up needs next: so many events, if they have no more changes."""
+
+    after: EventId
+    events: int
+    changes: int
+
+    @classmethod
+    def first(cls, after: EventId) -> "_Wanted":
+        """What it needs when it begins to catch up."""
+        return cls(after, _FIRST_EVENTS, REPLAY_CHANGES)
 
 
 class _Replay(NamedTuple):
@@ -116,18 +154,22 @@ class Viewer:
         write: sends bytes, or queues them. Whoever owns the stream tells the hub when too many wait
             (``Hub.pause``), and when none do any more (``Hub.resume``).
         end: ends the stream, as the worker stops.
+        region: the part of the canvas that it is about; None for all of it.
     """
 
-    __slots__ = ("end", "paused", "position", "replayed", "task", "write")
+    __slots__ = ("end", "paused", "position", "region", "task", "wanted", "write")
 
-    def __init__(self, write: Callable[[bytes], object], end: Callable[[], object]) -> None:
+    def __init__(
+        self, write: Callable[[bytes], object], end: Callable[[], object], region: Region | None = None
+    ) -> None:
         self.write = write
         self.end = end
+        self.region = region
         self.position: EventId
         """The last event that it has been sent; while it follows the reader, the reader's is."""
         self.paused = False
-        self.replayed = 0
-        """Changes, since it last followed the reader."""
+        self.wanted: _Wanted | None = None
+        """What it needs next, while it catches up."""
         self.task: asyncio.Task[None] | None = None
 
 
@@ -139,13 +181,15 @@ class Hub:
         self._name = {"instance": settings.instance, "release": settings.release}
         self._pause = self._least_pause = settings.frame_pause_min
         self._longest_pause = settings.frame_pause_max
+        self._whole = Region(0, 0, store.canvas.width, store.canvas.height)
+        self._regions: Counter[Region] = Counter()
         self._viewers: set[Viewer] = set()
         # Those that follow the reader, and those that will when it has come to where they are.
         self._following: set[Viewer] = set()
         self._ahead: set[Viewer] = set()
         self._reading: asyncio.Task[None] | None = None
         self._preparing: asyncio.Task[None] | None = None
-        self._replays: dict[EventId, asyncio.Task[_Replay | None]] = {}
+        self._replays: dict[_Wanted, asyncio.Task[_Replay | None]] = {}
         self._replaying = asyncio.Semaphore(REPLAYS)
         self._last: EventId
         self._writes = 0
@@ -164,6 +208,12 @@ class Hub:
     def open(self, viewer: Viewer, after: EventId | None) -> None:
         """Begin a stream for a viewer that knows the canvas as of an event, or from now on."""
         viewer.position = after or self._last
+        if viewer.region:
+            further = viewer.region not in self._regions and len(self._regions) >= REGIONS
+            if viewer.region == self._whole or further:
+                viewer.region = None
+            else:
+                self._regions[viewer.region] += 1
         self._viewers.add(viewer)
         metrics.VIEWERS.inc()
         viewer.write(b"retry: 1000\nid: %b\ndata: []\n\n" % viewer.position.text())
@@ -182,6 +232,8 @@ class Hub:
             metrics.VIEWERS.dec()
             self._viewers.discard(viewer)
             self._leave(viewer)
+            if viewer.region:
+                self._regions -= Counter([viewer.region])
             viewer.write = _discard
             if viewer.task:
                 viewer.task.cancel()
@@ -200,7 +252,7 @@ class Hub:
             if viewer.task is None and not self._closed:
                 self._start_catching_up(viewer)
 
-    async def stream(self, after: EventId | None) -> AsyncIterator[bytes]:
+    async def stream(self, after: EventId | None, region: Region | None = None) -> AsyncIterator[bytes]:
         """A stream as an iterator over its bytes. It ends when the worker stops."""
         waiting: deque[bytes] = deque()
         arrival = asyncio.Event()
@@ -211,7 +263,7 @@ class Hub:
             if sum(map(len, waiting)) > QUEUE_BYTES:
                 self.pause(viewer)
 
-        viewer = Viewer(write, arrival.set)
+        viewer = Viewer(write, arrival.set, region)
         self.open(viewer, after)
         try:
             while waiting or not self._closed:
@@ -255,68 +307,64 @@ class Hub:
         """Send a viewer what it needs to follow the reader; stop when it has too much to take."""
         try:
             retry = _RETRY
+            wanted = viewer.wanted or _Wanted.first(viewer.position)
             while not viewer.paused:
-                replay = await self._replay(viewer.position)
+                replay = await self._replay(wanted)
                 if replay is None:
                     viewer.write(b":\n\n")
                     await asyncio.sleep(retry)
                     retry = min(2 * retry, _LONGEST_RETRY)
-                elif self._send_replay(viewer, replay):
+                    continue
+                viewer.wanted = self._send_replay(viewer, wanted, replay)
+                if viewer.wanted is None:
                     return
-                else:
-                    await asyncio.sleep(PAUSE)
+                wanted = viewer.wanted
+                await asyncio.sleep(PAUSE)
         except Exception:
             log.exception("a viewer could not catch up")
             viewer.end()
         finally:
             viewer.task = None
 
-    def _send_replay(self, viewer: Viewer, replay: _Replay) -> bool:
-        """Send a replay; returns whether the viewer knows all that the reader does, and follows it."""
-        messages = replay.messages
-        viewer.replayed += replay.changes
-        if viewer.replayed > REPLAY_CHANGES:
-            messages = [_resync(max(self._last, viewer.position))]
-        for message in messages:
+    def _send_replay(self, viewer: Viewer, wanted: _Wanted, replay: _Replay) -> _Wanted | None:
+        """Send a replay; returns what the viewer needs next, None if it follows the reader now."""
+        for message in replay.messages:
             viewer.position = message.last
-            viewer.write(message.frame)
+            viewer.write(message.frame(viewer.region))
             if viewer.paused:
-                return False
-        if messages and viewer.position < self._last:
-            return False
-        viewer.replayed = 0
-        (self._ahead if viewer.position > self._last else self._following).add(viewer)
-        return True
+                break
+        if not viewer.paused and (not replay.messages or viewer.position >= self._last):
+            (self._ahead if viewer.position > self._last else self._following).add(viewer)
+            return None
+        if replay.messages and not replay.messages[-1].complete:
+            return _Wanted.first(viewer.position)
+        # As many more as will do, if they are like these.
+        few = 4 * replay.changes <= wanted.changes
+        events = min(4 * wanted.events, EVENTS_AT_ONCE) if few else wanted.events
+        return _Wanted(viewer.position, events, wanted.changes - replay.changes)
 
-    async def _replay(self, after: EventId) -> _Replay | None:
+    async def _replay(self, wanted: _Wanted) -> _Replay | None:
         """What comes next after an event, from Redis; None if Redis can't be read.
 
-        Viewers at the same position share one replay.
+        Viewers that want the same share one replay.
         """
-        task = self._replays.get(after)
+        task = self._replays.get(wanted)
         if task is None:
             if len(self._replays) >= REPLAYS_WAITING:
-                return _Replay([_resync(max(self._last, after))])
-            task = self._replays[after] = asyncio.create_task(self._read_replay(after))
-            task.add_done_callback(lambda _: self._replays.pop(after))
+                return _Replay([_Message(max(self._last, wanted.after))])
+            task = self._replays[wanted] = asyncio.create_task(self._read_replay(wanted))
+            task.add_done_callback(lambda _: self._replays.pop(wanted))
         return await asyncio.shield(task)
 
-    async def _read_replay(self, after: EventId) -> _Replay | None:
-        await self._replaying.acquire()
-        loop = asyncio.get_running_loop()
-        pause = 0.0
+    async def _read_replay(self, wanted: _Wanted) -> _Replay | None:
         try:
-            events = await self._store.events(after, replay=True)
-            if events.changes > REPLAY_CHANGES:
-                return _Replay([_resync(max(self._last, events.last))])
-            started = loop.time()
-            messages = await _messages(events)
-            pause = _pause(loop.time() - started)
+            async with self._replaying:
+                events = await self._store.events(wanted.after, most=wanted.events, replay=True)
+                if events.changes > wanted.changes:
+                    return _Replay([_Message(max(self._last, events.last))])
+                return _Replay([message async for message in _messages(events)], events.changes)
         except Problem:
             return None
-        finally:
-            loop.call_later(pause, self._replaying.release)
-        return _Replay(messages, events.changes)
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
@@ -329,8 +377,12 @@ class Hub:
                 if (now := loop.time()) >= due:
                     status = await self._status(self._writes / (now - since))
                     self._writes, since = 0, now
-                pause = await self._send(events or Events(self._last, [], complete=True), status)
-                await asyncio.sleep(pause if events else _RETRY)
+                if events is None:
+                    await self._write(None, status)
+                    await asyncio.sleep(_RETRY)
+                elif events.records or status or not events.complete:
+                    await self._send(events, status)
+                    await asyncio.sleep(self._choose_pause() if events.complete else RESYNC_PAUSE)
         finally:
             self._reading = None
             with contextlib.suppress(Problem):
@@ -342,9 +394,9 @@ class Hub:
             await self._store.wait_for_event(self._last, min(max(seconds, 0.01), _CHECK))
             events = await self._store.events(self._last)
             # All of it is coalesced and sent together, unless it is too much.
-            while events.records and len(events.records) % EVENTS_AT_ONCE == 0:
+            while len(events.records) % EVENTS_AT_ONCE == 0 and 0 < events.changes <= REPLAY_CHANGES:
                 more = await self._store.events(events.last)
-                if not more.records or events.changes > REPLAY_CHANGES:
+                if not more.records:
                     break
                 events = Events(more.last, events.records + more.records, complete=True)
             self._writes += events.changes
@@ -354,36 +406,45 @@ class Hub:
             return None
         return events
 
-    async def _send(self, events: Events, status: bytes) -> float:
-        """Send events and the status to all that follow; returns for how many seconds to pause."""
-        if events.complete and not events.records and not status:
-            return 0
-        started = asyncio.get_running_loop().time()
-        messages = await _messages(events)
-        frames = b"".join([*(message.frame for message in messages), status])
-        # From now on, those that follow are those that get these frames.
-        self._last = events.last
-        viewers = list(self._following)
-        for viewer in list(self._ahead):
-            if viewer.position > self._last and events.complete:
-                continue
-            self._ahead.discard(viewer)
-            self._following.add(viewer)
-            news = [m.frame for m in messages if m.last > viewer.position or not m.complete]
-            viewer.write(b"".join(news))
+    async def _send(self, events: Events, status: bytes) -> None:
+        """Send events and the status to all viewers that follow."""
+        async for message in _messages(events):
+            # From now on, those that follow are those that get this message.
+            self._last = message.last
+            reached = {v for v in self._ahead if v.position <= message.last or not message.complete}
+            self._ahead -= reached
+            self._following |= reached
+            await self._write(message, status)
+            status = b""
+        await self._write(None, status)
+
+    async def _write(self, message: _Message | None, status: bytes) -> None:
+        """Write to all viewers that follow; others get a turn in between."""
+        frames: dict[Region | None, bytes] = {}
+        viewers = list(self._following) if message or status else []
         for start in range(0, len(viewers), _TURN):
             for viewer in viewers[start : start + _TURN]:
-                viewer.write(frames)
+                frame = frames.get(viewer.region)
+                if frame is None:
+                    frame = frames[viewer.region] = self._frame(message, status, viewer.region)
+                if frame:
+                    viewer.write(frame)
             await asyncio.sleep(0)
         metrics.VIEWER_FRAMES.inc(len(viewers))
-        self._pause = self._choose_pause(asyncio.get_running_loop().time() - started)
-        metrics.FRAME_PAUSE.set(self._pause)
-        return self._pause if events.complete else RESYNC_PAUSE
 
-    def _choose_pause(self, spent: float) -> float:
-        """The pause after some seconds of encoding and writing: longer with viewers and load."""
-        share = len(self._following) * _FRAME_SECONDS / _FRAME_SHARE
-        return min(max(self._least_pause, share, _pause(spent)), self._longest_pause)
+    def _frame(self, message: _Message | None, status: bytes, region: Region | None) -> bytes:
+        """What those who watch a region, or all, are sent at once."""
+        if status and region:
+            # It tells how far the stream is: a viewer of a quiet part would resume too early.
+            status = b"id: %b\n%b" % (self._last.text(), status)
+        return (message.frame(region) if message else b"") + status
+
+    def _choose_pause(self) -> float:
+        """The pause after a message, which grows with the viewers that follow."""
+        wanted = len(self._following) * _FRAME_SECONDS / _FRAME_SHARE
+        self._pause = min(max(self._least_pause, wanted), self._longest_pause)
+        metrics.FRAME_PAUSE.set(self._pause)
+        return self._pause
 
     async def _status(self, rate: float) -> bytes:
         """A ``status`` event: viewers and writes per second of the fleet, and who reports them.
@@ -397,11 +458,6 @@ class Hub:
         except Problem:
             status = {"viewers": None, "writes": None}
         return b"event: status\ndata: %b\n\n" % msgspec.json.encode(status | self._name)
-
-
-def _pause(spent: float) -> float:
-    """The pause after encoding for some seconds that keeps it to its share of the time."""
-    return min(spent * (1 / _ENCODING_SHARE - 1), 1.0)
 
 
 def _discard(frames: bytes) -> None:

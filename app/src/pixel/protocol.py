@@ -19,6 +19,7 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pixel import logs, metrics
+from pixel.canvas import Region
 from pixel.events import QUEUE_BYTES, Viewer
 from pixel.pixel import PixelColour, Received
 from pixel.problems import Headers, Problem
@@ -32,7 +33,10 @@ log = logging.getLogger(__name__)
 _READING = (b"GET", b"HEAD")
 _READABLE = (b"/pixel/", b"/events")
 _PIXEL = re.compile(rb"/pixel/([0-9]{1,5})/([0-9]{1,5})")
-_EVENTS = re.compile(rb"/events(?:\?after=([0-9]{1,15}-[0-9]{1,15}))?")
+_EVENTS = re.compile(
+    rb"/events(?:\?(?:x=([0-9]{1,5})&y=([0-9]{1,5})&w=([0-9]{1,5})&h=([0-9]{1,5})(?:&|$))?"
+    rb"(?:after=([0-9]{1,15}-[0-9]{1,15}))?)?"
+)
 
 
 class _Accepted:
@@ -125,7 +129,7 @@ class Head(Read):
 
 
 class Stream(Exchange):
-    """``GET /events``; its subject is the event that the client knows, if any."""
+    """``GET /events``; its subject is the event that the client knows, and a region, if any."""
 
     __slots__ = ("viewer",)
 
@@ -259,12 +263,15 @@ class PixelProtocol(HttpToolsProtocol):
             self._begin(kind((x, y), self.headers, self._active), store.colour(x, y))
             return True
         if get and (events := _EVENTS.fullmatch(self.url)):
-            after = known_event(dict(self.headers).get(b"last-event-id") or events[1] or b"")
-            stream = Stream(after, self.headers, self._active)
-            self._held = None
-            self.cycle = stream  # type: ignore[assignment]
-            hub.prepare().add_done_callback(partial(self._open, stream))
-            return True
+            *place, after = events.groups()
+            region = Region(*map(int, place)) if events[1] else None
+            if region is None or store.canvas.has(region):
+                known = known_event(dict(self.headers).get(b"last-event-id") or after or b"")
+                stream = Stream((known, region), self.headers, self._active)
+                self._held = None
+                self.cycle = stream  # type: ignore[assignment]
+                hub.prepare().add_done_callback(partial(self._open, stream))
+                return True
         self._hand_on()
         return False
 
@@ -279,9 +286,10 @@ class PixelProtocol(HttpToolsProtocol):
         elif not stream.disconnected:
             self.transport.set_write_buffer_limits(QUEUE_BYTES, 0)
             self.transport.write(stream.accepted.head(self.server_state.default_headers) + b"\r\n")
-            stream.viewer = Viewer(self.transport.write, self._end)
+            known, region = stream.subject
+            stream.viewer = Viewer(self.transport.write, self._end, region)
             self._stream = stream
-            self.app_state["hub"].open(stream.viewer, stream.subject)
+            self.app_state["hub"].open(stream.viewer, known)
 
     def _end(self) -> None:
         """End a stream. A client that has not taken everything connects again from where it is."""

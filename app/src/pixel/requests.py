@@ -30,6 +30,34 @@ STREAM_HEADERS = {
 """Of a stream of events."""
 
 
+class Turns:
+    """Lets one request after another do what is large, and refuses those that would wait too long.
+
+    Args:
+        waiting: how many may wait for their turn.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        self._most = waiting + 1
+        self._present = 0
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> None:
+        """Wait for one's turn. Raises a 503 ``Problem``."""
+        if self._present == self._most:
+            raise Problem.unavailable("Too many large requests are waiting", "no")
+        self._present += 1
+        try:
+            await self._lock.acquire()
+        except BaseException:
+            self._present -= 1
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._present -= 1
+        self._lock.release()
+
+
 class State(TypedDict):
     """The state that the application's lifespan makes, and every request can use."""
 
@@ -38,6 +66,7 @@ class State(TypedDict):
     reader: Reader
     pictures: PictureCache
     hub: Hub
+    large_batches: Turns
 
 
 def state_of(request: Request) -> State:

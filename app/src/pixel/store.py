@@ -107,14 +107,14 @@ class Store:
             raise Problem.unavailable("Redis refuses to be read.")
         return _only_id(newest), tiles
 
-    async def events(self, after: EventId, *, replay: bool = False) -> Events:
-        """The next events, ``EVENTS_AT_ONCE`` at most; not complete if some of them are gone.
+    async def events(self, after: EventId, *, most: int = EVENTS_AT_ONCE, replay: bool = False) -> Events:
+        """The next events, so many at most; not complete if some of them are gone.
 
         ``replay`` is for a viewer that catches up; it doesn't delay the worker's reader.
         """
         link = self._replays if replay else self._following
         found, stream = await link.ask_at_once(
-            ("XRANGE", EVENTS, b"(" + after.text(), "+", "COUNT", EVENTS_AT_ONCE),
+            ("XRANGE", EVENTS, b"(" + after.text(), "+", "COUNT", most),
             ("XINFO", "STREAM", EVENTS),
         )
         if isinstance(stream, ReplyError):  # The stream doesn't exist, or no longer.

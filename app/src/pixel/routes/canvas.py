@@ -47,19 +47,8 @@ def wanted_region(
     y: Annotated[int, Query(ge=0)] = 0,
     w: Annotated[Length, Query(description="By default, the rest of the row.")] = None,
     h: Annotated[Length, Query(description="By default, the rest of the column.")] = None,
-    after: Annotated[
-        str | None,
-        Query(
-            pattern=EVENT_PATTERN,
-            description="An event that the answer must contain, also if a cache gives it.",
-        ),
-    ] = None,
 ) -> Region:
-    """The requested part of the canvas; by default, all of it.
-
-    ``after`` makes the URL another one. Who knows the event asks after it has happened, so what a
-    cache has for this URL is no older.
-    """
+    """The requested part of the canvas; by default, all of it."""
     canvas = state_of(request)["store"].canvas
     for name, start, length, size in (("w", x, w, canvas.width), ("h", y, h, canvas.height)):
         if start + (length or 1) > size:
@@ -68,6 +57,16 @@ def wanted_region(
 
 
 WantedRegion = Annotated[Region, Depends(wanted_region)]
+# It makes the URL another one. Who knows the event asks after it has happened, so what a cache has
+# for this URL is no older.
+Contained = Annotated[
+    str | None,
+    Query(
+        alias="after",
+        pattern=EVENT_PATTERN,
+        description="An event that the answer must contain, also if a cache gives it.",
+    ),
+]
 KnownTags = Annotated[str, Header(alias="If-None-Match")]
 
 
@@ -76,7 +75,9 @@ KnownTags = Annotated[str, Header(alias="If-None-Match")]
     response_class=Response,
     responses=_answers("application/octet-stream"),
 )
-async def canvas_rgb(request: Request, region: WantedRegion, known: KnownTags = "") -> Response:
+async def canvas_rgb(
+    request: Request, region: WantedRegion, _: Contained = None, known: KnownTags = ""
+) -> Response:
     """Three bytes (R, G, B) a pixel, row by row."""
     if matches_any(known):
         return _NOT_MODIFIED
@@ -91,6 +92,7 @@ async def canvas_png(
     request: Request,
     region: WantedRegion,
     scale: Annotated[int, Query(ge=1, le=16, description="Width and height of each pixel.")] = 1,
+    _: Contained = None,
     known: KnownTags = "",
 ) -> Response:
     """The canvas, or a part of it, as a PNG."""

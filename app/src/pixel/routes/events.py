@@ -8,6 +8,7 @@ from fastapi.responses import StreamingResponse
 
 from pixel import openapi
 from pixel.requests import STREAM_HEADERS, state_of
+from pixel.routes.canvas import WantedRegion
 from pixel.stream import EVENT_PATTERN, known_event
 
 router = APIRouter(tags=["canvas"])
@@ -30,6 +31,7 @@ _STREAM = {
 )
 async def events(
     request: Request,
+    region: WantedRegion,
     after: Annotated[
         str | None,
         Query(
@@ -44,17 +46,19 @@ async def events(
 ) -> StreamingResponse:
     """Changes after an event, or from now on: arrays of ``[x, y, channel, value]``.
 
+    With ``x``, ``y``, ``w`` or ``h`` those of a part of the canvas only. A worker at which over 128
+    different parts are watched sends the others all changes.
+
     The ``id`` of a message is the last event that it contains. Changes of 50 ms (up to 500 ms with
     thousands of viewers) are sent together, at most 4,096 in a message. The event ``resync`` means that
     changes were left out, because ``after`` is too old or there were too many: fetch the canvas with
     its ``id`` as ``after``, and continue after its ``X-Pixel-Event``. The event ``status`` is sent
-    every two seconds, without an id: ``{"viewers": 12, "writes": 480.5, "instance": "c5", "release":
-    "2026-11-21"}``: viewers and channel writes per second of the fleet, null while Redis can't be
-    asked, and the instance and release that send the stream.
+    every two seconds, for all of the canvas without an id: ``{"viewers": 12, "writes": 480.5,
+    "instance": "c5", "release": "2026-11-21"}``: viewers and channel writes per second of the fleet,
+    null while Redis can't be asked, and the instance and release that send the stream.
     """
     # Most requests are answered in ``protocol``, which does the same.
     hub = state_of(request)["hub"]
     await asyncio.shield(hub.prepare())
-    return StreamingResponse(
-        hub.stream(known_event((last_event_id or after or "").encode())), headers=STREAM_HEADERS
-    )
+    known = known_event((last_event_id or after or "").encode())
+    return StreamingResponse(hub.stream(known, region), headers=STREAM_HEADERS)

@@ -1,5 +1,6 @@
 """Writing and reading pixels."""
 
+from contextlib import nullcontext
 from http import HTTPStatus
 from typing import Annotated
 
@@ -16,6 +17,12 @@ router = APIRouter(tags=["pixels"])
 
 BATCH_LIMIT = 1024 * 1024
 """Most bytes in a ``POST /pixels``: 10,000 pixels with spaces, in a canvas of any size."""
+
+LARGE = 64 * 1024
+"""Bytes from which a batch waits for its turn: other writes then wait for one such batch at most."""
+
+LARGE_WAITING = 8
+"""Most large batches that wait; the last one's turn comes before it is too late for it to begin."""
 
 PIXEL = {"x": 10, "y": 20, "channel": "R", "value": 255}
 COLOUR = {"R": 255, "G": 128, "B": 0}
@@ -77,8 +84,10 @@ async def post_pixels(request: Request) -> Response:
     """Set up to 10,000 channels, in their order: all of them or none."""
     state = state_of(request)
     body = await read_json(request.scope, request.receive, BATCH_LIMIT)
-    pixels = state["reader"].pixels(body)
-    event = await state["store"].write([pixel.change() for pixel in pixels], await begin_by(request))
+    deadline = await begin_by(request)
+    async with state["large_batches"] if len(body) >= LARGE else nullcontext():
+        pixels = state["reader"].pixels(body)
+        event = await state["store"].write([pixel.change() for pixel in pixels], deadline)
     return json_response(Written("ok", len(pixels)), event)
 
 
