@@ -67,9 +67,9 @@ def test_the_canvas_is_served_raw(client: TestClient) -> None:
     assert empty.content == bytes(1024 * 1024 * 3)
     assert empty.headers["x-pixel-event"] == "0-0"
     assert empty.headers["content-type"] == "application/octet-stream"
-    assert empty.headers["cache-control"] == "max-age=1, stale-while-revalidate=10"
+    assert empty.headers["cache-control"] == "max-age=1, stale-while-revalidate=2"
     paint(client, 700, 300, 9)
-    answer = client.get("/canvas.rgb")
+    answer = client.get("/canvas.rgb?after=1-0")
     place = (300 * 1024 + 700) * 3
     assert answer.content[place : place + 3] == bytes([9, 2, 3])
     assert sum(answer.content) == 14
@@ -107,7 +107,7 @@ def test_a_picture_can_be_cropped_and_scaled(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("query", "field"),
     [("x=1024", "w"), ("x=1000&w=25", "w"), ("y=1&h=1024", "h"), ("w=0", "w"), ("x=-1", "x"),
-     ("x=a", "x"), ("scale=0", "scale"), ("scale=17", "scale"), ("scale=5", "w"),
+     ("x=a", "x"), ("after=never", "after"), ("scale=0", "scale"), ("scale=17", "scale"), ("scale=5", "w"),
      ("w=513&h=512&scale=4", "w")],
 )  # fmt: skip
 def test_an_invalid_region_is_named(client: TestClient, query: str, field: str) -> None:
@@ -201,7 +201,7 @@ def test_if_none_match_any_is_answered_without_reading_the_canvas(
     for path in ("/canvas.rgb", "/canvas.png", "/canvas.png?x=5&w=9&scale=2"):
         answer = client.get(path, headers={"If-None-Match": "*"})
         assert (answer.status_code, answer.content) == (304, b"")
-        assert answer.headers["cache-control"] == "max-age=1, stale-while-revalidate=10"
+        assert answer.headers["cache-control"] == "max-age=1, stale-while-revalidate=2"
     assert client.get("/canvas.rgb?w=0", headers={"If-None-Match": "*"}).status_code == 422
 
 

@@ -12,14 +12,16 @@ from conftest import RedisServer
 
 from pixel import events
 from pixel.canvas import CHANNELS, Region
-from pixel.events import Hub
+from pixel.events import Hub, Viewer
 from pixel.pixel import Change
+from pixel.settings import Settings
 from pixel.store import Store
 from pixel.stream import EVENTS, NO_EVENT, EventId
 
 Cells = dict[tuple[int, int, str], int]
 
 NAMES = ("c5", "t2")
+SETTINGS = Settings(instance="c5", release="r1")
 
 
 @pytest.fixture
@@ -31,48 +33,79 @@ async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
 
 @pytest.fixture
 async def hub(store: Store) -> AsyncIterator[Hub]:
-    hub = Hub(store, "c5", "r1")
+    hub = Hub(store, SETTINGS)
     yield hub
     hub.close()
+
+
+@pytest.fixture(params=["viewer", "iterator"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is one of both ways to be a viewer: the protocol's, and FastAPI's."""
+    monkeypatch.setattr(Screen, "iterates", request.param == "iterator")
 
 
 class Screen:
     """A viewer like a browser: it applies the events that it receives to its canvas."""
 
-    def __init__(self, hub: Hub, after: EventId | None = None) -> None:
+    iterates = False
+
+    def __init__(self, hub: Hub, after: EventId | None = None, region: Region | None = None) -> None:
         self._hub = hub
+        self._region = region
         self.after = after
         self.cells: Cells = {}
         self.messages: list[list[Any]] = []
         self.names: list[str] = []
         self.statuses: list[Any] = []
+        self.ended = False
+        self._viewer = Viewer(self._receive, self._end, region)
 
     async def __aenter__(self) -> "Screen":
         await self._hub.prepare()
-        self._frames = self._hub.stream(self.after)
-        self._task = asyncio.create_task(self._look())
+        if self.iterates:
+            self._task = asyncio.create_task(self._iterate(self._hub.stream(self.after, self._region)))
+        else:
+            self._hub.open(self._viewer, self.after)
         await asyncio.sleep(0.01)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
-        await self._frames.aclose()  # type: ignore[attr-defined]
+        if self.iterates:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        else:
+            self._hub.remove(self._viewer)
 
-    async def _look(self) -> None:
-        async for frame in self._frames:
-            lines = frame.decode().strip().splitlines()
-            if lines == [":"]:
-                continue
-            fields = dict(line.split(": ", 1) for line in lines)
-            if fields.get("event") == "status":
-                self.statuses.append(json.loads(fields["data"]))
-                continue
-            self.after = EventId.parse(fields["id"].encode())
-            self.names.append(fields.get("event", "message"))
-            changes = json.loads(fields["data"])
-            self.messages.append(changes)
-            self.cells |= {(x, y, channel): value for x, y, channel, value in changes}
+    async def _iterate(self, frames: AsyncIterator[bytes]) -> None:
+        try:
+            async for some in frames:
+                self._receive(some)
+            self._end()
+        finally:
+            await frames.aclose()  # type: ignore[attr-defined]
+
+    def _receive(self, frames: bytes) -> None:
+        for event in frames.decode().split("\n\n")[:-1]:
+            self._apply(event.splitlines())
+
+    def _end(self) -> None:
+        self.ended = True
+
+    def _apply(self, lines: list[str]) -> None:
+        if lines == [":"]:
+            return
+        fields = dict(line.split(": ", 1) for line in lines)
+        if fields.get("event") == "status":
+            self.statuses.append(json.loads(fields["data"]))
+            if "id" in fields:
+                assert self._region
+                self.after = EventId.parse(fields["id"].encode())
+            return
+        self.after = EventId.parse(fields["id"].encode())
+        self.names.append(fields.get("event", "message"))
+        changes = json.loads(fields["data"])
+        self.messages.append(changes)
+        self.cells |= {(x, y, channel): value for x, y, channel, value in changes}
 
     async def sees(self, cells: Cells) -> None:
         """Wait until the viewer has received all these cells."""
@@ -356,24 +389,127 @@ async def test_viewers_are_counted_by_the_clock_of_redis(
 async def test_a_slow_viewer_is_bounded_and_misses_nothing(
     store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "QUEUE_MESSAGES", 3)
+    monkeypatch.setattr(events, "QUEUE_BYTES", 200)
     await hub.prepare()
     slow = hub.stream(None)
     await anext(slow)
+    waited = 0
     async with Screen(hub) as quick:
         for value in range(1, 60):
             await store.write([Change(value % 7, 0, 0, value)])
             await asyncio.sleep(0.01)
         final = {(value % 7, 0, "R"): value for value in range(53, 60)}
         await quick.sees(final)
-        [viewer] = [viewer for viewer in hub._viewers if viewer.behind]
-        assert len(viewer.waiting) <= 3
-        cells: Cells = {}
+        [viewer] = [viewer for viewer in hub._viewers if viewer.paused]
+        assert viewer.position < await store.last_event()
+        screen = Screen(hub)
         async with asyncio.timeout(5):
-            while cells != final:
-                changes = json.loads((await anext(slow)).decode().partition("data: ")[2])
-                cells |= {(x, y, channel): value for x, y, channel, value in changes}
+            while not final.items() <= screen.cells.items():
+                frames = await anext(slow)
+                if viewer.paused:
+                    waited += len(frames)
+                screen._receive(frames)
+    assert 0 < waited < 200 + 120
+    assert not viewer.paused
     await slow.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_viewer_that_is_paused_gets_nothing_and_catches_up(store: Store, hub: Hub) -> None:
+    async with Screen(hub) as screen:
+        [viewer] = hub._viewers
+        other = await Screen(hub).__aenter__()
+        hub.pause(viewer)
+        hub.pause(viewer)
+        for value in range(1, 5):
+            await store.write([Change(value, 0, 0, value)])
+            await other.sees({(value, 0, "R"): value})
+        assert screen.cells == {}
+        hub.resume(viewer)
+        hub.resume(viewer)
+        await store.write([Change(5, 0, 0, 5)])
+        final = {(value, 0, "R"): value for value in range(1, 6)}
+        for each in (screen, other):
+            await each.sees(final)
+            assert each.cells == final
+        await other.__aexit__()
+
+
+async def test_a_viewer_ahead_of_the_reader_never_sees_an_older_value(store: Store, hub: Hub) -> None:
+    """A replay may bring newer changes than the reader has read."""
+    async with Screen(hub) as screen:
+        hub._least_pause = hub._longest_pause = 0.5
+        await store.write([Change(1, 1, 0, 1)])
+        await screen.sees({(1, 1, "R"): 1})
+        middle = await store.write([Change(1, 1, 0, 2)])
+        await store.write([Change(1, 1, 0, 3)])
+        async with Screen(hub, middle) as ahead:
+            await ahead.sees({(1, 1, "R"): 3})
+            assert screen.cells == {(1, 1, "R"): 1}
+            assert len(hub._ahead) == 1
+            await screen.sees({(1, 1, "R"): 3})
+            await store.write([Change(1, 1, 0, 4)])
+            await ahead.sees({(1, 1, "R"): 4})
+            seen = [change for changes in ahead.messages for change in changes]
+            assert seen == sorted(seen)
+
+
+async def test_the_pause_grows_with_viewers_and_shrinks_again(hub: Hub) -> None:
+    assert hub._choose_pause() == 0.05
+    for number, pause in ((2000, 0.25), (50_000, 0.5), (0, 0.05)):
+        hub._following = {Viewer(len, hub.close) for _ in range(number)}
+        assert hub._choose_pause() == pytest.approx(pause)
+
+
+async def test_a_region_is_told_of_by_itself(store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "STATUS", 0.2)
+    monkeypatch.setattr(events, "STATUS_PAUSES", 1)
+    first = await store.write([Change(0, 0, 0, 1)])
+    part = Region(100, 50, 20, 10)
+    inside = [Change(100, 50, 0, 1), Change(119, 59, 1, 2), Change(110, 55, 2, 3)]
+    outside = [Change(99, 50, 0, 4), Change(120, 59, 0, 5), Change(100, 49, 0, 6), Change(119, 60, 0, 7)]
+    async with Screen(hub, region=part) as screen, Screen(hub) as other:
+        await store.write([*inside, *outside])
+        await screen.sees(written(inside))
+        await other.sees(written([*inside, *outside]))
+        assert screen.cells == written(inside)
+        # Nothing is sent of what happens elsewhere, but how far the stream is.
+        await store.write(outside)
+        last = await store.write([Change(1, 1, 0, 1)])
+        await eventually(lambda: screen.after == last)
+        assert [len(message) for message in screen.messages] == [0, 3]
+        # The same when it catches up.
+        async with Screen(hub, first, part) as late:
+            await late.sees(written(inside))
+            assert late.cells == written(inside)
+            await store.write([Change(101, 51, 0, 9), Change(1, 2, 0, 9)])
+            for each in (screen, late):
+                await each.sees({(101, 51, "R"): 9})
+                assert len(each.cells) == 4
+
+
+async def test_a_region_that_is_behind_is_sent_resync(store: Store, hub: Hub) -> None:
+    for number in range(2):
+        await store.write(batch(number, 10_000))
+    async with Screen(hub, NO_EVENT, Region(5, 5, 1, 1)) as screen:
+        await eventually(lambda: screen.names == ["message", "resync"])
+
+
+async def test_regions_are_bounded_and_all_of_it_is_none(
+    store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "REGIONS", 2)
+    regions = [Region(x, 0, 1, 1) for x in range(3)]
+    screens = [Screen(hub, region=region) for region in (*regions, regions[0], Region(0, 0, 1024, 1024))]
+    for screen in screens:
+        await screen.__aenter__()
+    assert hub._regions == {regions[0]: 2, regions[1]: 1}
+    await store.write([Change(9, 9, 0, 9), Change(0, 0, 0, 1), Change(1, 0, 0, 1)])
+    await eventually(lambda: all(len(screen.messages) > 1 for screen in screens))
+    assert [len(screen.cells) for screen in screens] == [1, 1, 3, 1, 3]
+    for screen in screens:
+        await screen.__aexit__()
+    await asyncio.sleep(0.01)
+    assert not hub._regions
 
 
 async def test_many_viewers_have_one_reader(store: Store, hub: Hub, redis_server: RedisServer) -> None:
@@ -393,7 +529,7 @@ async def test_many_viewers_have_one_reader(store: Store, hub: Hub, redis_server
 
 async def test_an_outage_of_redis_loses_no_change(fragile_redis: RedisServer) -> None:
     store = Store(fragile_redis.settings())
-    hub = Hub(store, "c5", "r1")
+    hub = Hub(store, SETTINGS)
     async with Screen(hub) as screen:
         await store.write([Change(1, 1, 0, 1)])
         await screen.sees({(1, 1, "R"): 1})
@@ -417,28 +553,21 @@ async def test_an_outage_of_redis_loses_no_change(fragile_redis: RedisServer) ->
 async def test_streams_end_with_the_worker(store: Store, hub: Hub) -> None:
     async with Screen(hub) as live, Screen(hub, NO_EVENT) as resumed:
         hub.close()
-        async with asyncio.timeout(1):
-            await asyncio.wait([live._task, resumed._task])
-
-
-async def test_an_idle_stream_sends_heartbeats(
-    store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(events, "HEARTBEAT", 0.05)
-    await hub.prepare()
-    stream = hub.stream(None)
-    await anext(stream)
-    assert [await anext(stream), await anext(stream)] == [b":\n\n"] * 2
-    await stream.aclose()  # type: ignore[attr-defined]
+        await eventually(lambda: live.ended and resumed.ended)
+        async with Screen(hub) as late:
+            await eventually(lambda: late.ended)
 
 
 async def test_the_status_contains_viewers_and_writes_of_the_fleet(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "STATUS", 0.2)
+    monkeypatch.setattr(events, "STATUS_PAUSES", 1)
     monkeypatch.setattr(events, "_CHECK", 0.02)
     stores = [Store(redis_server.settings(instance=name)) for name in NAMES]
-    hubs = [Hub(store, name, "r1") for name, store in zip(NAMES, stores, strict=True)]
+    hubs = [
+        Hub(store, Settings(instance=name, release="r1")) for name, store in zip(NAMES, stores, strict=True)
+    ]
     async with Screen(hubs[0]) as one, Screen(hubs[1]), Screen(hubs[1]) as other:
         status = {"viewers": 3, "writes": 0.0, "release": "r1"}
         await eventually(
@@ -464,7 +593,7 @@ async def test_the_status_is_null_while_redis_is_unavailable(
 ) -> None:
     monkeypatch.setattr(events, "STATUS", 0.2)
     store = Store(fragile_redis.settings())
-    hub = Hub(store, "c5", "r1")
+    hub = Hub(store, SETTINGS)
     async with Screen(hub) as screen:
         fragile_redis.kill()
         await eventually(lambda: figures(screen) == [None, None])

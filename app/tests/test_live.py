@@ -457,9 +457,13 @@ def test_a_lost_connection_heals_without_a_reload_and_without_a_missing_pixel(
         time.sleep(0.5)
     heal()
 
-    # Redis has lost the earlier events: the pages must load the canvas again.
+    # Redis has lost the earlier events: the pages must load the canvas again, as of the resync or later.
+    asked: list[str] = []
+    pages[0].on("request", lambda request: asked.append(request.url))
     with fragile_redis.admin() as admin:
         admin.delete(EVENTS)
+    fresh = re.compile(r"/canvas\.rgb\?after=[0-9]+-[0-9]+$")
+    wait_until(lambda: pages[0].wait_for_timeout(10) or any(map(fresh.search, asked)))
     heal()
     assert all(page.evaluate("window.same") for page in pages)
 
@@ -594,6 +598,39 @@ def proxy(service: Service, canvas: str) -> Iterator[BufferingProxy]:
     proxy = BufferingProxy(service.tcp.getsockname())
     yield proxy
     proxy.close()
+
+
+def test_of_a_large_canvas_the_page_follows_what_it_shows(
+    redis_server: RedisServer, start_service: Callable[..., Service], open_page: Callable[..., Page]
+) -> None:
+    url = start_service(redis_server.url, PIXEL_CANVAS_WIDTH="2048").url
+    httpx.get(f"{url}/readyz", timeout=20)
+    near, far = (100, 100), (2000, 1000)
+    page = open_page(f"{url}/#100,100,16")
+    page.wait_for_timeout(1500)  # until it follows this part
+    put(url, *far, RED)
+    put(url, *near, RED)
+    sees(page, *near, RED)
+    assert shown(page, *far) == (0, 0, 0)
+    # Another tab is elsewhere, and the stream is of both.
+    other = open_page(f"{url}/#2000,1000,16", beside=page)
+    sees(other, *far, RED)
+    other.wait_for_timeout(1500)
+    for tab, place in ((page, near), (other, far)):
+        put(url, *place, BLUE)
+        sees(tab, *place, BLUE)
+        is_live(tab)
+    other.close()
+    # It catches up where it moves.
+    with Painters(url):
+        page.evaluate("location.hash = '#2000,1000,16'")
+        sees(page, *far, BLUE)
+        put(url, *far, WHITE)
+        sees(page, *far, WHITE)
+        page.click("#fit")
+        page.wait_for_timeout(1000)
+    is_live(page)
+    wait_until(lambda: differences(page) == 0)
 
 
 def test_behind_a_proxy_that_holds_the_stream_back_the_page_polls(

@@ -1,9 +1,10 @@
-"""The fast path of ``POST /pixel``: its answers equal those of the ASGI application."""
+"""The fast path of pixels and streams: its answers equal those of the ASGI application."""
 
 import asyncio
 import contextlib
 import json
 import re
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 from uvicorn import Config, Server
 
-from pixel import requests
+from pixel import events, protocol, requests
 from pixel.app import create_app
-from pixel.pixel import Reader
+from pixel.pixel import Change, Reader
 from pixel.protocol import PixelProtocol
 from pixel.settings import Settings
 
@@ -94,15 +95,15 @@ class Client:
             await asyncio.sleep(0.002)
             self.writer.write(part)
 
-    async def answer(self) -> Answer:
+    async def answer(self, method: str = "GET") -> Answer:
         head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 5)
         length = re.search(rb"content-length: (\d+)", head)
-        assert length
-        return Answer(head, await self.reader.readexactly(int(length[1])))
+        body = b"" if length is None or method == "HEAD" else await self.reader.readexactly(int(length[1]))
+        return Answer(head, body)
 
-    async def ask(self, *parts: bytes) -> Answer:
+    async def ask(self, *parts: bytes, method: str = "GET") -> Answer:
         await self.send(*parts)
-        return await self.answer()
+        return await self.answer(method)
 
     async def ended(self) -> bool:
         return await asyncio.wait_for(self.reader.read(), 5) == b""
@@ -142,8 +143,94 @@ async def test_a_write_in_one_piece_takes_the_fast_path(served: Served) -> None:
         "content-length", "content-type", "date", "x-pixel-instance"
     ]  # fmt: skip
     assert served.came == []
-    assert (await client.ask(head(0, first="GET /pixel/10/20 HTTP/1.1"))).body.endswith(b'"R":2,"G":0,"B":0}')
-    assert served.came == ["GET /pixel/10/20"]
+    assert (await client.ask(head(0, first="GET /ping HTTP/1.1"))).status == 200
+    assert served.came == ["GET /ping"]
+
+
+async def ask_both_ways(served: Served, target: str, *lines: str) -> tuple[Answer, Answer]:
+    """The answers to a request that comes whole, and to one whose body comes later."""
+    client = await served.connect()
+    method = target.split()[0]
+    whole = await client.ask(head(0, *lines, first=f"{target} HTTP/1.1"), method=method)
+    request = head(1, *lines, first=f"{target} HTTP/1.1")
+    before = len(served.came)
+    other = await client.ask(request, b"x", method=method)
+    assert len(served.came) == before + 1
+    client.writer.close()
+    return whole, other
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_read_goes_the_short_way(served: Served, method: str) -> None:
+    client = await served.connect()
+    assert (await client.ask(head(len(GOOD)) + GOOD)).status == 200
+    whole, other = await ask_both_ways(served, f"{method} /pixel/10/20")
+    assert served.came == [f"{method} /pixel/10/20"]
+    assert whole == other
+    assert whole.body == (b'{"x":10,"y":20,"R":255,"G":0,"B":0}' if method == "GET" else b"")
+    assert {("cache-control", "no-store"), ("content-length", "35"), ("x-pixel-instance", "c5")} < set(
+        whole.headers
+    )
+    # A body is of no consequence.
+    assert (
+        await client.ask(head(len(GOOD), first=f"{method} /pixel/10/20 HTTP/1.1") + GOOD, method=method)
+        == whole
+    )
+    assert len(served.came) == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "DELETE", "PUT"])
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/pixel/1023/1023", 200),
+        ("/pixel/00010/00020", 200),
+        ("/pixel/%31/2", 200),
+        ("/pixel/1/2?x=5", 200),
+        ("/pixel/1024/0", 404),
+        ("/pixel/0/1024", 404),
+        ("/pixel/100000/0", 404),
+        ("/pixel/-1/0", 404),
+        ("/pixel/+1/0", 404),
+        ("/pixel/1_0/0", 404),
+        ("/pixel/1/2/", 404),
+        ("/pixel/1/", 404),
+        ("/pixel/", 404),
+        ("/pixel", 405),
+    ],
+)
+async def test_both_ways_read_alike(served: Served, method: str, path: str, status: int) -> None:
+    whole, other = await ask_both_ways(served, f"{method} {path}")
+    if method != "PUT":  # which has a body that the other hasn't
+        assert whole == other
+    if method in ("GET", "HEAD"):
+        assert whole.status == status
+
+
+async def test_reads_and_writes_are_answered_in_their_order(served: Served) -> None:
+    client = await served.connect()
+    requests = [
+        (GOOD.replace(b"255", b"%d" % value), head(0, first="GET /pixel/10/20 HTTP/1.1"))
+        for value in range(20)
+    ]
+    await client.send(b"".join(head(len(body)) + body + read for body, read in requests))
+    for value in range(20):
+        assert json.loads((await client.answer()).body)["received"]["value"] == value
+        assert json.loads((await client.answer()).body)["R"] == value
+
+
+async def test_a_read_while_redis_is_away_is_a_503(fragile_redis: RedisServer) -> None:
+    async with serving(fragile_redis.settings(instance="c5", redis_timeout=0.2)) as served:
+        client = await served.connect()
+        assert (await client.ask(head(0, first="GET /pixel/1/2 HTTP/1.1"))).status == 200
+        fragile_redis.pause()
+        for stamp in ([], ["X-Request-Start: 1"]):
+            whole, other = await ask_both_ways(served, "GET /pixel/1/2", *stamp)
+            assert whole == other
+            assert (whole.status, ("retry-after", "1") in whole.headers) == (503, True)
+            assert (("x-accel-redirect", "@again") in whole.headers) == bool(stamp)
+        fragile_redis.resume()
+        assert (await client.ask(head(0, first="GET /pixel/1/2 HTTP/1.1"))).status == 200
 
 
 @pytest.mark.parametrize(
@@ -314,6 +401,165 @@ async def test_an_internal_error_is_a_500_and_logged(
     answer = await client.ask(head(len(GOOD), "X-Request-ID: r-17") + GOOD)
     assert answer.status == 500
     assert [getattr(record, "request_id", "") for record in caplog.records] == ["r-17"]
+
+
+async def open_stream(served: Served, path: str = "/events", *lines: str) -> tuple[Client, Answer]:
+    client = await served.connect()
+    request = ["GET " + path + " HTTP/1.1", "Host: c5", *lines, "", ""]
+    await client.send("\r\n".join(request).encode())
+    return client, Answer(await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), 5), b"")
+
+
+async def sees(client: Client, data: bytes) -> None:
+    await asyncio.wait_for(client.reader.readuntil(b"\ndata: " + data + b"\n\n"), 5)
+
+
+async def test_a_stream_goes_the_short_way(served: Served) -> None:
+    short, answer = await open_stream(served)
+    other, same = await open_stream(served, "/events", "Connection: close")
+    assert served.came == ["GET /events"]
+    assert answer.first == same.first == "HTTP/1.1 200 OK"
+    assert [name for name in answer.headers if name[0] != "date"] == [
+        ("cache-control", "no-store"),
+        ("connection", "close"),
+        ("content-type", "text/event-stream; charset=utf-8"),
+        ("x-accel-buffering", "no"),
+        ("x-pixel-instance", "c5"),
+    ]
+    assert [n for n in same.headers if n[0] != "transfer-encoding"] == answer.headers
+    writer = await served.connect()
+    assert (await writer.ask(head(len(GOOD)) + GOOD)).status == 200
+    for client in (short, other):
+        await sees(client, b'[[10,20,"R",255]]')
+
+
+async def test_a_stream_resumes_after_an_event(served: Served) -> None:
+    writer = await served.connect()
+    body = b'{"R":1,"G":2,"B":3}'
+    event = dict((await writer.ask(head(len(body), first="PUT /pixel/1/1 HTTP/1.1") + body)).headers)[
+        "x-pixel-event"
+    ]
+    await writer.ask(head(len(GOOD)) + GOOD)
+    served.came.clear()
+    for path, *lines in (
+        (f"/events?after={event}",),
+        ("/events", f"Last-Event-ID: {event}"),
+        ("/events?after=0-0", f"Last-Event-ID: {event}"),
+        (f"/events?after={event}", "Last-Event-ID:"),
+    ):
+        client, _ = await open_stream(served, path, *lines)
+        first = await asyncio.wait_for(client.reader.readuntil(b"data: []\n\n"), 5)
+        assert first == f"retry: 1000\nid: {event}\ndata: []\n\n".encode()
+        await sees(client, b'[[10,20,"R",255]]')
+    client, _ = await open_stream(served, "/events", "Last-Event-ID: nonsense")
+    await asyncio.wait_for(client.reader.readuntil(b"id: 0-0\n"), 5)
+    assert served.came == []
+
+
+@pytest.mark.parametrize("query", ["x=10&y=20&w=5&h=5&after=0-0", "x=10&y=20&w=5&h=5"])
+async def test_a_stream_of_a_region_goes_the_short_way(served: Served, query: str) -> None:
+    client, answer = await open_stream(served, f"/events?{query}")
+    assert answer.status == 200
+    await sees(client, b"[]")
+    writer = await served.connect()
+    elsewhere = GOOD.replace(b"20", b"19")
+    for body in (elsewhere, GOOD):
+        assert (await writer.ask(head(len(body)) + body)).status == 200
+    await sees(client, b'[[10,20,"R",255]]')
+    assert served.came == []
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ("after=never", 422),
+        ("after=", 422),
+        ("after=1-1&after=2-2", 200),
+        ("x=10&w=5", 200),
+        ("x=10&y=20&w=5&h=0", 422),
+        ("x=1020&y=20&w=5&h=1", 422),
+        ("x=-1&y=20&w=5&h=1", 422),
+        ("x=a&y=20&w=5&h=1", 422),
+    ],
+)
+async def test_what_is_no_common_stream_goes_the_other_way(served: Served, query: str, status: int) -> None:
+    _, answer = await open_stream(served, f"/events?{query}")
+    assert answer.status == status
+    assert served.came == ["GET /events"]
+
+
+async def test_a_viewer_who_leaves_is_forgotten(served: Served) -> None:
+    client, _ = await open_stream(served)
+    await sees(client, b"[]")
+    hub = served.server.lifespan.state["hub"]
+    assert len(hub._viewers) == 1
+    client.writer.close()
+    async with asyncio.timeout(5):
+        while hub._viewers:  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.01)
+
+
+async def test_a_viewer_who_reads_nothing_is_bounded_and_catches_up(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "QUEUE_BYTES", 20_000)
+    monkeypatch.setattr(events, "REPLAY_CHANGES", 1_000_000)
+    listening = served.server.servers[0].sockets[0]
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 50_000)
+    narrow = socket.socket()
+    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+    narrow.connect(listening.getsockname())
+    slow = Client(*await asyncio.open_connection(sock=narrow, limit=1024))
+    served._clients.append(slow)
+    await slow.send(b"GET /events HTTP/1.1\r\nHost: c5\r\n\r\n")
+    quick, _ = await open_stream(served)
+    await sees(quick, b"[]")
+    state = served.server.lifespan.state
+    for value in range(80):
+        changes = [Change(x, 1, 0, value) for x in range(1000)]
+        await state["store"].write([*changes, Change(0, 2, 1, value)])
+        await asyncio.wait_for(quick.reader.readuntil(b'[0,2,"G",%d]]\n\n' % value), 5)
+    [viewer] = [viewer for viewer in state["hub"]._viewers if viewer.paused]
+    assert viewer.position < state["hub"]._last
+    received = b""
+    async with asyncio.timeout(10):
+        while b'[0,2,"G",79]]\n\n' not in received:
+            received += await slow.reader.read(100_000)
+    assert len(received) < 600_000  # of 1,200,000 that the other has received
+    ids = [tuple(map(int, event)) for event in re.findall(rb"id: (\d+)-(\d+)", received)]
+    assert ids == sorted(ids)
+    assert not viewer.paused
+
+
+async def test_streams_end_when_the_service_stops(redis_server: RedisServer) -> None:
+    async with serving(redis_server.settings()) as served:
+        client, _ = await open_stream(served)
+        await sees(client, b"[]")
+        served.server.lifespan.state["hub"].close()
+        assert await client.ended()
+        late, _ = await open_stream(served)
+        await sees(late, b"[]")
+        assert await late.ended()
+
+
+async def test_a_stream_while_redis_is_away_is_a_503(fragile_redis: RedisServer) -> None:
+    async with serving(fragile_redis.settings(redis_timeout=0.2)) as served:
+        client = await served.connect()
+        assert (await client.ask(head(0, first="GET /pixel/1/2 HTTP/1.1"))).status == 200
+        fragile_redis.pause()
+        clients = [await served.connect() for _ in range(3)]
+        for each in clients:
+            await each.send(b"GET /events HTTP/1.1\r\nHost: c5\r\n\r\n")
+        clients[0].writer.close()
+        for each in clients[1:]:
+            answer = await each.answer()
+            assert (answer.status, ("retry-after", "1") in answer.headers) == (503, True)
+        fragile_redis.resume()
+        # The connections are good for more.
+        assert (await clients[1].ask(head(0, first="GET /pixel/1/2 HTTP/1.1"))).status == 200
+        await clients[2].send(b"GET /events HTTP/1.1\r\nHost: c5\r\n\r\n")
+        await sees(clients[2], b"[]")
+        assert served.came == []
 
 
 VALUES = st.sampled_from(

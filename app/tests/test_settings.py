@@ -42,6 +42,7 @@ def test_defaults_are_valid() -> None:
         ("PIXEL_REDIS_URL", "unix://run/redis.sock", "names no socket"),
         ("PIXEL_REDIS_TIMEOUT", "5", "less than or equal to 0.9"),
         ("PIXEL_CANVAS_WIDTH", "65537", "less than or equal to 65536"),
+        ("PIXEL_FRAME_PAUSE_MAX", "2", "less than or equal to 1"),
         ("PIXEL_WRITE_QUEUE", "9", "greater than or equal to 10000"),
         ("PIXEL_LOG_LEVEL", "loud", "'info'"),
         ("PIXEL_PEERS", "http://a", "Invalid JSON"),
@@ -66,6 +67,12 @@ def test_a_canvas_that_a_browser_could_not_show_is_refused() -> None:
         "pixel: PIXEL_CANVAS_WIDTH times PIXEL_CANVAS_HEIGHT is more than 16777216 pixels, the"
         " largest canvas\n"
     )
+
+
+def test_the_bounds_of_a_pause_are_in_order() -> None:
+    done = run("-m", "pixel.settings", PIXEL_FRAME_PAUSE_MIN="0.6")
+    assert done.returncode == 78
+    assert done.stderr == "pixel: PIXEL_FRAME_PAUSE_MIN is more than PIXEL_FRAME_PAUSE_MAX\n"
 
 
 def test_gunicorn_reports_bad_settings_like_the_check() -> None:

@@ -358,7 +358,7 @@ async def test_the_application_uses_all_of_its_commands_and_no_others(
         admin.acl_log_reset()
         admin.config_resetstat()
         store = Store(redis_server.settings())
-        hub = Hub(store, "c5", "r1")
+        hub = Hub(store, redis_server.settings())
         await store.probe()
         event = await store.write([Change(1, 1, 0, 1), Change(300, 1, 0, 1)])
         assert await store.colour(1, 1) == (1, 0, 0)

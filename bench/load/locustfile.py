@@ -61,10 +61,10 @@ class Person(HttpUser):
 
     abstract = True
     width = height = 0
-    event = "0-0"  # the newest that this user has seen
 
     def on_start(self) -> None:
         self.tags: dict[str, str] = {}
+        self.events: dict[str, str] = {}  # of each picture, and of the writes, the newest event seen
         self.parts: set[str] = set()
         while True:
             try:
@@ -86,7 +86,7 @@ class Person(HttpUser):
             if answer.status_code == 200:
                 size = self.width * self.height * 3
                 expect(len(answer.content) == size, "not three bytes per pixel")
-            self.note_event(answer)
+            self.note_event("/canvas.rgb", answer)
 
     @contextmanager
     def ask(
@@ -119,11 +119,14 @@ class Person(HttpUser):
             self.tags[path] = tag
             yield answer
 
-    def note_event(self, answer: ResponseContextManager) -> None:
-        """Remembers the answer's event; no later answer may have an older one."""
+    def note_event(self, what: str, answer: ResponseContextManager) -> None:
+        """Remembers the answer's event; no later answer of its kind may have an older one.
+
+        A picture may be older than a write: the balancer's cache keeps it for some seconds.
+        """
         event = answer.headers["X-Pixel-Event"]
-        expect(moment(event) >= moment(self.event), "older than an answer before it")
-        self.event = event
+        expect(moment(event) >= moment(self.events.get(what, "0-0")), "older than an answer before it")
+        self.events[what] = event
 
     def place(self, side: int) -> tuple[int, int]:
         """Chooses a position, more often in the middle."""
@@ -133,17 +136,17 @@ class Person(HttpUser):
     def look(self, x: int, y: int, side: int, scale: int) -> None:
         path = f"/canvas.png?x={x}&y={y}&w={side}&h={side}&scale={scale}"
         with self.get("/canvas.png", path) as answer:
+            self.note_event(path, answer)
             if answer.status_code == 200:
                 size = struct.pack(">II", side * scale, side * scale)
                 expect(answer.content[:8] == b"\x89PNG\r\n\x1a\n", "not a PNG")
                 expect(answer.content[16:24] == size, "wrong size")
-            self.note_event(answer)
 
     def put(self, x: int, y: int) -> None:
         colour = {channel: random.randrange(256) for channel in CHANNELS}
         with self.ask("PUT", "/pixel/{x}/{y}", f"/pixel/{x}/{y}", json=colour) as answer:
             expect(answer.json() == {"x": x, "y": y} | colour, "another pixel is acknowledged")
-            self.note_event(answer)
+            self.note_event("writes", answer)
 
 
 class Looker(Person):
@@ -221,7 +224,7 @@ class Painter(Person):
         ]
         with self.ask("POST", "/pixels", json=batch) as answer:
             expect(answer.json() == {"status": "ok", "written": len(batch)}, "not all written")
-            self.note_event(answer)
+            self.note_event("writes", answer)
 
     @task(3)
     def look_at_it(self) -> None:
@@ -237,7 +240,7 @@ class Watcher(Person):
     @task
     def watch(self) -> None:
         self.open_page()
-        opened_at = self.event
+        opened_at = self.events["/canvas.rgb"]
         heard = self.follow(opened_at, "/events", f"/events?after={opened_at}")
         self.follow(heard, "/events (resumed)", "/events", {"Last-Event-ID": heard})
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import replace
 
 from bench.load.http1 import BadAnswerError, Client, Target
 from bench.load.ledger import CHANNELS
@@ -20,7 +21,8 @@ class UnreadableError(Exception):
 
 async def read_canvas(target: Target, width: int, height: int, cells: Iterable[tuple[int, int]]) -> bytes:
     """Returns the canvas as raw RGB bytes; only `cells` of it if there is no /canvas.rgb."""
-    with closing(Client(target)) as client:
+    # Not from a cache, which may be some seconds old.
+    with closing(Client(replace(target, headers=[*target.headers, "Cache-Control: no-cache"]))) as client:
         answer = await client.get("/canvas.rgb")
     if answer.status == 404:
         return await _read_cells(target, width, height, cells)

@@ -207,7 +207,9 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    with httpx.Client(base_url=options.target.url, timeout=60, trust_env=False) as client:
+    # Pictures as the app makes them, not as the balancer's cache has them.
+    fresh = {"Cache-Control": "no-cache"}
+    with httpx.Client(base_url=options.target.url, headers=fresh, timeout=60, trust_env=False) as client:
         canvas = client.get("/canvas.rgb").raise_for_status()
         width, height = (int(canvas.headers[f"X-Pixel-{side}"]) for side in ("Width", "Height"))
         for body in noise(width, height):

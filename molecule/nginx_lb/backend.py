@@ -2,8 +2,8 @@
 """A backend that answers with its name and the request that it received: backend.py NAME HOST:PORT SOCKET.
 
 Special paths: /work takes 10 ms, one request at a time; /hold takes half a second; /live and /events set
-headers. /run/behaviour controls /pixel: `no` and `maybe` refuse a write as the app does, `break` closes the
-connection, `hang` answers after the balancer's timeout.
+headers; each answer to /canvas.rgb is another picture. /run/behaviour controls /pixel: `no` and `maybe`
+refuse a write as the app does, `break` closes the connection, `hang` answers after the balancer's timeout.
 """
 
 import json
@@ -85,6 +85,12 @@ class Echo(BaseHTTPRequestHandler):
         if self.path == "/live":
             self.send_header("Content-Security-Policy", "default-src 'self'")
             self.send_header("Referrer-Policy", "no-referrer")
+        if self.path.startswith("/canvas.rgb"):
+            time.sleep(0.2)
+            event = f"{int(time.time() * 1000)}-0"
+            self.send_header("Cache-Control", "max-age=1, stale-while-revalidate=2")
+            self.send_header("ETag", f'"{event}"')
+            self.send_header("X-Pixel-Event", event)
         if self.path == "/events":
             self.send_header("X-Accel-Buffering", "no")
         self.send_header("Content-Length", str(len(content)))

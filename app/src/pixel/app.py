@@ -169,7 +169,7 @@ def create_api(settings: Settings) -> FastAPI:
                 "store": store,
                 "reader": Reader(store.canvas),
                 "pictures": pictures,
-                "hub": Hub(store, settings.instance, settings.release),
+                "hub": Hub(store, settings),
                 "large_batches": Turns(pixels.LARGE_WAITING),
             }
         store.close()

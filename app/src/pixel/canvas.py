@@ -76,6 +76,11 @@ class Canvas:
         """Whether a pixel is on the canvas."""
         return 0 <= x < self.width and 0 <= y < self.height
 
+    def has(self, region: Region) -> bool:
+        """Whether a region has pixels, and all of them are on the canvas."""
+        x, y, w, h = region
+        return w > 0 and h > 0 and 0 <= x <= self.width - w and 0 <= y <= self.height - h
+
 
 def encode_png(raw: bytes, width: int, height: int, scale: int) -> bytes:
     """A PNG of raw pixels, each drawn as a square of ``scale`` x ``scale``."""

@@ -62,8 +62,15 @@ class Link:
             commands: they are sent together, and answered in their order.
             blocking: for how many seconds the commands may block by themselves.
 
-        Raises a 503 ``Problem`` if Redis doesn't answer all of them in time.
+        Raises a 503 ``Problem`` if Redis refuses one, or doesn't answer all of them in time.
         """
+        replies = await self.ask_each(*commands, blocking=blocking)
+        if any(isinstance(reply, ReplyError) for reply in replies):
+            raise Problem.unavailable("Redis refuses to be read.")
+        return replies
+
+    async def ask_each(self, *commands: Command, blocking: float = 0) -> list[Any]:
+        """As ``ask``, with the errors of single commands among the replies."""
         started = perf_counter()
         try:
             async with asyncio.timeout(self._timeout + blocking):
@@ -76,11 +83,11 @@ class Link:
             raise Problem.unavailable("Redis can't be read.", elsewhere=True) from error
         if not blocking:
             metrics.READ_SECONDS.observe(perf_counter() - started)
-        for reply in replies:
-            if isinstance(reply, ReplyError):
-                self._health.fails(reply)
-                raise Problem.unavailable("Redis refuses to be read.")
-        self._health.works()
+        refusal = next((reply for reply in replies if isinstance(reply, ReplyError)), None)
+        if refusal is None:
+            self._health.works()
+        else:
+            self._health.fails(refusal)
         return replies
 
     async def ask_at_once(self, *commands: Command) -> list[Any]:

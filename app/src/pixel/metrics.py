@@ -50,6 +50,13 @@ REQUEST_SECONDS = Histogram(
 )
 VIEWERS = Gauge("pixel_viewers", "Open event streams.", multiprocess_mode="livesum")
 VIEWERS.set(0)
+SLOW_VIEWERS = Counter("pixel_slow_viewers", "Times that a viewer had too much to take and had to catch up.")
+VIEWER_FRAMES = Counter("pixel_viewer_frames", "Writes of changes or of the status to a viewer.")
+FRAME_PAUSE = Gauge(
+    "pixel_frame_pause_seconds",
+    "Pause between two messages to a viewer, which grows with viewers and load.",
+    multiprocess_mode="livemax",
+)
 WRITES = Counter("pixel_writes", "Channel writes that Redis has acknowledged.")
 BATCH_WRITES = Histogram(
     "pixel_batch_writes",
@@ -99,7 +106,7 @@ HOST_CPU = HostCpu()
 PROCESS.register(HOST_CPU)
 
 
-class _Answers:
+class Answers:
     """Answers with the same labels, counted together in the loop's next iteration.
 
     Counting each answer separately, in two places of a mapped file, would cost a twentieth of a
@@ -124,12 +131,12 @@ class _Answers:
         self._seconds.clear()
 
 
-_answers = cache(_Answers)
+answers = cache(Answers)
 
 
 def observe(method: str, route: str, status: int, seconds: float) -> None:
     """Count an answer. ``route`` is a path template, or empty if no route matched."""
-    _answers(method if method in _METHODS else "other", route, status).add(seconds)
+    answers(method if method in _METHODS else "other", route, status).add(seconds)
 
 
 def exposition() -> bytes:

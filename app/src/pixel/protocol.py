@@ -1,43 +1,148 @@
-"""Uvicorn's HTTP protocol, with a short way through it for ``POST /pixel``.
+"""Uvicorn's HTTP protocol, with a short way through it for pixels and event streams.
 
-A write costs less than the scope, the task and the messages by which an ASGI application is
-served. So one that has come whole is made where the parser is done with it, and answered where
-Redis' acknowledgement arrives. Everything else takes Uvicorn's way to FastAPI: other requests,
-writes that come in pieces or behind a request that is still being served, and those that can't
-be accepted, which FastAPI's route explains.
+``POST /pixel``, ``GET /pixel/{x}/{y}`` and a message to a viewer cost less than the scope, the task
+and the messages by which an ASGI application is served. So a request that has come whole is served
+where the parser is done with it, and answered where Redis's reply arrives; a stream is written to
+by the hub itself. Everything else takes Uvicorn's way to FastAPI: other requests, those that come
+in pieces or behind one that is still being served, and those that can't be accepted, which
+FastAPI's routes explain.
 """
 
 import asyncio
 import logging
+import re
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pixel import logs, metrics
-from pixel.pixel import Pixel, Received
+from pixel.canvas import Region
+from pixel.events import QUEUE_BYTES, Viewer
+from pixel.pixel import PixelColour, Received
 from pixel.problems import Headers, Problem
-from pixel.requests import State, check_headers, check_size
+from pixel.reads import Colour
+from pixel.requests import STREAM_HEADERS, State, check_headers, check_size
+from pixel.stream import EventId, known_event
 
 log = logging.getLogger(__name__)
 
 
-class Write:
-    """A write that is under way, in the place of Uvicorn's cycle: what the protocol asks of it."""
+_READING = (b"GET", b"HEAD")
+_READABLE = (b"/pixel/", b"/events")
+_PIXEL = re.compile(rb"/pixel/([0-9]{1,5})/([0-9]{1,5})")
+_EVENTS = re.compile(
+    rb"/events(?:\?(?:x=([0-9]{1,5})&y=([0-9]{1,5})&w=([0-9]{1,5})&h=([0-9]{1,5})(?:&|$))?"
+    rb"(?:after=([0-9]{1,15}-[0-9]{1,15}))?)?"
+)
 
-    __slots__ = ("disconnected", "headers", "keep_alive", "pixel", "response_complete", "started")
+
+class _Accepted:
+    """What answers to accepted requests of one kind have in common."""
+
+    def __init__(self, method: str, route: str, *headers: tuple[bytes, bytes]) -> None:
+        self.observe = metrics.answers(method, route, 200).add
+        self.headers = headers
+        self._common: Headers | None = None
+        self._head = b""
+
+    def head(self, common: Headers) -> bytes:
+        """Their head, with the headers that every answer has: a list that changes with the date."""
+        if common is not self._common:
+            self._common = common
+            self._head = _head(200, [*common, *self.headers])
+        return self._head
+
+
+class Exchange:
+    """A request that is under way, in the place of Uvicorn's cycle: what the protocol asks of it."""
+
+    __slots__ = ("disconnected", "headers", "keep_alive", "response_complete", "started", "subject")
 
     message_event = asyncio.Event()  # which nobody waits for
 
-    def __init__(self, pixel: Pixel, headers: Headers, started: float) -> None:
-        self.pixel = pixel
+    method: ClassVar[str]
+    route: ClassVar[str]
+    accepted: ClassVar[_Accepted]
+
+    def __init__(self, subject: Any, headers: Headers, started: float) -> None:
+        self.subject = subject
         self.headers = headers
         self.started = started
         self.disconnected = False
         self.keep_alive = True
         self.response_complete = False
+
+    @property
+    def path(self) -> str:
+        """The path that was asked for."""
+        return self.route
+
+    def content(self, result: Any) -> bytes:
+        """The body of its answer."""
+        raise NotImplementedError
+
+
+class Write(Exchange):
+    """``POST /pixel``; its subject is the pixel."""
+
+    __slots__ = ()
+
+    method, route = "POST", "/pixel"
+    accepted = _Accepted(method, route, (b"content-type", b"application/json"))
+
+    def content(self, _: EventId) -> bytes:
+        """The pixel, repeated."""
+        return msgspec.json.encode(Received("ok", self.subject))
+
+
+class Read(Exchange):
+    """``GET /pixel/{x}/{y}``; its subject is x and y."""
+
+    __slots__ = ()
+
+    method, route = "GET", "/pixel/{x}/{y}"
+    accepted = _Accepted(
+        method, route, (b"content-type", b"application/json"), (b"cache-control", b"no-store")
+    )
+
+    @property
+    def path(self) -> str:
+        """The path that was asked for."""
+        return self.route.format(x=self.subject[0], y=self.subject[1])
+
+    def content(self, colour: Colour) -> bytes:
+        """The pixel and its colour."""
+        x, y = self.subject
+        return msgspec.json.encode(PixelColour(x, y, *colour))
+
+
+class Head(Read):
+    """``HEAD /pixel/{x}/{y}``."""
+
+    __slots__ = ()
+
+    method = "HEAD"
+    accepted = _Accepted(method, Read.route, *Read.accepted.headers)
+
+
+class Stream(Exchange):
+    """``GET /events``; its subject is the event that the client knows, and a region, if any."""
+
+    __slots__ = ("viewer",)
+
+    viewer: Viewer
+
+    method, route = "GET", "/events"
+    # Its end is that of the connection, so that all streams can be sent the same bytes.
+    accepted = _Accepted(
+        method,
+        route,
+        *((name.lower().encode(), value.encode()) for name, value in STREAM_HEADERS.items()),
+        (b"connection", b"close"),
+    )
 
 
 class PixelProtocol(HttpToolsProtocol):
@@ -52,6 +157,7 @@ class PixelProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._held: bytes | None = None
+        self._stream: Stream | None = None
         self._active = 0.0
         # Where every answer is logged, the front does it.
         self._short = not log.isEnabledFor(logging.DEBUG)
@@ -60,6 +166,19 @@ class PixelProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         if self.timeout_keep_alive_task:
             self.timeout_keep_alive_task.cancel()
+        if self._stream:
+            self.app_state["hub"].remove(self._stream.viewer)
+            Stream.accepted.observe(perf_counter() - self._stream.started)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stream:
+            self.app_state["hub"].pause(self._stream.viewer)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stream:
+            self.app_state["hub"].resume(self._stream.viewer)
 
     def data_received(self, data: bytes) -> None:
         self._active = perf_counter()
@@ -76,10 +195,14 @@ class PixelProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         parser = self.parser
+        method = parser.get_method()
         if (
             self._short
-            and self.url == b"/pixel"
-            and parser.get_method() == b"POST"
+            and (
+                self.url == b"/pixel"
+                if method == b"POST"
+                else method in _READING and self.url.startswith(_READABLE)
+            )
             and (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused
             and parser.get_http_version() == "1.1"
@@ -97,7 +220,8 @@ class PixelProtocol(HttpToolsProtocol):
             self._held += body
 
     def on_message_complete(self) -> None:
-        if self._held is None or not self._write(self._held):
+        held = self._held
+        if held is None or not (self._write(held) if self.url == b"/pixel" else self._serve()):
             super().on_message_complete()
 
     def _hand_on(self) -> None:
@@ -124,35 +248,82 @@ class PixelProtocol(HttpToolsProtocol):
         except Exception:
             self._hand_on()
             return False
-        self._held = None
-        write = Write(pixel, self.headers, self._active)
-        self.cycle = write  # type: ignore[assignment]
-        written.add_done_callback(partial(self._answer, write))
+        self._begin(Write(pixel, self.headers, self._active), written)
         return True
 
-    def _answer(self, write: Write, written: asyncio.Future[None]) -> None:
+    def _serve(self) -> bool:
+        """Begin to read a pixel, or a stream; what is neither is handed on."""
+        state = self.app_state
+        store, hub = state["store"], state["hub"]
+        get = self.parser.get_method() == b"GET"
+        if (pixel := _PIXEL.fullmatch(self.url)) and store.canvas.contains(
+            x := int(pixel[1]), y := int(pixel[2])
+        ):
+            kind = Read if get else Head
+            self._begin(kind((x, y), self.headers, self._active), store.colour(x, y))
+            return True
+        if get and (events := _EVENTS.fullmatch(self.url)):
+            *place, after = events.groups()
+            region = Region(*map(int, place)) if events[1] else None
+            if region is None or store.canvas.has(region):
+                known = known_event(dict(self.headers).get(b"last-event-id") or after or b"")
+                stream = Stream((known, region), self.headers, self._active)
+                self._held = None
+                self.cycle = stream  # type: ignore[assignment]
+                hub.prepare().add_done_callback(partial(self._open, stream))
+                return True
+        self._hand_on()
+        return False
+
+    def _begin(self, exchange: Exchange, done: asyncio.Future[Any]) -> None:
+        self._held = None
+        self.cycle = exchange  # type: ignore[assignment]
+        done.add_done_callback(partial(self._answer, exchange))
+
+    def _open(self, stream: Stream, prepared: asyncio.Future[None]) -> None:
+        if prepared.exception() is not None:
+            self._answer(stream, prepared)
+        elif not stream.disconnected:
+            self.transport.set_write_buffer_limits(QUEUE_BYTES, 0)
+            self.transport.write(stream.accepted.head(self.server_state.default_headers) + b"\r\n")
+            known, region = stream.subject
+            stream.viewer = Viewer(self.transport.write, self._end, region)
+            self._stream = stream
+            self.app_state["hub"].open(stream.viewer, known)
+
+    def _end(self) -> None:
+        """End a stream. A client that has not taken everything connects again from where it is."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def _answer(self, exchange: Exchange, done: asyncio.Future[Any]) -> None:
+        accepted = exchange.accepted
         common = self.server_state.default_headers
-        problem = written.exception()
+        problem = done.exception()
         if problem is None:
-            status = 200
-            body = msgspec.json.encode(Received("ok", write.pixel))
-            head = b"%bcontent-length: %d\r\n" % (_accepted.head(common), len(body))
+            body = exchange.content(done.result())
+            head = b"%bcontent-length: %d\r\n" % (accepted.head(common), len(body))
         else:
             assert isinstance(problem, Problem)
-            response = problem.response(write.headers)
+            response = problem.response(exchange.headers)
             status, body = response.status_code, bytes(response.body)
             head = _head(status, [*common, *response.raw_headers])
-        if not write.disconnected:
-            end = b"\r\n" if write.keep_alive else b"connection: close\r\n\r\n"
-            self.transport.write(head + end + body)
-            if not write.keep_alive:
+        if not exchange.disconnected:
+            end = b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n"
+            self.transport.write(b"%b%b%b" % (head, end, b"" if exchange.method == "HEAD" else body))
+            if not exchange.keep_alive:
                 self.transport.close()
-        write.response_complete = True
+        exchange.response_complete = True
         self.on_response_complete()
-        seconds = self._active - write.started
-        metrics.observe("POST", "/pixel", status, seconds)
-        if problem is not None:
-            logs.answered(logging.WARNING, "POST", "/pixel", status, seconds, write.headers)
+        seconds = self._active - exchange.started
+        if problem is None:
+            accepted.observe(seconds)
+        else:
+            method = exchange.method
+            metrics.observe(method, exchange.route, status, seconds)
+            logs.answered(logging.WARNING, method, exchange.path, status, seconds, exchange.headers)
 
     def on_response_complete(self) -> None:
         self._active = perf_counter()
@@ -177,21 +348,3 @@ class PixelProtocol(HttpToolsProtocol):
 
 def _head(status: int, headers: Headers) -> bytes:
     return STATUS_LINE[status] + b"".join(b"%b: %b\r\n" % header for header in headers)
-
-
-class _Accepted:
-    """The head of an answer to a write that was made, which changes with the date only."""
-
-    def __init__(self) -> None:
-        self._common: Headers | None = None
-        self._head = b""
-
-    def head(self, common: Headers) -> bytes:
-        """It, with the headers that every answer has: a list that Uvicorn replaces each second."""
-        if common is not self._common:
-            self._common = common
-            self._head = _head(200, [*common, (b"content-type", b"application/json")])
-        return self._head
-
-
-_accepted = _Accepted()

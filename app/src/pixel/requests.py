@@ -24,6 +24,13 @@ BODY_SECONDS = 10.0
 
 _LONGEST_PAUSE = 0.1  # seconds: Redis may have been slow
 
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",
+}
+"""Of a stream of events."""
+
 
 class Turns:
     """Lets one request after another do what is large, and refuses those that would wait too long.

@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     events_maxlen: Annotated[int, Field(ge=100)] = 20_000
     # Counted in channel writes; a full batch has to fit, or it could never be accepted.
     write_queue: Annotated[int, Field(ge=MAX_BATCH)] = 5 * MAX_BATCH
+    # The pause between two messages to a viewer grows with viewers and load, within these bounds.
+    frame_pause_min: Annotated[float, Field(ge=0.01, le=1)] = 0.05
+    frame_pause_max: Annotated[float, Field(ge=0.01, le=1)] = 0.5
     body_limit: Annotated[int, Field(ge=128, le=65_536)] = 1024
 
     # NoDecode: pydantic reads the JSON, so that a fault in it is reported like any other.
@@ -96,6 +99,12 @@ class Settings(BaseSettings):
                 f"{PREFIX}CANVAS_WIDTH times {PREFIX}CANVAS_HEIGHT is more than {MAX_PIXELS}"
                 " pixels, the largest canvas"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_pauses(self) -> Self:
+        if self.frame_pause_min > self.frame_pause_max:
+            raise ValueError(f"{PREFIX}FRAME_PAUSE_MIN is more than {PREFIX}FRAME_PAUSE_MAX")
         return self
 
     @field_validator("redis_url")

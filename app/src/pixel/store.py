@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from pixel.canvas import Canvas, locate
+from pixel.canvas import Canvas
 from pixel.commit import GroupCommit
 from pixel.lifetime import RedisClock, StartLimit
 from pixel.link import Link
 from pixel.pixel import RECORD_BYTES
 from pixel.problems import Problem
+from pixel.reads import PixelReads
 from pixel.resp import ReplyError, Server
 from pixel.settings import Settings
 from pixel.stream import EVENTS, NO_EVENT, EventId
@@ -62,6 +63,7 @@ class Store:
             Link(server, settings.redis_timeout) for _ in range(4)
         ]
         self.write = self._commits.write
+        self.colour = PixelReads(self._questions).colour
         self.start_limit = StartLimit(self._clock, settings)
 
     def close(self) -> None:
@@ -75,13 +77,6 @@ class Store:
         started = perf_counter()
         await self.write(())
         return perf_counter() - started
-
-    async def colour(self, x: int, y: int) -> tuple[int, int, int]:
-        """Red, green and blue of a pixel, 0-255 each."""
-        key, place = locate(x, y)
-        [found] = await self._questions.ask(("GETRANGE", key, place, place + 2))
-        red, green, blue = found.ljust(3, b"\0")
-        return red, green, blue
 
     async def count_viewers(self, viewers: int) -> int:
         """Report how many viewers this worker has; returns how many all workers have."""

@@ -5,6 +5,9 @@ from typing import NamedTuple
 EVENTS = "pixel:events"
 """Key of the stream. Field ``c`` of an entry holds changes, encoded by ``pixel.pack``."""
 
+EVENT_PATTERN = "^[0-9]{1,15}-[0-9]{1,15}$"
+"""Of an ID in a query."""
+
 EVENT_CHANGES = 1024
 """Most changes in one entry, so that the stream's length bounds its memory."""
 
@@ -29,3 +32,11 @@ class EventId(NamedTuple):
 
 
 NO_EVENT = EventId(0, 0)
+
+
+def known_event(text: bytes) -> EventId | None:
+    """The event that a client says it knows; ``NO_EVENT`` if that is no ID, None if it says none."""
+    try:
+        return EventId.parse(text) if text else None
+    except ValueError:
+        return NO_EVENT

@@ -136,7 +136,8 @@ def watched(client: Client, viewer: Callable[[], Viewer]) -> Any:
     def watch() -> Iterator[Viewer]:
         with viewer() as watching:
             yield watching
-            answer = urllib.request.urlopen(f"{client.url}/canvas.rgb", timeout=10)
+            fresh = urllib.request.Request(f"{client.url}/canvas.rgb", headers={"Cache-Control": "no-cache"})
+            answer = urllib.request.urlopen(fresh, timeout=10)
             canvas, event = answer.read(), answer.headers["X-Pixel-Event"]
             watching.sees(lambda viewer: viewer.event == event, 5)
         assert watching.faults == []

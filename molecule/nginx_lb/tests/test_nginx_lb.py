@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -100,6 +101,50 @@ def test_the_access_log_contains_the_upstream_and_its_time(host: Any, curl: Any)
 def test_x_accel_buffering_is_passed_on_to_a_proxy_in_front(curl: Any) -> None:
     status, headers, _ = curl("/events")
     assert (status, headers["x-accel-buffering"]) == (200, "no")
+
+
+def test_a_picture_is_kept_for_a_second_and_can_be_asked_for_past_the_cache(curl: Any) -> None:
+    def look(*options: str, path: str = "/canvas.rgb?x=1") -> tuple[int, str, str]:
+        status, headers, _ = curl(path, *(options or ("GET", "")))
+        return status, headers["x-pixel-cache"], headers["x-pixel-event"]
+
+    status, headers, body = curl("/canvas.rgb?x=1")
+    event = headers["x-pixel-event"]
+    assert (status, headers["x-pixel-cache"]) == (200, "MISS")
+    assert curl("/canvas.rgb?x=1")[2] == body
+    assert look() == (200, "HIT", event)
+    assert look("HEAD", "") == (200, "HIT", event)
+    assert look("GET", "", f'If-None-Match: "{event}"') == (304, "HIT", event)
+    # Another region, another group of hosts and another event to contain are other pictures.
+    for path in ("/canvas.rgb?x=2", "/cluster/t2/canvas.rgb?x=1", "/canvas.rgb?x=1&after=1-0"):
+        assert look(path=path)[1] == "MISS"
+    status, cache, newer = look("GET", "", "Cache-Control: no-cache")
+    assert (status, cache, newer > event) == (200, "BYPASS", True)
+    assert look() == (200, "HIT", newer)
+    time.sleep(2.1)
+    # The former one is given while the next one is made.
+    assert look() == (200, "STALE", newer)
+    time.sleep(0.5)
+    _, cache, newest = look()
+    assert (cache, newest > newer) == ("HIT", True)
+    time.sleep(5)
+    assert look()[1] in ("EXPIRED", "MISS")
+
+
+def test_many_who_want_the_same_picture_cost_one(host: Any) -> None:
+    path = "/canvas.rgb?x=3&y=4"
+    assert len(json.loads(host.check_output(f"client many 200 '{path}' 50"))) == 200
+    time.sleep(1.5)
+    log = host.check_output(f"grep -F '{path}' /var/log/nginx/access.log")
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert len(lines) == 200
+    assert sum(line["upstream"] not in ("", "-") for line in lines) <= 2
+
+
+def test_pictures_are_kept_in_memory_and_bounded(host: Any) -> None:
+    mounts = host.check_output(f"cat /proc/{master(host)}/mounts").splitlines()
+    [options] = [fields[3] for line in mounts if (fields := line.split())[1] == "/run/pixel-pictures"]
+    assert "size=262144k" in options.split(",")
 
 
 def test_the_server_header_has_no_version(curl: Any) -> None:
@@ -245,10 +290,10 @@ def test_no_backend_at_all_is_a_problem_with_a_hint(shell: Any, curl: Any, fleet
 def test_the_unit_stops_nginx_gracefully(host: Any) -> None:
     properties = host.service("nginx").systemd_properties
     assert "nginx -s quit" in properties["ExecStop"]
-    assert int(properties["LimitNOFILE"]) == 16384
+    assert int(properties["LimitNOFILE"]) == 65536
 
 
 def test_the_units_limits_apply_to_the_process_that_the_package_started(host: Any) -> None:
     process = f"/proc/{master(host)}"
-    assert host.check_output(f"grep '^Max open files' {process}/limits").split()[3:5] == ["16384", "16384"]
+    assert host.check_output(f"grep '^Max open files' {process}/limits").split()[3:5] == ["65536", "65536"]
     assert "NoNewPrivs:\t1" in host.check_output(f"cat {process}/status")

@@ -19,19 +19,27 @@ export class Board {
     this.height = 0;
   }
 
-  /** Replace all pixels: three bytes (R, G, B) each, row by row. */
-  load(width, height, bytes) {
+  /**
+   * Replace the pixels of a part [x, y, w, h] of a canvas of this size: three bytes (R, G, B) each,
+   * row by row. The part is all of it if the size is another one than before.
+   */
+  load([width, height], [left, top, w, h], bytes) {
     if (width !== this.width || height !== this.height) {
       [this.width, this.height] = [this.canvas.width, this.canvas.height] = [width, height];
       this.#shown = new ImageData(width, height);
       this.#shown.data.fill(255);
+      this.#known = bytes;
     }
-    this.#known = bytes;
     const shown = this.#shown.data;
-    for (let from = 0, to = 0; from < bytes.length; from += 3, to += 4) {
-      shown[to] = bytes[from];
-      shown[to + 1] = bytes[from + 1];
-      shown[to + 2] = bytes[from + 2];
+    for (let row = 0; row < h; row += 1) {
+      const place = this.place(left, top + row);
+      const [start, end] = [row * w * 3, (row + 1) * w * 3];
+      if (this.#known !== bytes) this.#known.set(bytes.subarray(start, end), place * 3);
+      for (let from = start, to = place * 4; from < end; from += 3, to += 4) {
+        shown[to] = bytes[from];
+        shown[to + 1] = bytes[from + 1];
+        shown[to + 2] = bytes[from + 2];
+      }
     }
     this.#stale.clear();
     for (const place of this.#painted.keys()) this.#show(place);

@@ -16,7 +16,8 @@ export function isAfter(one, other) {
 /**
  * Follows the event stream for the tabs at some message ports. A tab sends
  *
- * - {follow: event, subscription, url}: send me the changes after an event,
+ * - {follow: event, part, subscription, url}: send me the changes after an event, at least those
+ *   of a region [x, y, w, h] of the canvas, or of all of it if part is null,
  * - {hurry: true}: the network may be back,
  * - {leave: true}: stop sending.
  *
@@ -25,11 +26,12 @@ export function isAfter(one, other) {
  * - {event, changes}: arrays [x, y, channel, value], and the last event that they contain,
  * - {status}: as the server sends it,
  * - {state}: "live", "lost", or "held" if a proxy holds the stream back,
- * - {resync: true}: fetch the canvas, and follow again.
+ * - {resync: event}: fetch the canvas as of this event or later, and follow again.
  */
 export class Feed {
-  #subscriptions = new Map(); // port -> number
+  #subscriptions = new Map(); // port -> {subscription, part}
   #url = "";
+  #part = null; // that the stream is about
   #source = null;
   #state = ""; // empty without a subscription
   #event = ""; // the last one received
@@ -48,21 +50,37 @@ export class Feed {
     };
   }
 
-  #follow(port, { follow, subscription, url }) {
-    this.#subscriptions.set(port, subscription);
+  #follow(port, { follow, part, subscription, url }) {
+    this.#subscriptions.set(port, { subscription, part });
     if (!this.#state) {
       this.#url = url;
       this.#restart(follow);
       this.#state = "lost";
       this.#listen();
     } else if (isAfter(this.#complete, follow)) {
-      this.#send({ resync: true }, [port]);
+      this.#send({ resync: this.#complete }, [port]);
+    } else if (String(this.#wanted()) !== String(this.#part)) {
+      // Begin again with another part, where those are who know the least.
+      this.#restart(isAfter(this.#event, follow) ? follow : this.#event);
+      this.#listen();
+      this.#send({ state: this.#state }, [port]);
     } else {
       for (const message of this.#history) {
         if (isAfter(message.event, follow)) this.#send(message, [port]);
       }
       this.#send({ state: this.#state }, [port]);
     }
+  }
+
+  /** The smallest part that has those of all tabs; null for all of the canvas. */
+  #wanted() {
+    const parts = [...this.#subscriptions.values()].map(({ part }) => part);
+    if (parts.includes(null)) return null;
+    const [left, top] = [0, 1].map((axis) => Math.min(...parts.map((part) => part[axis])));
+    const [right, bottom] = [0, 1].map((axis) =>
+      Math.max(...parts.map((part) => part[axis] + part[axis + 2])),
+    );
+    return [left, top, right - left, bottom - top];
   }
 
   #leave(port) {
@@ -74,7 +92,8 @@ export class Feed {
 
   #send(message, ports = this.#subscriptions.keys()) {
     for (const port of ports) {
-      port.postMessage({ ...message, subscription: this.#subscriptions.get(port) });
+      const { subscription } = this.#subscriptions.get(port);
+      port.postMessage({ ...message, subscription });
     }
   }
 
@@ -88,7 +107,10 @@ export class Feed {
   #listen() {
     this.#stop();
     if (!this.#subscriptions.size) return;
-    const source = (this.#source = new EventSource(`${this.#url}?after=${this.#event}`));
+    this.#part = this.#wanted();
+    const names = ["x", "y", "w", "h"];
+    const part = this.#part?.map((value, index) => `${names[index]}=${value}&`).join("") ?? "";
+    const source = (this.#source = new EventSource(`${this.#url}?${part}after=${this.#event}`));
     this.#received = false;
     this.#expect(HELD_BACK);
     source.onmessage = ({ data, lastEventId }) => {
@@ -98,14 +120,19 @@ export class Feed {
       this.#tell("live");
       this.#keep({ event: lastEventId, changes: JSON.parse(data) });
     };
-    source.addEventListener("status", ({ data }) => {
+    source.addEventListener("status", ({ data, lastEventId }) => {
       this.#expect();
+      if (isAfter(lastEventId, this.#event)) {
+        // Of a part, it tells how far the stream is.
+        this.#event = lastEventId;
+        this.#send({ event: lastEventId, changes: [] });
+      }
       this.#send({ status: JSON.parse(data) });
     });
     source.addEventListener("resync", ({ lastEventId }) => {
       this.#expect();
       this.#restart(lastEventId);
-      this.#send({ resync: true });
+      this.#send({ resync: lastEventId });
     });
     source.onerror = () => {
       // The browser reopens a lost connection, but not a refused one.

@@ -70,6 +70,8 @@ choose(storedColour());
 
 // The view.
 
+let follow = () => {}; // what is on the stage, as soon as there is a stream
+
 const view = new View(stage, $("board"), $("grid"), $("cursor"), {
   paint(x, y) {
     if (!board.width) return;
@@ -85,7 +87,8 @@ const view = new View(stage, $("board"), $("grid"), $("cursor"), {
     describe(cell);
     if (byKey) say(`${$("place").textContent}, ${$("colour").textContent}`);
   },
-  view({ x, y, zoom }) {
+  view({ x, y, zoom, part }) {
+    follow(part);
     $("fit").textContent = `${number.format(zoom * 100)} %`;
     rememberPlace(x, y, zoom);
   },
@@ -156,12 +159,12 @@ function showState(state, text = "") {
   $("connection").textContent = text || STATES[state];
 }
 
-new Stream({
-  load(width, height, bytes, event) {
+const stream = new Stream({
+  load(size, part, bytes, event) {
     const first = !board.width;
-    board.load(width, height, bytes);
+    board.load(size, part, bytes);
     painter.settleAll(event);
-    view.measure(width, height);
+    view.measure(...size);
     if (first) goToPlace();
     $("board").classList.add("loaded");
     describe(view.cursor);
@@ -189,6 +192,8 @@ new Stream({
     if (state === "lost" || state === "polling") for (const id of STATUS) $(id).textContent = "–";
   },
 });
+
+follow = (part) => stream.show(part);
 
 // Keys work at once; the focus is shown when one is used.
 stage.focus({ preventScroll: true, focusVisible: false });

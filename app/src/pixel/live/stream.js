@@ -4,8 +4,11 @@ import { Feed, isAfter } from "./feed.js";
 
 // A worker of an earlier release runs as long as one of its tabs is open. Change this name whenever
 // the messages of feed.js change.
-const WORKER = "pixel-1";
+const WORKER = "pixel-2";
 const UNSEEN = 60_000; // milliseconds after which a hidden tab no longer follows
+const LARGE = 2 ** 20; // pixels; of a larger canvas only what is on the stage is followed
+const GRID = 256; // pixels; where the followed part begins and ends, so that viewers share parts
+const RESTED = 300; // milliseconds without a move after which another part is followed
 const POLLING = 2_000; // milliseconds between two polls
 const SETTLED = 10_000; // milliseconds after a load in which a resync means overload
 const FIRST_PAUSE = 500;
@@ -14,8 +17,8 @@ const LONGEST_PAUSE = 8_000;
 /**
  * Follows the canvas until the tab is closed. `on` receives
  *
- * - load(width, height, bytes, event): the whole canvas, three bytes (R, G, B) a pixel, and the
- *   event of this snapshot,
+ * - load([width, height], [x, y, w, h], bytes, event): the size of the canvas, all or a part of it,
+ *   three bytes (R, G, B) a pixel, and the event of this snapshot,
  * - change(changes, event): arrays [x, y, channel, value], and the last event that they contain,
  * - status({viewers, writes, instance, release}): of the fleet, null while Redis can't be asked;
  *   and the instance and release that send it,
@@ -27,7 +30,12 @@ export class Stream {
   #port;
   #subscription = 0;
   #event = ""; // the last one that is shown
-  #tag = ""; // ETag of the canvas that is shown, if no change has come since it was loaded
+  #least = ""; // the event that the next canvas must contain, if any
+  #size = null; // width and height of the canvas
+  #part = null; // [x, y, w, h] that is followed
+  #shown = null; // [x, y, w, h] that is on the stage
+  #moving = 0;
+  #tag = ""; // ETag of the part that is followed, if no change has come since it was loaded
   #loading = false;
   #loaded = 0; // when
   #polling = false;
@@ -47,6 +55,36 @@ export class Stream {
       else this.#hurry();
     });
     this.#load();
+  }
+
+  /** The part [x, y, w, h] of the canvas that is on the stage. */
+  show(part) {
+    this.#shown = part;
+    clearTimeout(this.#moving);
+    this.#moving = setTimeout(() => this.#move(), RESTED);
+  }
+
+  /** What to follow: all of a small canvas, of a large one what is on the stage. */
+  #wanted() {
+    const [width, height] = this.#size;
+    if (!this.#shown || width * height <= LARGE) return [0, 0, width, height];
+    const [x, y, w, h] = this.#shown;
+    const [left, top] = [x, y].map((start) => Math.floor(start / GRID) * GRID);
+    const [right, bottom] = [x + w, y + h].map((end) => Math.ceil(end / GRID) * GRID);
+    return [left, top, Math.min(right, width) - left, Math.min(bottom, height) - top];
+  }
+
+  /** Follow what is on the stage now; it is loaded first if it wasn't followed before. */
+  #move() {
+    if (!this.#part || this.#loading || !this.#event) return;
+    const [x, y, w, h] = this.#wanted();
+    const [left, top, width, height] = this.#part;
+    if (x === left && y === top && w === width && h === height) return;
+    this.#tag = "";
+    if (x >= left && y >= top && x + w <= left + width && y + h <= top + height) {
+      this.#part = [x, y, w, h];
+      if (!this.#polling) this.#follow();
+    } else this.#load();
   }
 
   /** Use the feed shared by all tabs, or one for this tab if the browser has no shared workers. */
@@ -85,6 +123,7 @@ export class Stream {
     } else if (status) {
       this.#on.status(status);
     } else if (resync) {
+      this.#least = resync;
       this.#reload();
     } else if (state === "held") {
       this.#polling = true;
@@ -112,6 +151,7 @@ export class Stream {
     } finally {
       this.#loading = false;
     }
+    this.#move();
   }
 
   /** Load at once, or later if the last load is recent: then there are too many changes to send. */
@@ -132,7 +172,8 @@ export class Stream {
     if (!this.#event) return;
     this.#subscription += 1;
     const url = new URL("events", document.baseURI).href;
-    this.#port.postMessage({ follow: this.#event, subscription: this.#subscription, url });
+    const part = this.#isAll(this.#part) ? null : this.#part;
+    this.#port.postMessage({ follow: this.#event, part, subscription: this.#subscription, url });
   }
 
   #leave() {
@@ -167,16 +208,29 @@ export class Stream {
     this.#timer = setTimeout(() => this.#poll(), POLLING);
   }
 
-  /** Fetch the canvas if it has changed. Throws an Error with the reason if that fails. */
+  #isAll([, , w, h]) {
+    return w === this.#size?.[0] && h === this.#size?.[1];
+  }
+
+  /** Fetch the wanted region if it has changed. Throws an Error with the reason if that fails. */
   async #fetch(progress = () => {}) {
-    const answer = await fetch(
-      "canvas.rgb",
-      this.#tag ? { cache: "no-store", headers: { "If-None-Match": this.#tag } } : { cache: "no-cache" },
-    );
+    const part = this.#size && this.#wanted();
+    const all = !part || this.#isAll(part);
+    const query = [];
+    if (!all) {
+      query.push(...["x", "y", "w", "h"].map((name, index) => `${name}=${part[index]}`));
+    }
+    if (this.#least) query.push(`after=${this.#least}`);
+    // The balancer's cache may answer, the browser's own may not.
+    const headers = { "Cache-Control": "max-age=0" };
+    if (this.#tag) headers["If-None-Match"] = this.#tag;
+    const url = `canvas.rgb${query.length ? "?" : ""}${query.join("&")}`;
+    const answer = await fetch(url, { cache: "no-store", headers });
     if (answer.status === 304) {
       this.#event = answer.headers.get("X-Pixel-Event") ?? this.#event;
       this.#on.change([], this.#event);
     } else {
+      if (answer.status === 422) this.#size = null; // it has become smaller
       if (!answer.ok) {
         const problem = await answer.json().catch(() => ({}));
         throw new Error(problem.detail ?? "");
@@ -187,8 +241,11 @@ export class Stream {
       const bytes = await readBytes(answer, width * height * 3, progress);
       this.#tag = answer.headers.get("ETag");
       this.#event = answer.headers.get("X-Pixel-Event");
-      this.#on.load(width, height, bytes, this.#event);
+      if (all) this.#size = [width, height];
+      this.#part = all ? [0, 0, width, height] : part;
+      this.#on.load(this.#size, this.#part, bytes, this.#event);
     }
+    this.#least = "";
     this.#loaded = performance.now();
   }
 }

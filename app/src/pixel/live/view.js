@@ -12,7 +12,8 @@ const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
  *
  * - paint(x, y), pick(x, y): a click on a pixel,
  * - cursor(cell, byKey): the pixel {x, y} that is now under the cursor; null if none,
- * - view({x, y, zoom}): the pixel in the middle of the stage, and the size of a pixel.
+ * - view({x, y, zoom, part}): the pixel in the middle of the stage, the size of a pixel, and the part
+ *   [x, y, w, h] of the canvas that is on the stage.
  */
 export class View {
   #stage;
@@ -151,8 +152,23 @@ export class View {
         x: clamp(Math.floor((x - left) / zoom), 0, this.#width - 1),
         y: clamp(Math.floor((y - top) / zoom), 0, this.#height - 1),
         zoom,
+        part: this.#part(left, top),
       });
     });
+  }
+
+  /** The part [x, y, w, h] of the canvas that is on the stage, with its upper left corner there. */
+  #part(left, top) {
+    const zoom = this.#zoom;
+    const [x, y] = [
+      clamp(Math.floor(-left / zoom), 0, this.#width - 1),
+      clamp(Math.floor(-top / zoom), 0, this.#height - 1),
+    ];
+    const [right, bottom] = [
+      clamp(Math.ceil((this.#size.width - left) / zoom), x + 1, this.#width),
+      clamp(Math.ceil((this.#size.height - top) / zoom), y + 1, this.#height),
+    ];
+    return [x, y, right - x, bottom - y];
   }
 
   #renderGrid(left, top) {

@@ -11,6 +11,7 @@ from pixel.canvas import Region
 from pixel.pictures import Picture, PictureResponse
 from pixel.problems import Problem
 from pixel.requests import is_known, matches_any, state_of
+from pixel.stream import EVENT_PATTERN
 
 router = APIRouter(tags=["canvas"])
 
@@ -32,7 +33,7 @@ def _answers(media_type: str) -> dict[int | str, dict[str, Any]]:
     } | openapi.problems(422, 503)
 
 
-CACHING = "max-age=1, stale-while-revalidate=10"
+CACHING = "max-age=1, stale-while-revalidate=2"
 
 MOST_SCALED_PIXELS = 2048 * 2048
 """Most pixels of an enlarged picture. Others are bounded by the canvas (settings.MAX_PIXELS)."""
@@ -56,6 +57,16 @@ def wanted_region(
 
 
 WantedRegion = Annotated[Region, Depends(wanted_region)]
+# It makes the URL another one. Who knows the event asks after it has happened, so what a cache has
+# for this URL is no older.
+Contained = Annotated[
+    str | None,
+    Query(
+        alias="after",
+        pattern=EVENT_PATTERN,
+        description="An event that the answer must contain, also if a cache gives it.",
+    ),
+]
 KnownTags = Annotated[str, Header(alias="If-None-Match")]
 
 
@@ -64,7 +75,9 @@ KnownTags = Annotated[str, Header(alias="If-None-Match")]
     response_class=Response,
     responses=_answers("application/octet-stream"),
 )
-async def canvas_rgb(request: Request, region: WantedRegion, known: KnownTags = "") -> Response:
+async def canvas_rgb(
+    request: Request, region: WantedRegion, _: Contained = None, known: KnownTags = ""
+) -> Response:
     """Three bytes (R, G, B) a pixel, row by row."""
     if matches_any(known):
         return _NOT_MODIFIED
@@ -79,6 +92,7 @@ async def canvas_png(
     request: Request,
     region: WantedRegion,
     scale: Annotated[int, Query(ge=1, le=16, description="Width and height of each pixel.")] = 1,
+    _: Contained = None,
     known: KnownTags = "",
 ) -> Response:
     """The canvas, or a part of it, as a PNG."""

@@ -1,16 +1,17 @@
 """Changes of the canvas as server-sent events."""
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 
 from pixel import openapi
-from pixel.requests import state_of
-from pixel.stream import NO_EVENT, EventId
+from pixel.requests import STREAM_HEADERS, state_of
+from pixel.routes.canvas import WantedRegion
+from pixel.stream import EVENT_PATTERN, known_event
 
 router = APIRouter(tags=["canvas"])
-
 
 _STREAM = {
     "description": "OK",
@@ -30,10 +31,11 @@ _STREAM = {
 )
 async def events(
     request: Request,
+    region: WantedRegion,
     after: Annotated[
         str | None,
         Query(
-            pattern=r"^[0-9]{1,15}-[0-9]{1,15}$",
+            pattern=EVENT_PATTERN,
             description="X-Pixel-Event of the viewer's canvas.",
         ),
     ] = None,
@@ -44,23 +46,19 @@ async def events(
 ) -> StreamingResponse:
     """Changes after an event, or from now on: arrays of ``[x, y, channel, value]``.
 
-    The ``id`` of a message is the last event that it contains. Changes of 50 ms are sent together,
-    at most 4,096 in a message. The event ``resync`` means that changes were left out, because
-    ``after`` is too old or there were too many: fetch the canvas, and continue after its
-    ``X-Pixel-Event``. The event ``status`` is sent every two seconds, without an id:
-    ``{"viewers": 12, "writes": 480.5, "instance": "c5", "release": "2026-11-21"}``: viewers and
-    channel writes per second of the fleet, null while Redis can't be asked, and the instance and
-    release that send the stream.
+    With ``x``, ``y``, ``w`` or ``h`` those of a part of the canvas only. A worker at which over 128
+    different parts are watched sends the others all changes.
+
+    The ``id`` of a message is the last event that it contains. Changes of 50 ms (up to 500 ms with
+    thousands of viewers) are sent together, at most 4,096 in a message. The event ``resync`` means that
+    changes were left out, because ``after`` is too old or there were too many: fetch the canvas with
+    its ``id`` as ``after``, and continue after its ``X-Pixel-Event``. The event ``status`` is sent
+    every two seconds, for all of the canvas without an id: ``{"viewers": 12, "writes": 480.5,
+    "instance": "c5", "release": "2026-11-21"}``: viewers and channel writes per second of the fleet,
+    null while Redis can't be asked, and the instance and release that send the stream.
     """
-    text = last_event_id or after
-    try:
-        known = EventId.parse(text.encode()) if text else None
-    except ValueError:
-        known = NO_EVENT
+    # Most requests are answered in ``protocol``, which does the same.
     hub = state_of(request)["hub"]
-    await hub.prepare()
-    return StreamingResponse(
-        hub.stream(known),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-    )
+    await asyncio.shield(hub.prepare())
+    known = known_event((last_event_id or after or "").encode())
+    return StreamingResponse(hub.stream(known, region), headers=STREAM_HEADERS)

@@ -1,0 +1,63 @@
+"""Reads of single pixels: those that wait together go to Redis in one pipeline."""
+
+import asyncio
+import logging
+
+from pixel.canvas import locate
+from pixel.link import Link
+from pixel.problems import Problem
+from pixel.resp import Command, ReplyError
+
+Colour = tuple[int, int, int]
+"""Red, green and blue, 0-255 each."""
+
+log = logging.getLogger(__name__)
+
+
+class PixelReads:
+    """One pipeline is in flight at a time. Reads that arrive meanwhile are the next one."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[tuple[Command, asyncio.Future[Colour]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def colour(self, x: int, y: int) -> asyncio.Future[Colour]:
+        """The colour of a pixel; black if it was never written. Raises a 503 ``Problem``."""
+        key, place = locate(x, y)
+        future: asyncio.Future[Colour] = self._loop.create_future()
+        self._waiting.append((("GETRANGE", key, place, place + 2), future))
+        if self._task is None:
+            # It begins at the loop's next turn, with all reads of this one.
+            self._task = self._loop.create_task(self._run(), name="reads")
+        return future
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                reads, self._waiting = self._waiting, []
+                await self._ask(reads)
+        finally:
+            self._task = None
+
+    async def _ask(self, reads: list[tuple[Command, asyncio.Future[Colour]]]) -> None:
+        try:
+            replies = await self._link.ask_each(*(command for command, _ in reads))
+        except Problem as problem:
+            replies = [problem] * len(reads)
+        except Exception:
+            # A fault of ours: these reads get an answer, and the next their turn.
+            log.exception("%d reads failed", len(reads))
+            replies = [Problem.unavailable("This is our fault, and it is logged.")] * len(reads)
+        for (_, future), reply in zip(reads, replies, strict=True):
+            if future.done():
+                continue
+            # A tile can fail by itself: somebody has put something else under its key.
+            if isinstance(reply, ReplyError):
+                future.set_exception(Problem.unavailable("Redis refuses to be read."))
+            elif isinstance(reply, Problem):
+                future.set_exception(reply)
+            else:
+                red, green, blue = reply.ljust(3, b"\0")
+                future.set_result((red, green, blue))
