@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,7 @@ from conftest import RedisServer
 from pixel import events
 from pixel.canvas import CHANNELS, Region
 from pixel.events import Hub, Viewer
-from pixel.pixel import Change
+from pixel.pixel import Change, coalesce
 from pixel.settings import Settings
 from pixel.store import Store
 from pixel.stream import EVENTS, NO_EVENT, EventId
@@ -307,14 +307,14 @@ async def test_a_replay_reads_no_more_than_it_may_need(
 async def test_after_each_message_others_have_the_workers_time(
     store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, work, ends = events._message, 0.02, []
+    work, ends = 0.02, []
 
-    def slowly(last: EventId, records: list[bytes]) -> events._Message:
+    def slowly(records: Iterable[bytes]) -> list[tuple[int, int, str, int]]:
         time.sleep(work)
         ends.append(time.monotonic())
-        return make(last, records)
+        return coalesce(records)
 
-    monkeypatch.setattr(events, "_message", slowly)
+    monkeypatch.setattr(events, "coalesce", slowly)
     await store.write(batch(0, 10_000))
     async with Screen(hub, NO_EVENT) as screen:
         await eventually(lambda: len(screen.cells) == 10_000)
