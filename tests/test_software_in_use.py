@@ -155,7 +155,7 @@ def test_nothing_stops_a_run_where_nothing_is_displaced(verdicts: dict[str, str]
 )
 def test_a_web_server_in_use_is_named(verdicts: dict[str, str], host: str, found: str) -> None:
     message = re.sub(r"\S+/hosts0/\w+/", "ROOT/", verdicts[host]).replace(verdicts["port"], "PORT")
-    assert message.startswith(f"{host} already serves something: {found}. Nothing was changed.")
+    assert message.startswith(f"{host} already has a web server: {found}. Nothing was changed.")
     assert "set nginx_lb_take_over to true" in message
 
 
