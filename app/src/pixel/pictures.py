@@ -1,9 +1,8 @@
 """Pictures of the canvas: each is read and encoded once, however many clients ask for it.
 
-What pictures may cost a worker is bounded (see docs/security.md): one thread encodes them, few are
-made at a time, and their bytes are counted until they are sent. What is beyond a bound is refused
-with 503 at once. The whole canvas, which every page loads, is always kept, and never waits for a
-slot.
+The work for pictures is bounded (see docs/security.md): one thread encodes them, few are made at a
+time, and their bytes are counted until they are sent. A request beyond a bound is refused with 503
+at once. The whole canvas, which every page loads, is always kept, and never waits for a slot.
 """
 
 import asyncio
@@ -55,7 +54,7 @@ class Picture:
 
     @property
     def size(self) -> int:
-        """Bytes that it holds in memory."""
+        """Bytes of the picture in memory."""
         pngs = [png.result() for png in self.pngs.values() if png.done() and not png.exception()]
         return len(self.raw) + sum(map(len, pngs))
 
@@ -95,7 +94,7 @@ class _Frame:
 
 
 class PictureCache:
-    """The pictures that this worker was asked for last."""
+    """The pictures that were last requested from this worker."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -104,7 +103,7 @@ class PictureCache:
         self._frames: OrderedDict[Region, _Frame] = OrderedDict()
         self._held: weakref.WeakSet[Picture] = weakref.WeakSet()
         self._making = 0
-        # A pool of its own: what is small must not wait for a picture.
+        # A separate pool: small work must not wait for a picture.
         self._pool = ThreadPoolExecutor(1, "pictures")
 
     def __enter__(self) -> Self:
@@ -184,7 +183,7 @@ class PictureCache:
         return picture
 
     def _evict(self) -> None:
-        """Drop the pictures that were asked for longest ago, but for the whole canvas."""
+        """Drop the least recently requested pictures, except the whole canvas."""
         kept = sum(frame.picture.size for frame in self._frames.values() if frame.picture)
         for region, frame in list(self._frames.items())[:-1]:
             if len(self._frames) <= KEPT_PICTURES and kept <= KEPT_BYTES:

@@ -1,11 +1,10 @@
-"""Uvicorn's HTTP protocol, with a short way through it for pixels and event streams.
+"""Uvicorn's HTTP protocol, with a fast path for pixels and event streams.
 
 ``POST /pixel``, ``GET /pixel/{x}/{y}`` and a message to a viewer cost less than the scope, the task
-and the messages by which an ASGI application is served. So a request that has come whole is served
-where the parser is done with it, and answered where Redis's reply arrives; a stream is written to
-by the hub itself. Everything else takes Uvicorn's way to FastAPI: other requests, those that come
-in pieces or behind one that is still being served, and those that can't be accepted, which
-FastAPI's routes explain.
+and the messages of an ASGI application. So a request that arrives in one piece is handled when the
+parser has finished it, and answered when Redis's reply arrives; the hub writes to streams itself.
+All other requests go through Uvicorn to FastAPI: other routes, requests that arrive in pieces or
+behind one that is still in progress, and invalid ones, which FastAPI's routes explain.
 """
 
 import asyncio
@@ -40,7 +39,7 @@ _EVENTS = re.compile(
 
 
 class _Accepted:
-    """What answers to accepted requests of one kind have in common."""
+    """The common part of the answers to accepted requests of one kind."""
 
     def __init__(self, method: str, route: str, *headers: tuple[bytes, bytes]) -> None:
         self.observe = metrics.answers(method, route, 200).add
@@ -49,7 +48,7 @@ class _Accepted:
         self._head = b""
 
     def head(self, common: Headers) -> bytes:
-        """Their head, with the headers that every answer has: a list that changes with the date."""
+        """The head, with the headers of every answer: a list that changes with the date."""
         if common is not self._common:
             self._common = common
             self._head = _head(200, [*common, *self.headers])
@@ -57,11 +56,11 @@ class _Accepted:
 
 
 class Exchange:
-    """A request that is under way, in the place of Uvicorn's cycle: what the protocol asks of it."""
+    """A request in progress, in place of Uvicorn's cycle, with the attributes that the protocol uses."""
 
     __slots__ = ("disconnected", "headers", "keep_alive", "response_complete", "started", "subject")
 
-    message_event = asyncio.Event()  # which nobody waits for
+    message_event = asyncio.Event()  # never awaited
 
     method: ClassVar[str]
     route: ClassVar[str]
@@ -77,7 +76,7 @@ class Exchange:
 
     @property
     def path(self) -> str:
-        """The path that was asked for."""
+        """The requested path."""
         return self.route
 
     def content(self, result: Any) -> bytes:
@@ -110,7 +109,7 @@ class Read(Exchange):
 
     @property
     def path(self) -> str:
-        """The path that was asked for."""
+        """The requested path."""
         return self.route.format(x=self.subject[0], y=self.subject[1])
 
     def content(self, colour: Colour) -> bytes:
@@ -148,8 +147,8 @@ class Stream(Exchange):
 class PixelProtocol(HttpToolsProtocol):
     """One connection.
 
-    Against Uvicorn's it also saves the scope, where there is the short way, and has one timer a
-    connection instead of one a request.
+    Compared with Uvicorn's class it creates no scope on the fast path, and has one timer per
+    connection instead of one per request.
     """
 
     app_state: State  # type: ignore[assignment]
@@ -159,7 +158,7 @@ class PixelProtocol(HttpToolsProtocol):
         self._held: bytes | None = None
         self._stream: Stream | None = None
         self._active = 0.0
-        # Where every answer is logged, the front does it.
+        # At level debug, MetricsMiddleware logs every answer, so there is no fast path.
         self._short = not log.isEnabledFor(logging.DEBUG)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -225,19 +224,19 @@ class PixelProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def _hand_on(self) -> None:
-        """Let Uvicorn serve the request, as far as it has come."""
+        """Pass the request on to Uvicorn, with the parts that have arrived."""
         url, headers = self.url, self.headers
         super().on_message_begin()
         self.url = url
         for name, value in headers:
-            super().on_header(name, value)  # which looks for an expectation, too
+            super().on_header(name, value)  # also handles Expect
         super().on_headers_complete()
         if self._held:
             super().on_body(self._held)
         self._held = None
 
     def _write(self, body: bytes) -> bool:
-        """Begin a write; one that can't be begun is handed on."""
+        """Begin a write, or pass the request on to Uvicorn if it can't begin."""
         state = self.app_state
         try:
             stamp = check_headers(self.headers)
@@ -252,7 +251,7 @@ class PixelProtocol(HttpToolsProtocol):
         return True
 
     def _serve(self) -> bool:
-        """Begin to read a pixel, or a stream; what is neither is handed on."""
+        """Begin to read a pixel or a stream; pass other requests on to Uvicorn."""
         state = self.app_state
         store, hub = state["store"], state["hub"]
         get = self.parser.get_method() == b"GET"
@@ -334,7 +333,7 @@ class PixelProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _unset_keepalive_if_required(self) -> None:
-        """Leave the timer as it is; it sees for itself whether the connection was idle."""
+        """Keep the timer: when it fires, it checks whether the connection was idle."""
 
     def timeout_keep_alive_handler(self) -> None:
         busy = self.cycle is not None and not self.cycle.response_complete

@@ -1,4 +1,4 @@
-"""Reads of single pixels: those that wait together go to Redis in one pipeline."""
+"""Reads of single pixels: waiting reads are sent to Redis in one pipeline."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class PixelReads:
-    """One pipeline is in flight at a time. Reads that arrive meanwhile are the next one."""
+    """One pipeline is in flight at a time. Reads that arrive meanwhile form the next one."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -29,7 +29,7 @@ class PixelReads:
         future: asyncio.Future[Colour] = self._loop.create_future()
         self._waiting.append((("GETRANGE", key, place, place + 2), future))
         if self._task is None:
-            # It begins at the loop's next turn, with all reads of this one.
+            # It starts in the loop's next iteration, with all reads of this one.
             self._task = self._loop.create_task(self._run(), name="reads")
         return future
 
@@ -47,13 +47,13 @@ class PixelReads:
         except Problem as problem:
             replies = [problem] * len(reads)
         except Exception:
-            # A fault of ours: these reads get an answer, and the next their turn.
+            # An internal error: answer these reads, and continue with the next ones.
             log.exception("%d reads failed", len(reads))
             replies = [Problem.unavailable("This is our fault, and it is logged.")] * len(reads)
         for (_, future), reply in zip(reads, replies, strict=True):
             if future.done():
                 continue
-            # A tile can fail by itself: somebody has put something else under its key.
+            # A single tile fails if its key holds another type.
             if isinstance(reply, ReplyError):
                 future.set_exception(Problem.unavailable("Redis refuses to be read."))
             elif isinstance(reply, Problem):

@@ -1,4 +1,4 @@
-"""The canvas in Redis: what the application reads and writes there."""
+"""The canvas in Redis: the application's reads and writes."""
 
 import os
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def _only_id(entries: list[Any]) -> EventId:
 
 
 class Store:
-    """All that the application asks of Redis. Must be made inside the event loop that uses it.
+    """All Redis operations of the application. Create it inside the event loop that uses it.
 
     Every method raises a 503 ``Problem`` if Redis doesn't answer in time.
     """
@@ -73,13 +73,13 @@ class Store:
             link.close()
 
     async def probe(self) -> float:
-        """How long a write takes now, in seconds, measured by one that changes nothing."""
+        """Measure the seconds that a write takes now, with one that changes nothing."""
         started = perf_counter()
         await self.write(())
         return perf_counter() - started
 
     async def count_viewers(self, viewers: int) -> int:
-        """Report how many viewers this worker has; returns how many all workers have."""
+        """Report this worker's number of viewers; return the number of all workers."""
         # Redis' clock, as the hosts' clocks may differ.
         [(now, _)] = await self._questions.ask(("TIME",))
         period = int(now) // VIEWERS_PERIOD

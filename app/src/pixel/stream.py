@@ -35,7 +35,7 @@ NO_EVENT = EventId(0, 0)
 
 
 def known_event(text: bytes) -> EventId | None:
-    """The event that a client says it knows; ``NO_EVENT`` if that is no ID, None if it says none."""
+    """Parse the event ID that a client sent; ``NO_EVENT`` if it is invalid, None if there is none."""
     try:
         return EventId.parse(text) if text else None
     except ValueError:
