@@ -46,7 +46,8 @@ class FakeHost(Host):
         """Releases whose interpreter does not start."""
         self.faults: set[str] = set()
         self.refused_settings = ""
-        self.taken = ""
+        self.taken: dict[int, str] = {}
+        """What uses a port, by its number."""
         self.on_restart: Callable[[], None] = lambda: None
 
     def run(self, *argv: str | Path, check: bool = True, env: dict[str, str] | None = None) -> str:
@@ -100,8 +101,8 @@ class FakeHost(Host):
     def further_instances(self, *options: str) -> list[str]:
         return sorted(unit.removesuffix(".service") for unit in self.active if unit.startswith("pixel@"))
 
-    def port_user(self, port: int) -> str:
-        return self.taken
+    def port_user(self, port: int, address: str = "127.0.0.1") -> str:
+        return self.taken.get(port, "")
 
     def ask(self, url: str, timeout: float, body: Any = None) -> tuple[int, str]:
         port = int(url.split(":")[2].split("/")[0])
@@ -267,12 +268,29 @@ def test_a_candidate_port_in_use_is_reported_and_the_release_is_kept(
     manager: Manager, host: FakeHost
 ) -> None:
     deploy(manager, "a")
-    host.taken = "python3 (process 42)"
+    host.taken = {7999: "python3 (process 42)"}
     with pytest.raises(Failure, match=re.escape("port 7999 on t2 is in use by python3 (process 42)")):
         deploy(manager, "b")
     assert manager.releases.names() == ["a", "b"]
-    host.taken = ""
+    host.taken.clear()
     assert deploy(manager, "b")[-1]["current"] == "b"
+
+
+def test_an_instance_port_in_use_is_reported_before_anything_is_switched(
+    manager: Manager, host: FakeHost
+) -> None:
+    """Ports of the running deployment are its own."""
+    host.taken = {8000: "apache2 (process 42)"}
+    with pytest.raises(Failure, match=re.escape("port 8000 on t2 is in use by apache2 (process 42)")):
+        deploy(manager, "a")
+    assert not host.active
+    host.taken.clear()
+    deploy(manager, "a")
+    host.taken = {8000: "systemd (process 1)", 8001: "apache2 (process 42)"}
+    assert deploy(manager, "b")[-1]["current"] == "b"
+    with pytest.raises(Failure, match="port 8001 on t2 is in use by apache2"):
+        deploy(manager, "b", ports=[8000, 8001])
+    assert host.active.keys() == {"pixel.service"}
 
 
 def test_a_release_that_fails_after_the_switch_is_switched_back(manager: Manager, host: FakeHost) -> None:

@@ -1,6 +1,6 @@
-"""An existing web server or Redis on a host is reported, and replaced only on request.
+"""A web server, Redis or monitoring of others on a host is reported, and replaced only on request.
 
-One playbook runs the checks of roles nginx_lb and redis that precede any change. All hosts are this machine.
+One playbook runs the checks of the roles that precede any change. All hosts are this machine.
 """
 
 from __future__ import annotations
@@ -60,6 +60,12 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "redis_port": {"redis_port": redis_port},
         "redis_data_asked": {"file": "data/dump.rdb", "redis_take_over": "true"},
         "redis_ours_changed": {"file": "acl"},
+        "watch_fresh": {},
+        "watch_changed": {},
+        "watch_port": {"exporter_port": web_port},
+        "watch_changed_asked": {"monitoring_take_over": "true"},
+        "watch_port_asked": {"exporter_port": web_port, "monitoring_take_over": "true"},
+        "watch_ours_changed": {"file": "unit", "exporter_port": web_port},
     }
     for name, variables in hosts.items():
         root = folder / name
@@ -72,8 +78,11 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (folder / "dpkg").chmod(0o755)
 
     plays = []
-    for role, group in (("nginx_lb", "web"), ("redis", "redis")):
+    for role, group in (("nginx_lb", "web"), ("redis", "redis"), ("monitoring", "watch")):
         text = (ROOT / "roles" / role / "tasks" / "install.yml").read_text()
+        text = text.replace(
+            "{{ _monitoring_here | map('pixel.endpoint.exporter_port') | join(' ') }}", "{{ exporter_port }}"
+        )
         look, check, *_ = yaml.safe_load(text.replace("/etc/nginx/", "{{ root }}/"))
         assert "ansible.builtin.shell" in look
         look["environment"] = {"HOST": "{{ inventory_hostname }}"}
@@ -81,6 +90,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             "_redis_acl": "{{ root }}/acl",
             "_redis_data": "{{ root }}/data",
             "_nginx_lb_tls": "{{ nginx_lb_tls }}",
+            "_monitoring_unit_of_node": "{{ root }}/unit",
         }
         defaults = {
             "nginx_lb_listen_port": free,
@@ -88,13 +98,14 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             "nginx_lb_tls_port": free,
             "redis_port": free,
         }
-        defaults |= {"nginx_lb_take_over": False, "redis_take_over": False}
+        defaults |= {f"{each}_take_over": False for each in ("nginx_lb", "redis", "monitoring")}
+        defaults |= {"exporter_port": free, "monitoring_group": "monitoring"}
         plays.append({"hosts": group, "gather_facts": False, "vars": paths, "tasks": [look, check]})
         for variables in hosts.values():
             variables |= {name: value for name, value in defaults.items() if name not in variables}
     inventory = {
         group: {"hosts": {name: own for name, own in hosts.items() if name.startswith(group)}}
-        for group in ("web", "redis")
+        for group in ("web", "redis", "watch")
     }
     (folder / "play.yml").write_text(json.dumps(plays))
     (folder / "hosts.yml").write_text(json.dumps(inventory))
@@ -135,6 +146,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     [
         *("web_default", "web_port_without_tls", "web_site_asked", "web_ours_changed"),
         *("redis_empty_data", "redis_data_asked", "redis_ours_changed"),
+        *("watch_fresh", "watch_changed_asked", "watch_ours_changed"),
     ],
 )
 def test_nothing_stops_a_run_where_nothing_is_displaced(verdicts: dict[str, str], host: str) -> None:
@@ -171,3 +183,17 @@ def test_a_redis_in_use_is_named(verdicts: dict[str, str], host: str, found: str
     message = re.sub(r"\S+/hosts0/\w+/", "ROOT/", verdicts[host]).replace(verdicts["other"], "PORT")
     assert message.startswith(f"{host} already has a Redis: {found}. Nothing was changed.")
     assert "set redis_take_over to true" in message
+
+
+@pytest.mark.parametrize(
+    ("host", "found"),
+    [
+        ("watch_changed", "changed /etc/prometheus/its.conf"),
+        ("watch_port", "port PORT used by apache2"),
+        ("watch_port_asked", "port PORT used by apache2"),
+    ],
+)
+def test_monitoring_in_use_is_named(verdicts: dict[str, str], host: str, found: str) -> None:
+    message = verdicts[host].replace(verdicts["port"], "PORT")
+    assert message.startswith(f"{host} is already monitored: {found}. Nothing was changed.")
+    assert "set monitoring_take_over to true" in message

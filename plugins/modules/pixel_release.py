@@ -282,12 +282,12 @@ class Host:
         shape = (f"--lines={JOURNAL_LINES}", "--no-pager", "--quiet", "--output=cat")
         return self.run("journalctl", *names, *since, *shape, check=False).strip()
 
-    def port_user(self, port: int) -> str:
-        """Name the process that uses a TCP port of the loopback address; empty if the port is free."""
+    def port_user(self, port: int, address: str = "127.0.0.1") -> str:
+        """Name the process that uses a TCP port of an address; empty if the port is free."""
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((address, port))
             except PermissionError:
                 return "the system, which reserves it for root"
             except OSError:
@@ -671,6 +671,24 @@ class Manager:
 
     # Try
 
+    def check_ports(self, staged: Deployment) -> None:
+        """Check that ports that the running deployment doesn't have are free."""
+        ours = self.in_force()
+        # Without recorded URLs it isn't known which ports a running deployment has.
+        is_known = ours.urls or not ours.release
+        for url in [url for url in staged.urls if is_known and url not in ours.urls]:
+            parts = urllib.parse.urlsplit(url)
+            # An interrupted run may have opened it.
+            own = self.host.properties(f"pixel@{parts.port}.socket", "ActiveState")
+            if own.get("ActiveState") == "active":
+                continue
+            if user := self.host.port_user(parts.port or 0, parts.hostname or ""):
+                raise Failure(
+                    f"port {parts.port} on {self.host.name} is in use by {user}."
+                    " Free it, or set pixel_app_port to another one."
+                    f" Nothing was switched; run the play again for release {staged.release}."
+                )
+
     def attempt(self, staged: Deployment, port: int) -> None:
         """Start the staged deployment on a port of the loopback address, check it, and stop it."""
         self.host.systemctl("stop", CANDIDATE, check=False)
@@ -680,6 +698,7 @@ class Manager:
                 " Free it, or set pixel_app_candidate_port to another one."
                 f" Nothing was switched; run the play again for release {staged.release}."
             )
+        self.check_ports(staged)
         cursor = self.host.journal_cursor()
         make_directory(self.candidate_unit.parent)
         write(self.candidate_unit, staged.files["candidate.service"])
