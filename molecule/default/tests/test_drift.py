@@ -53,8 +53,8 @@ SHOWN = [
     "c5: redis : Configure Redis",
     "c5: redis : Apply kernel settings",
     "c5: redis : Enable and start Redis, and restart it if its files are newer",
+    # A dry run stages nothing that a switch would find.
     "c5: pixel_app : Stage settings, password and units",
-    "c5: pixel_app : Switch to the staged deployment; roll back if its check fails",
     "t2: pixel_app : Stage settings, password and units",
     "t2: pixel_app : Switch to the staged deployment; roll back if its check fails",
     "c5: nginx_lb : Install the agent and stage the configuration",
