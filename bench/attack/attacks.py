@@ -252,7 +252,7 @@ async def slow_readers(attacker: Attacker) -> None:
                 status = (await reader.readuntil(b"\r\n")).split(b" ")[1].decode()
             attacker.answers[status] += 1
             while await reader.read(1):
-                await asyncio.sleep(1)  # noqa: ASYNC110 - what it waits for is the answer's end
+                await asyncio.sleep(1)
         return "dropped"
 
     await attacker.at_rate(ask)
