@@ -27,15 +27,17 @@ from types import FrameType
 from typing import Any
 
 from bench.compare import contract, machine, tables
-from bench.compare.plan import Job, Step, jobs
+from bench.compare.plan import VIEWERS, Job, Step, jobs
 from bench.compare.processes import StartError
 from bench.compare.results import GROUPS, Key, Results, Sample
-from bench.compare.variants import MODULES, VARIANTS, Place, Stack, running
-from bench.compare.wrk import LoadError, run_wrk
+from bench.compare.variants import MODULES, VARIANTS, Place, Stack, Variant, running
+from bench.compare.wrk import Load, LoadError, run_wrk
 from bench.load.http1 import Target
 from bench.load.ledger import Ledger
 from bench.load.openloop import Plan, run
+from bench.load.options import ImpossibleError, allow_files
 from bench.load.readback import read_canvas
+from bench.load.viewers import watch
 
 OUTPUT = Path(__file__).parents[1] / "out" / "bench.json"
 TOOLS = {"nginx": "nginx", "redis-server": "redis-server", "wrk": "wrk", "taskset": "util-linux"}
@@ -43,13 +45,12 @@ LUA_FILES = {
     MODULES / "ngx_http_lua_module.so": "libnginx-mod-http-lua",
     Path("/usr/share/lua/5.1/cjson/util.lua"): "lua-cjson",
 }
+NCHAN = {MODULES / "ngx_nchan_module.so": "libnginx-mod-nchan"}
 WARM_UP = Step("warm-up", "write", 16, 1)
+VIEWED_RATE = 100  # changes a second that viewers see
+VIEWED_TOGETHER = 10  # changes in a message of a peer to which messages are published
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HELD = Plan(rate=500, seconds=10, connections=2000)
-
-
-class ImpossibleError(Exception):
-    """The comparison can't run on this machine; the message contains the reason."""
 
 
 def processors(text: str) -> frozenset[int]:
@@ -105,6 +106,8 @@ def check_tools(only: set[str]) -> None:
     missing = {package for tool, package in TOOLS.items() if shutil.which(tool) is None}
     if only & {"nginx_lua", "nginx_lua_bare"}:
         missing |= {package for file, package in LUA_FILES.items() if not file.exists()}
+    if "nchan" in only:
+        missing |= {package for file, package in NCHAN.items() if not file.exists()}
     if missing:
         raise ImpossibleError(
             f"not installed here: {', '.join(sorted(missing))}"
@@ -184,16 +187,21 @@ class Bench:
 
     def _do(self, number: int, job: Job) -> None:
         with self._stack(job) as stack:
-            self._measure(stack, WARM_UP)
+            variant = VARIANTS[job.variant]
+            if "write" in variant.workloads:
+                self._measure(variant, stack, WARM_UP)
             for step in job.steps:
                 key = Key(job.variant, job.fsync, step.connections, step.workload)
-                self.results.add(number, key, self._measure(stack, step))
+                self.results.add(number, key, self._measure(variant, stack, step))
 
-    def _measure(self, stack: Stack, step: Step) -> Sample:
+    def _measure(self, variant: Variant, stack: Stack, step: Step) -> Sample:
         own = os.times()
         interference = machine.Interference()
         before = {name: program.cpu_seconds() for name, program in stack.programs.items()}
-        load = run_wrk(stack.port, step.script, step.connections, step.seconds, self._load)
+        if step.workload == "viewers":
+            load = run_viewers(stack.port, step.connections, step.seconds, variant.publish)
+        else:
+            load = run_wrk(stack.port, step.script, step.connections, step.seconds, self._load)
         spent = {name: program.cpu_seconds() - before[name] for name, program in stack.programs.items()}
         now = os.times()
         load_cpu = sum(now[:4]) - sum(own[:4])
@@ -229,6 +237,15 @@ class Bench:
         seen = held.as_json()
         del seen["timeline"]
         return {**seen, "canvas": verdict.as_json()}
+
+
+def run_viewers(port: int, viewers: int, seconds: float, publish: str) -> Load:
+    """Holds streams open while changes are made, or published; counts messages as requests."""
+    together = VIEWED_TOGETHER if publish else 1
+    target = Target.parse(f"http://127.0.0.1:{port}")
+    report = asyncio.run(watch(target, viewers, VIEWED_RATE, seconds, publish=publish, changes=together))
+    faults = report.refused + report.lost + report.failed_writes + (not report.all_heard)
+    return Load(report.messages, report.seconds, report.late.p50, report.late.p99, faults, 0)
 
 
 def describe_held(held: dict[str, Any]) -> str:
@@ -269,6 +286,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def compare(options: argparse.Namespace) -> int:
     check_tools(options.only)
+    allow_files(2 * VIEWERS)  # what is started inherits it
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pixel-bench-", dir=options.data_dir) as name:
         described = machine.describe(Path(name))

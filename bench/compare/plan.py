@@ -8,12 +8,14 @@ from bench.compare.variants import VARIANTS
 
 CONNECTIONS = (1, 16, 64, 256)
 MAIN_CONNECTIONS = 64
+VIEWERS = 1000
+VIEWERS_SECONDS = 8
 START_AND_STOP_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One run of wrk."""
+    """One run of wrk, or of viewers."""
 
     workload: str
     script: str
@@ -57,15 +59,16 @@ def jobs(only: set[str], main_seconds: int, quick: bool) -> list[Job]:
     """
     main = _write(MAIN_CONNECTIONS, main_seconds)
     batch, mix = Step("batch100", "batch", 16, 1), Step("mix90", "mix", MAIN_CONNECTIONS, 1)
+    viewers = Step("viewers", "", VIEWERS, VIEWERS_SECONDS)
     rest = [_write(count, 1) for count in CONNECTIONS if count != MAIN_CONNECTIONS]
     planned = []
     for variant in VARIANTS.values():
         if variant.name not in only:
             continue
-        steps = [main]
-        if not quick and variant.name != "nginx_lua_bare":
+        steps = [main] if "write" in variant.workloads else []
+        if steps and not quick and variant.name != "nginx_lua_bare":
             steps += rest
-        steps += [step for step in (batch, mix) if step.workload in variant.workloads]
+        steps += [step for step in (batch, mix, viewers) if step.workload in variant.workloads]
         planned.append(Job(variant.name, "always" if variant.stores else "none", tuple(steps)))
         if variant.stores and variant.name != "nginx_lua_bare":
             planned.append(Job(variant.name, "everysec", (main,)))

@@ -18,6 +18,7 @@ PAIRS = [
     ("ours_unix", "nginx_lua"),
     ("ours_tcp", "nginx_lua_bare"),
     ("ours_unix", "nginx_lua_bare"),
+    ("ours_unix", "nchan"),
     ("ours_unix", "ours_tcp"),
     ("ours_direct", "floor_asgi"),
     ("ours_tcp", "literal"),
@@ -37,12 +38,12 @@ class Key(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One run of wrk against one stack in one round."""
+    """One run of wrk, or of viewers, against one stack in one round."""
 
     rps: float
     p50_ms: float
     p99_ms: float
-    cpu: dict[str, float]  # by group, in seconds per 10,000 requests
+    cpu: dict[str, float]  # by group, in seconds per 10,000 requests, or messages to viewers
     rss_mb: float
     pss_mb: float
     errors: int
@@ -161,6 +162,10 @@ class Results:
             of = self.ratio(at(ours), at(ours, "everysec"), "cpu_total")
             if of is not None:
                 yield Bar(f"{ours} always / everysec, cpu_total", 1.15, of)
+        mix = at("ours_unix")._replace(workload="mix90")
+        of = self.ratio(mix, mix._replace(variant="nginx_lua"), "cpu_total")
+        if of is not None:
+            yield Bar("ours_unix / nginx_lua, nine reads per write, cpu_total", 2, of)
         of = self.ratio(at("ours_direct"), at("floor_asgi", "none"), "cpu_total")
         if of is not None:
             yield Bar("ours_direct / floor_asgi, cpu_total", 1.6, of)

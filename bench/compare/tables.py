@@ -40,10 +40,11 @@ def _row(results: Results, key: Key) -> str:
 
 
 def ratios(results: Results) -> str:
-    """Returns the ratios at 64 connections, one pair a line; the JSON file has all."""
+    """Returns the ratios at 64 connections, and of viewers, one pair a line; the JSON file has all."""
     pairs: dict[tuple[str, str, str], dict[str, Figure]] = {}
     for ratio in results.ratios():
-        if ratio.connections == MAIN_CONNECTIONS and ratio.workload != "mix90":
+        main = ratio.connections == MAIN_CONNECTIONS and ratio.workload != "mix90"
+        if main or ratio.workload == "viewers":
             of_what = ratio.fsync if ratio.workload == "write" else ratio.workload
             pairs.setdefault((ratio.a, ratio.b, of_what), {})[ratio.figure] = ratio.of
     if not pairs:
@@ -68,7 +69,7 @@ def bars(results: Results) -> str:
 
 
 def _rank(workload: str) -> int:
-    order = ["write", "batch100", "mix90", "scaling_1w", "scaling_2w"]
+    order = ["write", "batch100", "mix90", "viewers", "scaling_1w", "scaling_2w"]
     return order.index(workload)
 
 

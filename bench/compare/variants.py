@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,7 @@ class Variant:
     start: Callable[[Stack, Place], None]
     stores: bool = True
     workloads: frozenset[str] = frozenset({"write"})
+    publish: str = ""  # path that takes messages for viewers; by default, they see what is written
 
 
 def render(source: str, target: Path, **names: object) -> Path:
@@ -73,7 +74,7 @@ def start_redis(stack: Stack, place: Place) -> int:
     return port
 
 
-def start_nginx(stack: Stack, place: Place, site: str, lua: bool = False, **names: object) -> None:
+def start_nginx(stack: Stack, place: Place, site: str, modules: Iterable[str] = (), **names: object) -> None:
     stack.port = free_port()
     site_file = render(
         site,
@@ -83,11 +84,7 @@ def start_nginx(stack: Stack, place: Place, site: str, lua: bool = False, **name
         peers=PEERS.resolve(),
         **names,
     )
-    preamble = []
-    if lua:
-        preamble += [
-            f"load_module {MODULES}/{name}.so;" for name in ("ndk_http_module", "ngx_http_lua_module")
-        ]
+    preamble = [f"load_module {MODULES}/{name}.so;" for name in modules]
     if os.geteuid() == 0:
         preamble.append(f"user {pwd.getpwuid(0).pw_name};")  # otherwise Nginx can't read the directory
     config = render(
@@ -182,7 +179,7 @@ def nginx_lua(stack: Stack, place: Place, events: bool = True) -> None:
         stack,
         place,
         "site_lua.conf",
-        lua=True,
+        ("ndk_http_module", "ngx_http_lua_module"),
         redis_port=redis_port,
         events=str(events).lower(),
     )
@@ -190,6 +187,10 @@ def nginx_lua(stack: Stack, place: Place, events: bool = True) -> None:
 
 def nginx_lua_bare(stack: Stack, place: Place) -> None:
     nginx_lua(stack, place, events=False)
+
+
+def nchan(stack: Stack, place: Place) -> None:
+    start_nginx(stack, place, "site_nchan.conf", ["ngx_nchan_module"])
 
 
 def floor_nginx(stack: Stack, place: Place) -> None:
@@ -202,6 +203,7 @@ def floor_asgi(stack: Stack, place: Place) -> None:
 
 EVERYTHING = frozenset({"write", "batch100", "mix90"})
 READS = frozenset({"write", "mix90"})
+VIEWERS = frozenset({"viewers"})
 
 VARIANTS = {
     variant.name: variant
@@ -209,10 +211,13 @@ VARIANTS = {
         Variant("literal", "FastAPI, stores nothing, Nginx over TCP", literal, stores=False),
         Variant("usual", "FastAPI + redis-py, Nginx over TCP", usual, workloads=EVERYTHING),
         Variant("ours_tcp", "ours, Nginx over TCP", ours_tcp),
-        Variant("ours_unix", "ours, Nginx over a unix socket", ours_unix, workloads=EVERYTHING),
+        Variant("ours_unix", "ours, Nginx over a unix socket", ours_unix, workloads=EVERYTHING | VIEWERS),
         Variant("ours_direct", "ours, without Nginx", ours_direct),
         Variant("nginx_lua", "Nginx + Lua, write and event", nginx_lua, workloads=READS),
         Variant("nginx_lua_bare", "Nginx + Lua, write without event", nginx_lua_bare),
+        Variant(
+            "nchan", "Nchan, only for viewers", nchan, stores=False, workloads=VIEWERS, publish="/publish"
+        ),
         Variant("floor_nginx", "Nginx answers a constant", floor_nginx, stores=False),
         Variant("floor_asgi", "Uvicorn answers a constant", floor_asgi, stores=False),
     ]
