@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pixel_lb import install
 from pixel_lb.errors import Refused
+from pixel_lb.files import write
 from pixel_lb.nginx import Nginx
 
 
@@ -86,3 +87,23 @@ def test_a_certificate_is_staged_for_the_next_install(balancer: Any) -> None:
     for root in (balancer.paths.nginx, balancer.paths.staged):
         key = root / "tls" / "privkey.pem"
         assert (key.read_text(), key.stat().st_mode & 0o777) == ("privkey.pem", 0o600)
+
+
+def test_a_file_is_replaced_with_its_final_mode_and_through_no_link(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("kept")
+    secret.chmod(0o600)
+    for directory, mode in (("tls", 0o600), ("pixel", 0o644)):
+        path = tmp_path / directory / "file"
+        path.parent.mkdir()
+        for planted in (path, path.with_name("file.new")):
+            planted.symlink_to(secret)
+        assert write(path, b"new")
+        assert not path.is_symlink()
+        assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", mode)
+        # What an agent left that was killed may have another mode.
+        path.with_name("file.new").write_text("half")
+        path.with_name("file.new").chmod(0o666)
+        assert write(path, b"newer")
+        assert path.stat().st_mode & 0o777 == mode
+    assert (secret.read_text(), secret.stat().st_mode & 0o777) == ("kept", 0o600)

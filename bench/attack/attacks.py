@@ -21,6 +21,7 @@ RATE = 100.0
 CONNECTIONS = 190
 """A little less than the balancer's default limits on one client."""
 
+OWN_ADDRESS = "127.0.0.2"
 ANSWER_SECONDS = 10.0
 MEMBERS = 90_000  # of one object: 1 MB
 BATCH = 10_000  # pixels of the largest `POST /pixels`
@@ -96,6 +97,8 @@ class Attacker:
         family = socket.AF_INET6 if ":" in self.target.host else socket.AF_INET
         plain = socket.socket(family)
         plain.setblocking(False)
+        if self.target.host.startswith("127."):
+            plain.bind((OWN_ADDRESS, 0))  # limits on one client don't hit the second one
         if receive_buffer:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         writer = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +93,13 @@ def write(path: Path, content: bytes | None) -> bool:
         return True
     temporary = path.with_name(path.name + ".new")
     try:
-        # Private keys are readable by root only, independent of the directory's mode.
-        temporary.touch(0o600 if path.parent.name == "tls" else 0o644)
-        temporary.write_bytes(content)
+        temporary.unlink(missing_ok=True)
+        # Not through a link; with its final mode before it has its name.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "wb") as file:
+            # Private keys are readable by root only, independent of the directory's mode.
+            os.fchmod(descriptor, 0o600 if path.parent.name == "tls" else 0o644)
+            file.write(content)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
