@@ -159,7 +159,7 @@ class Attack:
         prepare: what it sends before; the second client doesn't measure yet.
         reaches: some answers must be among these; otherwise the attack met something else.
         tls: it needs https.
-        balancer: it is made on the balancer, and needs one.
+        balancer: it needs the paths of the fleet's balancer.
     """
 
     name: str
@@ -351,8 +351,8 @@ ATTACKS = (
     Attack("raw bytes", raw_bytes, frozenset({"200"})),
     Attack("fan-out", fan_out, frozenset({"200"})),
     Attack("clusters", clusters, frozenset({"200"}), balancer=True),
-    Attack("handshakes", handshakes, frozenset({"handshake"}), tls=True, balancer=True),
-    Attack("resets", resets, frozenset({"100 streams"}), tls=True, balancer=True),
+    Attack("handshakes", handshakes, frozenset({"handshake"}), tls=True),
+    Attack("resets", resets, frozenset({"100 streams"}), tls=True),
 )
 QUICK = ("faults", "batches", "positions", "pictures")
 
