@@ -9,7 +9,7 @@ from math import inf
 from time import monotonic, perf_counter
 
 from pixel import metrics
-from pixel.canvas import TILE_BYTES, locate, tile_key
+from pixel.canvas import CHANNELS, TILE_BYTES, locate, tile_key
 from pixel.lifetime import RedisClock
 from pixel.link import Health
 from pixel.pixel import Change, pack
@@ -113,6 +113,8 @@ class GroupCommit:
         self._timeout = settings.redis_timeout
         self._patience = settings.start_limit
         self._limit = settings.write_queue
+        # Batches don't fill the queue for those who write single pixels.
+        self._pixel_limit = self._limit + self._limit // 10
         self._event = ("XADD", EVENTS, "MAXLEN", "~", settings.events_maxlen, "*", "c")
         self._clock = clock
         self._worker = worker
@@ -143,7 +145,8 @@ class GroupCommit:
         """
         if self._unreachable:
             raise Problem.not_written(self._unreachable)
-        if self._depth + len(changes) > self._limit:
+        depth = self._depth + len(changes)
+        if depth > self._limit and (len(changes) > len(CHANNELS) or depth > self._pixel_limit):
             raise Problem.not_written("Too many writes are waiting")
         if not self._queue or self._queue[-1].size + len(changes) > MAX_BATCH:
             self._open_batch()
