@@ -4,11 +4,14 @@
 client.py one PATH [METHOD [BODY [HEADER…]]]   prints [status, headers, body] as JSON
 client.py many COUNT PATH [AT_ONCE]            prints the instance (or error status) of each of COUNT GETs
 client.py each PATH…                           prints the instance (or error status) for each path
+client.py steps JSON                           for [PATH, METHOD, HEADERS] each, or seconds to wait:
+                                               prints [status, headers] of each answer as JSON
 """
 
 import http.client
 import json
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 
@@ -37,6 +40,20 @@ if kind == "one":
     response = connection.getresponse()
     received = {name.lower(): value for name, value in response.getheaders()}
     print(json.dumps([response.status, received, response.read().decode()]))
+elif kind == "steps":
+    connection = connect()
+    received_all: list[tuple[int, dict[str, str]]] = []
+    for step in json.loads(subject):
+        if isinstance(step, list):
+            path, method, headers = step
+            connection.request(method, path, None, headers)
+            response = connection.getresponse()
+            response.read()
+            received = {name.lower(): value for name, value in response.getheaders()}
+            received_all.append((response.status, received))
+        else:
+            time.sleep(step)
+    print(json.dumps(received_all))
 elif kind == "each":
     print(json.dumps(ask([subject, *rest])))
 else:

@@ -16,6 +16,7 @@ import contextlib
 import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from time import thread_time
 from typing import NamedTuple
 
 import msgspec
@@ -62,7 +63,7 @@ _ENCODING_SHARE = 0.25  # of a worker's time, at most, for encoding changes and 
 _FIRST_EVENTS = REPLAY_CHANGES // EVENT_CHANGES + 1  # so many full ones are too many to be replayed
 _FRAME_SECONDS = 25e-6  # processor time that a frame takes for one viewer, in the worker and in Nginx
 _FRAME_SHARE = 0.2  # of a processor, at most, for the frames of a worker's viewers
-_TURN = 200  # viewers that are written to before others get a turn: 1 ms
+_TURN = 100  # viewers that are written to at once: half a millisecond here, two in Nginx
 _CHECK = 1.0  # seconds after which the reader checks whether it still has viewers
 _RETRY, _LONGEST_RETRY = 0.5, 4.0  # seconds until Redis is asked again after a failure
 
@@ -107,8 +108,7 @@ class _Message:
 async def _messages(events: Events) -> AsyncIterator[_Message]:
     """Events as messages of bounded size.
 
-    Others have the worker's time between two messages, three times as long as one took: until it
-    was made, and sent to those who were waiting for it.
+    Others have the worker's time between two messages, three times as long as one took to encode.
     """
     if not events.complete:
         yield _Message(events.last)
@@ -121,10 +121,16 @@ async def _messages(events: Events) -> AsyncIterator[_Message]:
         size += len(record)
         if size >= (FRAME_CHANGES - EVENT_CHANGES) * RECORD_BYTES or event == events.last:
             started = loop.time()
-            yield _Message(event, coalesce(records))
+            message = _Message(event, coalesce(records))
+            rest = _rest(loop.time() - started)
+            yield message
             records, size = [], 0
-            await asyncio.sleep(0)
-            await asyncio.sleep(min((loop.time() - started) * (1 / _ENCODING_SHARE - 1), 1.0))
+            await asyncio.sleep(rest)
+
+
+def _rest(spent: float) -> float:
+    """The pause after some seconds of work for viewers that keeps it to its share of the worker's time."""
+    return min(spent * (1 / _ENCODING_SHARE - 1), 1.0)
 
 
 class _Wanted(NamedTuple):
@@ -381,8 +387,10 @@ class Hub:
                     await self._write(None, status)
                     await asyncio.sleep(_RETRY)
                 elif events.records or status or not events.complete:
+                    pause = self._choose_pause() if events.complete else RESYNC_PAUSE
+                    began = loop.time()
                     await self._send(events, status)
-                    await asyncio.sleep(self._choose_pause() if events.complete else RESYNC_PAUSE)
+                    await asyncio.sleep(max(began + pause - loop.time(), self._least_pause))
         finally:
             self._reading = None
             with contextlib.suppress(Problem):
@@ -419,17 +427,20 @@ class Hub:
         await self._write(None, status)
 
     async def _write(self, message: _Message | None, status: bytes) -> None:
-        """Write to all viewers that follow; others get a turn in between."""
+        """Write to all viewers that follow, spread over the pause: in a burst they delay writes in Nginx."""
         frames: dict[Region | None, bytes] = {}
         viewers = list(self._following) if message or status else []
+        gap = self._pause * _TURN / max(len(viewers), _TURN)
         for start in range(0, len(viewers), _TURN):
+            started = thread_time()  # the worker's own: it doesn't write less because others are busy
             for viewer in viewers[start : start + _TURN]:
                 frame = frames.get(viewer.region)
                 if frame is None:
                     frame = frames[viewer.region] = self._frame(message, status, viewer.region)
                 if frame:
                     viewer.write(frame)
-            await asyncio.sleep(0)
+            rest = _rest(thread_time() - started)
+            await asyncio.sleep(max(rest, gap) if start + _TURN < len(viewers) else rest)
         metrics.VIEWER_FRAMES.inc(len(viewers))
 
     def _frame(self, message: _Message | None, status: bytes, region: Region | None) -> bytes:

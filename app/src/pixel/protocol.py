@@ -300,18 +300,20 @@ class PixelProtocol(HttpToolsProtocol):
     def _answer(self, exchange: Exchange, done: asyncio.Future[Any]) -> None:
         accepted = exchange.accepted
         common = self.server_state.default_headers
+        end = b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n"
         problem = done.exception()
         if problem is None:
-            body = exchange.content(done.result())
-            head = b"%bcontent-length: %d\r\n" % (accepted.head(common), len(body))
+            content = exchange.content(done.result())
+            body = b"" if exchange.method == "HEAD" else content
+            answer = b"%bcontent-length: %d\r\n%b%b" % (accepted.head(common), len(content), end, body)
         else:
             assert isinstance(problem, Problem)
             response = problem.response(exchange.headers)
-            status, body = response.status_code, bytes(response.body)
-            head = _head(status, [*common, *response.raw_headers])
+            status = response.status_code
+            body = b"" if exchange.method == "HEAD" else bytes(response.body)
+            answer = _head(status, [*common, *response.raw_headers]) + end + body
         if not exchange.disconnected:
-            end = b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n"
-            self.transport.write(b"%b%b%b" % (head, end, b"" if exchange.method == "HEAD" else body))
+            self.transport.write(answer)
             if not exchange.keep_alive:
                 self.transport.close()
         exchange.response_complete = True
