@@ -95,9 +95,10 @@ def test_only_units_that_differ_are_changed(run: Any, tmp_path: Path) -> None:
     assert result["changed_units"] == ["a.service", "c.socket"]
     assert result["diff"]["before"] == "a.service: disabled, inactive\nc.socket: enabled, failed\n"
     assert set(units(tmp_path).values()) == {"loaded enabled active"}
-    assert calls(tmp_path) == ["show", "enable", "start"]
+    # A drop-in directory may be new.
+    assert calls(tmp_path) == ["show", "daemon-reload", "enable", "start"]
     assert not run(names=list(STATES))["changed"]
-    assert calls(tmp_path)[3:] == ["show"]
+    assert calls(tmp_path)[4:] == ["show"]
 
 
 def test_check_mode_changes_nothing(run: Any, tmp_path: Path) -> None:
@@ -140,6 +141,17 @@ def test_units_whose_configuration_systemd_has_not_read_are_read(run: Any, tmp_p
     assert run(names=["b.timer"])["diff"]["before"] == "b.timer: enabled, active, configuration not read\n"
     assert calls(tmp_path) == ["show", "daemon-reload", "show"]
     assert not run(names=["b.timer"])["changed"]
+
+
+def test_a_unit_that_was_started_without_its_configuration_is_restarted(
+    run: Any, tmp_path: Path, file: Any
+) -> None:
+    """A drop-in is older than the start, and systemd had not read it."""
+    write(tmp_path, "old.service", "loaded enabled active", unread="yes", started=5)
+    arguments = {"names": ["old.service"], "restart_on": {"old.service": [file("drop-in", 60)]}}
+    assert run(**arguments)["changed_units"] == ["old.service"]
+    assert calls(tmp_path)[-1] == "restart"
+    assert not run(**arguments)["changed"]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ description:
   - >-
     The times of the files on the host decide about a restart, not the changes of this run: if a run is
     interrupted between the write of a file and the restart, the next run restarts the unit.
-  - systemd is reloaded if the configuration of a unit has changed, and before a restart.
+  - systemd is reloaded if the configuration of a unit has changed, and before a start or restart.
 options:
   names:
     description: Names of the units with their suffix.
@@ -185,14 +185,16 @@ def main() -> None:
             commands = ["enable", "start"]
         if state == "started" and unit["ActiveState"] in RUNNING:
             verbs, files = outdated(name, unit, module.params, module.check_mode)
-            commands += verbs
+            # It may have been started after its files were written, and without them.
+            commands += ["restart"] if name in unread and name in module.params["restart_on"] else verbs
             reasons += [f"older than {file}" for file in files]
         if commands or reasons:
             before[name] = ", ".join([unit["UnitFileState"] or "absent", unit["ActiveState"], *reasons])
         for command in commands:
             wanted[command].append(name)
     if not module.check_mode:
-        if wanted["restart"]:
+        # systemd doesn't look for a unit's new drop-in directory before.
+        if wanted["start"] or wanted["restart"]:
             systemctl(module, "daemon-reload")
         for command, chosen in wanted.items():
             if chosen:
