@@ -37,6 +37,7 @@ from bench.load.ledger import Ledger
 from bench.load.openloop import Plan, run
 from bench.load.options import ImpossibleError, allow_files
 from bench.load.readback import read_canvas
+from bench.load.viewers import run as run_watching
 from bench.load.viewers import watch
 
 OUTPUT = Path(__file__).parents[1] / "out" / "bench.json"
@@ -243,7 +244,7 @@ def run_viewers(port: int, viewers: int, seconds: float, publish: str) -> Load:
     """Holds streams open while changes are made, or published; counts messages as requests."""
     together = VIEWED_TOGETHER if publish else 1
     target = Target.parse(f"http://127.0.0.1:{port}")
-    report = asyncio.run(watch(target, viewers, VIEWED_RATE, seconds, publish=publish, changes=together))
+    report = run_watching(watch(target, viewers, VIEWED_RATE, seconds, publish=publish, changes=together))
     faults = report.refused + report.lost + report.failed_writes + (not report.all_heard)
     return Load(report.messages, report.seconds, report.late.p50, report.late.p99, faults, 0)
 
