@@ -303,6 +303,7 @@ def test_a_release_that_fails_after_the_switch_is_switched_back(manager: Manager
     with pytest.raises(Failure, match=r"t2 did not take release b.*never ready") as caught:
         carry_out(manager, option("switch", "b", **changes), False)
     assert "Its former deployment (release a) was restored and serves." in str(caught.value)
+    assert not manager.staged.exists()
     assert {unit: each["release"] for unit, each in host.active.items()} == {
         "pixel.service": "a",
         "pixel@8001.service": "a",

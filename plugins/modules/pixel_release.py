@@ -777,6 +777,7 @@ class Manager:
         except (Failure, OSError) as error:
             journal = self.host.journal(["pixel.service", "pixel@*.service"], cursor)
             outcome = self.switch_back(before, changed_sockets) if before else "No deployment ran before."
+            remove(self.staged)
             raise Failure(
                 f"{self.host.name} did not take release {staged.release}: {error}\n{outcome}"
                 f" Hosts after it were not touched.\nLast lines of the journal:\n{journal}"

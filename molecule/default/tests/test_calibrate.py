@@ -52,7 +52,8 @@ def test_a_host_is_measured_and_then_undrained(
     assert done.returncode == 0, done.stdout + done.stderr
     written = yaml.safe_load((inventory_copy / "host_vars" / "t2" / "measured.yml").read_text())
     measured = written["nginx_lb_measured"]
-    assert 50 < measured["requests_per_second"] < 5000
+    # Fewer than the highest rate that is tried.
+    assert 50 < measured["requests_per_second"] < 20_000
     assert 0 < measured["p99_ms"] <= P99_MS
     assert measured["date"] == datetime.datetime.now(datetime.UTC).date().isoformat()
     assert f"t2 {measured['requests_per_second']} {measured['p99_ms']} 100 150" in done.words

@@ -152,7 +152,7 @@ def test_without_redis_the_app_is_not_ready_and_recovers_by_itself(host: Any, as
             "start = time.monotonic()\n"
             "try: urllib.request.urlopen(sys.argv[1], timeout=5)\n"
             "except urllib.error.HTTPError as error:\n"
-            "    print(error.code, error.headers['Retry-After'], time.monotonic() - start < 1)\n"
+            "    print(error.code, error.headers['Retry-After'], time.monotonic() - start < 1.5)\n"
         )
         output = host.check_output(
             f'python3 -c "{program}" http://$(hostname -I | cut -d" " -f1):8000/readyz'
