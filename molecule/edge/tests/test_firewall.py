@@ -65,6 +65,6 @@ def test_connections_of_one_client_are_bounded_before_they_have_sent_a_request(
 
 
 def test_further_protocols_are_open_between_fleet_hosts(host: Any) -> None:
-    rules = host.check_output("nft list table inet pixel")
+    rules = host.check_output("nft list chain inet pixel input")
     assert "ip saddr @fleet udp dport 5001 accept" in rules
     assert "ip saddr @fleet meta l4proto vrrp accept" in rules or "l4proto 112" in rules
