@@ -147,17 +147,21 @@ def test_a_killed_master_is_restarted(host: Any, ask: Any) -> None:
 def test_without_redis_the_app_is_not_ready_and_recovers_by_itself(host: Any, ask: Any) -> None:
     host.run_expect([0], "systemctl stop redis-server")
     try:
+        # The first answer may come from a worker that has just started.
         program = (
             "import sys, time, urllib.request, urllib.error\n"
-            "start = time.monotonic()\n"
-            "try: urllib.request.urlopen(sys.argv[1], timeout=5)\n"
-            "except urllib.error.HTTPError as error:\n"
-            "    print(error.code, error.headers['Retry-After'], time.monotonic() - start < 1.5)\n"
+            "for _ in range(3):\n"
+            "    start = time.monotonic()\n"
+            "    try: urllib.request.urlopen(sys.argv[1], timeout=5)\n"
+            "    except urllib.error.HTTPError as error: answer = error\n"
+            "    print(answer.code, answer.headers['Retry-After'], time.monotonic() - start < 1)\n"
         )
         output = host.check_output(
             f'python3 -c "{program}" http://$(hostname -I | cut -d" " -f1):8000/readyz'
         )
-        assert output == "503 1 True"
+        first, second, third = output.splitlines()
+        assert {line.rpartition(" ")[0] for line in (first, second)} == {"503 1"}
+        assert third == "503 1 True"
     finally:
         host.run_expect([0], "systemctl start redis-server")
     wait_until_ready(host, ask)
