@@ -68,11 +68,11 @@ class _Batch:
 
 
 class _Lease:
-    """A key that expires by Redis's clock; Redis executes a transaction only while it exists.
+    """A key that expires by Redis's clock. Redis executes a transaction only while the key exists.
 
-    The transaction watches the key. If it has expired before EXEC, or is missing (then SET NX
-    creates it, which is a change too), EXEC does nothing. So it doesn't matter where a transaction
-    was delayed: in this process, in a buffer of either kernel, in the network or in Redis.
+    The transaction watches the key. EXEC does nothing if the key has expired, or is missing: SET NX
+    then creates it, which counts as a change. This covers a transaction that was delayed anywhere:
+    in this process, in a socket buffer, in the network or in Redis.
     """
 
     def __init__(self, name: str, seconds: float, renewal: float) -> None:
@@ -81,14 +81,14 @@ class _Lease:
         self._seconds = seconds
         self._renewal = renewal
         self.end = 0.0
-        """Redis's time at which it expires."""
+        """Redis's time at which the lease expires."""
         self.conditions: tuple[Command, Command] = (
             ("WATCH", self._key),
             ("SET", self._key, 0, "NX", "PX", 1),
         )
 
     def renew(self, now: float) -> list[Command]:
-        """The commands to send before a transaction; none while enough of the lease is left."""
+        """Commands that renew the lease, to send before a transaction; empty if no renewal is due."""
         if self.end - now >= self._renewal:
             return []
         self.end = now + self._seconds
@@ -98,14 +98,14 @@ class _Lease:
 class GroupCommit:
     """Writes that arrive while a transaction is in flight form the next batch.
 
-    One transaction is in flight at a time. It contains a BITFIELD for each tile that is written to,
-    and the event, so that the events have the order in which the canvas changed. No timer collects
-    writes: if nothing is in flight, a write is sent at once.
+    One transaction is in flight at a time. It contains one BITFIELD for each changed tile, and the
+    event, so events are in the order of the changes. No timer collects writes: if no transaction is
+    in flight, a write is sent at once.
 
-    A request is answered once Redis has acknowledged its own tiles. When the connection is lost or
-    Redis doesn't answer in time, the writes in flight are in doubt; they are answered when their lease
-    has expired, so they can't be made later. Requests behind them wait while Redis restarts. While
-    Redis doesn't answer at all, new requests are refused at once.
+    A request is answered when Redis has acknowledged its own tiles. If the connection is lost or
+    Redis doesn't answer in time, the writes in flight are in doubt. They are answered when their lease
+    has expired, because they can't be executed after that. Later requests wait while Redis restarts.
+    While Redis doesn't answer at all, new requests are refused at once.
     """
 
     def __init__(self, server: Server, settings: Settings, clock: RedisClock, worker: str) -> None:
@@ -113,7 +113,7 @@ class GroupCommit:
         self._timeout = settings.redis_timeout
         self._patience = settings.start_limit
         self._limit = settings.write_queue
-        # Batches don't fill the queue for those who write single pixels.
+        # Single pixels get more room, so that batches can't fill the queue.
         self._pixel_limit = self._limit + self._limit // 10
         self._event = ("XADD", EVENTS, "MAXLEN", "~", settings.events_maxlen, "*", "c")
         self._clock = clock
@@ -131,7 +131,7 @@ class GroupCommit:
         self._count_queue()
 
     def write(self, changes: Sequence[Change], begin_by: float | None = None) -> asyncio.Future[EventId]:
-        """Done when Redis has acknowledged the changes, which are made in their order.
+        """Queue changes, to be written in their order; done when Redis has acknowledged them.
 
         Args:
             changes: channel writes; an empty sequence probes whether Redis accepts writes.
@@ -162,7 +162,7 @@ class GroupCommit:
         return future
 
     def close(self) -> None:
-        """Stop. Call it when no request waits any more."""
+        """Stop. Call this when no request is waiting."""
         self._task.cancel()
         self._sampling.cancel()
         if self._connection:
@@ -178,7 +178,7 @@ class GroupCommit:
         self._arrival.set()
 
     def _count_queue(self) -> None:
-        """Sample the queue once a second: cheaper than at every write, and it works while Redis hangs."""
+        """Sample the queue's length once a second: costs less than per write, and works while Redis hangs."""
         metrics.QUEUED_WRITES.set(self._depth)
         self._sampling = self._loop.call_later(_SAMPLING, self._count_queue)
 
@@ -193,7 +193,7 @@ class GroupCommit:
         while True:
             if self._connection is None or self._connection.closed:
                 await self._connect()
-            # The batch that set the event may have expired: in a process that was stopped, timers are late.
+            # The batch that set the event may have expired, if the process was suspended for a time.
             while not self._queue:
                 self._arrival.clear()
                 await self._arrival.wait()
@@ -236,7 +236,7 @@ class GroupCommit:
                 return
 
     async def _ask_time(self, connection: Connection) -> None:
-        """Read Redis's time, which the first lease needs."""
+        """Read Redis's time for the first lease."""
         asked = monotonic()
         try:
             [redis_time] = await connection.execute([("TIME",)])
@@ -289,7 +289,7 @@ class GroupCommit:
             self._lease.end = 0
 
     def _in_time(self, batch: _Batch) -> list[_Request]:
-        """Return the requests that may still begin; refuse the others."""
+        """Return the requests that may still be sent; refuse the others."""
         now = self._clock.now()
         if batch.begin_by >= now:
             return [request for request in batch.requests if not request[1].done()]
@@ -311,7 +311,7 @@ class GroupCommit:
         self._loop.call_later(max(rest, 0), batch.doubt, "Redis didn't answer")
 
     def _settle(self, batch: _Batch, commands: list[Command], queued: list[object], results: object) -> None:
-        """Answer a batch by Redis's replies."""
+        """Answer a batch according to Redis's replies."""
         if isinstance(results, ReplyError):
             # Redis refused to queue a command (out of memory, for example) and dropped the transaction.
             reasons = [reply for reply in queued if isinstance(reply, ReplyError)]

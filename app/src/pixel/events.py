@@ -1,14 +1,14 @@
-"""Changes on their way to viewers; one reader of Redis serves all viewers of a worker.
+"""Event streams to viewers. One reader of Redis serves all viewers of a worker.
 
 The reader decodes, coalesces and encodes changes once, and writes the same bytes to all viewers that
-follow it. Of a channel that changed several times only the last value is sent. A viewer that knows
-an earlier event, or was too slow, first catches up: from Redis, until it has come to where the
-reader is. A viewer may therefore be sent events that it already knows, provided that one message
-contains everything up to the last of them.
+follow it. If a channel changed several times, only its last value is sent. A viewer that resumes
+from an earlier event, or was too slow, first catches up: events are replayed from Redis until the
+viewer has reached the reader's position. A viewer may receive an event twice, but each message
+contains all changes up to its event ID.
 
-What viewers may cost a worker is bounded (see docs/security.md): the share of time for them, changes
-in a message, changes that are replayed to one viewer, and replays at a time. A viewer that would
-exceed a bound is sent ``resync`` and fetches the canvas, which is cheaper for all.
+The cost of viewers is bounded (see docs/security.md): share of the worker's time, changes in a
+message, changes replayed to one viewer, concurrent replays. A viewer that would exceed a bound is
+sent ``resync`` and fetches the canvas, which costs less.
 """
 
 import asyncio
@@ -36,46 +36,47 @@ STATUS = 2.0
 """Seconds between two ``status`` events, which also show that a quiet stream is alive."""
 
 STATUS_PAUSES = 8
-"""Pauses of the reader between two ``status`` events, if that is longer."""
+"""Least number of the reader's pauses between two ``status`` events."""
 
 QUEUE_BYTES = 256 * 1024
-"""Bytes that wait for a viewer, beyond which it is too slow: it catches up when it has them all."""
+"""Most bytes queued for a viewer. Beyond that, it is paused until it has received all of them."""
 
 FRAME_CHANGES = 4096
-"""Most changes in one message: 90 kB, and 4 ms to encode."""
+"""Most changes in one message: 90 kB, encoded in 4 ms."""
 
 REPLAY_CHANGES = 4 * FRAME_CHANGES
-"""Most changes that are replayed; beyond that the canvas itself is cheaper."""
+"""Most changes replayed to one viewer. Beyond that, fetching the canvas costs less."""
 
 REPLAYS = 1
-"""Replays at the same time."""
+"""Most concurrent replays."""
 
 REPLAYS_WAITING = 64
-"""Most positions in the stream from which a replay is wanted at the same time."""
+"""Most replays that run or wait, each for one position in the stream."""
 
 REGIONS = 128
-"""Most different parts of the canvas that are watched; further ones are sent all changes."""
+"""Most different regions. Viewers of further regions are sent the changes of the whole canvas."""
 
 RESYNC_PAUSE = 2.0
 """Least seconds between two ``resync`` events that the reader sends to all viewers."""
 
-_ENCODING_SHARE = 0.25  # of a worker's time, at most, for encoding changes and writing them
-_FIRST_EVENTS = REPLAY_CHANGES // EVENT_CHANGES + 1  # so many full ones are too many to be replayed
-_FRAME_SECONDS = 25e-6  # processor time that a frame takes for one viewer, in the worker and in Nginx
-_FRAME_SHARE = 0.2  # of a processor, at most, for the frames of a worker's viewers
-_TURN = 100  # viewers that are written to at once: half a millisecond here, two in Nginx
-_CHECK = 1.0  # seconds after which the reader checks whether it still has viewers
-_RETRY, _LONGEST_RETRY = 0.5, 4.0  # seconds until Redis is asked again after a failure
+_ENCODING_SHARE = 0.25  # largest share of a worker's time for encoding and writing changes
+_FIRST_EVENTS = REPLAY_CHANGES // EVENT_CHANGES + 1  # if full, they exceed REPLAY_CHANGES
+_FRAME_SECONDS = 25e-6  # CPU time of one frame to one viewer, in the worker and in Nginx
+_FRAME_SHARE = 0.2  # largest share of a CPU for the frames of a worker's viewers
+_TURN = 100  # viewers written to without a pause: 0.5 ms in the worker, 2 ms in Nginx
+_CHECK = 1.0  # seconds between two checks of whether there are still viewers
+_RETRY, _LONGEST_RETRY = 0.5, 4.0  # seconds before a read that failed is retried
 
 log = logging.getLogger(__name__)
 
 
 class _Message:
-    """Changes, as a server-sent event for those who watch all of the canvas or a part.
+    """Changes as a server-sent event, for the whole canvas and for regions.
 
     Args:
-        last: the last event of the stream that it contains.
-        changes: none at all tell viewers to fetch the canvas; what follows comes after ``last``.
+        last: ID of the last stream event in the message.
+        changes: (x, y, channel, value) each. If empty, the message is a ``resync``: viewers fetch
+            the canvas, and later messages contain the events after ``last``.
     """
 
     def __init__(self, last: EventId, changes: Sequence[tuple[int, int, str, int]] = ()) -> None:
@@ -89,7 +90,7 @@ class _Message:
         self._whole = b"%bdata: %b\n\n" % (self._start, self._data)
 
     def frame(self, region: Region | None) -> bytes:
-        """It for those who watch a region, or all; empty if nothing of the region has changed."""
+        """The bytes for a region, or for the whole canvas; empty if no pixel of the region has changed."""
         if region is None or not self.complete:
             return self._whole
         if region not in self._parts:
@@ -99,7 +100,7 @@ class _Message:
     def _select(self, region: Region) -> bytes:
         left, top = region.x, region.y
         right, bottom = left + region.w, top + region.h
-        # What is encoded already is cut, so that a region costs a tenth of all of it.
+        # Select from the encoded changes: this takes a tenth of the time of encoding them again.
         texts = zip(self._changes, self._data[2:-2].split(b"],["), strict=True)
         chosen = [text for (x, y, _, _), text in texts if left <= x < right and top <= y < bottom]
         return b"%bdata: [[%b]]\n\n" % (self._start, b"],[".join(chosen)) if chosen else b""
@@ -108,7 +109,7 @@ class _Message:
 async def _messages(events: Events) -> AsyncIterator[_Message]:
     """Events as messages of bounded size.
 
-    Others have the worker's time between two messages, three times as long as one took to encode.
+    After each message it sleeps three times as long as the message took to encode.
     """
     if not events.complete:
         yield _Message(events.last)
@@ -129,12 +130,12 @@ async def _messages(events: Events) -> AsyncIterator[_Message]:
 
 
 def _rest(spent: float) -> float:
-    """The pause after some seconds of work for viewers that keeps it to its share of the worker's time."""
+    """Seconds to sleep after ``spent`` seconds of work, to stay within ``_ENCODING_SHARE``."""
     return min(spent * (1 / _ENCODING_SHARE - 1), 1.0)
 
 
 class _Wanted(NamedTuple):
-    """What a viewer that catches up needs next: so many events, if they have no more changes."""
+    """The next replay for a viewer: events after an ID, at most so many, with at most so many changes."""
 
     after: EventId
     events: int
@@ -142,25 +143,25 @@ class _Wanted(NamedTuple):
 
     @classmethod
     def first(cls, after: EventId) -> "_Wanted":
-        """What it needs when it begins to catch up."""
+        """The first replay of a viewer that starts to catch up."""
         return cls(after, _FIRST_EVENTS, REPLAY_CHANGES)
 
 
 class _Replay(NamedTuple):
-    """Messages for viewers that catch up, and the number of changes that they were made from."""
+    """Messages for viewers that catch up, and the number of changes before coalescing."""
 
     messages: list[_Message]
     changes: int = 0
 
 
 class Viewer:
-    """An open stream: what it knows, and how to write to it.
+    """An open stream: its position, and how to write to it.
 
     Args:
-        write: sends bytes, or queues them. Whoever owns the stream tells the hub when too many wait
-            (``Hub.pause``), and when none do any more (``Hub.resume``).
-        end: ends the stream, as the worker stops.
-        region: the part of the canvas that it is about; None for all of it.
+        write: sends or queues bytes. The owner of the stream calls ``Hub.pause`` when the queue is
+            too long, and ``Hub.resume`` when it is empty.
+        end: ends the stream when the worker stops.
+        region: the region whose changes are sent; None for the whole canvas.
     """
 
     __slots__ = ("end", "paused", "position", "region", "task", "wanted", "write")
@@ -172,15 +173,15 @@ class Viewer:
         self.end = end
         self.region = region
         self.position: EventId
-        """The last event that it has been sent; while it follows the reader, the reader's is."""
+        """Last event that was sent. While the viewer follows the reader, ``Hub._last`` is valid instead."""
         self.paused = False
         self.wanted: _Wanted | None = None
-        """What it needs next, while it catches up."""
+        """The next replay, while the viewer catches up."""
         self.task: asyncio.Task[None] | None = None
 
 
 class Hub:
-    """Reads the event stream while there are viewers, and sends it to them."""
+    """Reads the event stream while there are viewers, and sends its changes to them."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
@@ -190,7 +191,7 @@ class Hub:
         self._whole = Region(0, 0, store.canvas.width, store.canvas.height)
         self._regions: Counter[Region] = Counter()
         self._viewers: set[Viewer] = set()
-        # Those that follow the reader, and those that will when it has come to where they are.
+        # Viewers that follow the reader, and viewers that will when the reader reaches their position.
         self._following: set[Viewer] = set()
         self._ahead: set[Viewer] = set()
         self._reading: asyncio.Task[None] | None = None
@@ -202,7 +203,7 @@ class Hub:
         self._closed = False
 
     def prepare(self) -> asyncio.Future[None]:
-        """Done when streams can be opened. Raises a 503 ``Problem``; must not be cancelled."""
+        """A future that is done when streams can be opened. Don't cancel it. Raises a 503 ``Problem``."""
         if self._reading is not None:
             ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             ready.set_result(None)
@@ -212,7 +213,7 @@ class Hub:
         return self._preparing
 
     def open(self, viewer: Viewer, after: EventId | None) -> None:
-        """Begin a stream for a viewer that knows the canvas as of an event, or from now on."""
+        """Start a stream with the events after ``after``, or with new events if it is None."""
         viewer.position = after or self._last
         if viewer.region:
             further = viewer.region not in self._regions and len(self._regions) >= REGIONS
@@ -233,7 +234,7 @@ class Hub:
         self._reading = self._reading or asyncio.create_task(self._read())
 
     def remove(self, viewer: Viewer) -> None:
-        """Forget a viewer whose stream has ended."""
+        """Remove a viewer whose stream has ended."""
         if viewer in self._viewers:
             metrics.VIEWERS.dec()
             self._viewers.discard(viewer)
@@ -245,21 +246,21 @@ class Hub:
                 viewer.task.cancel()
 
     def pause(self, viewer: Viewer) -> None:
-        """Write no more to a viewer, which has too much to take."""
+        """Stop writing to a viewer whose queue is too long."""
         if not viewer.paused:
             viewer.paused = True
             self._leave(viewer)
             metrics.SLOW_VIEWERS.inc()
 
     def resume(self, viewer: Viewer) -> None:
-        """Write to a viewer again, which has taken everything."""
+        """Resume writing to a viewer whose queue is empty; it catches up first."""
         if viewer.paused:
             viewer.paused = False
             if viewer.task is None and not self._closed:
                 self._start_catching_up(viewer)
 
     async def stream(self, after: EventId | None, region: Region | None = None) -> AsyncIterator[bytes]:
-        """A stream as an iterator over its bytes. It ends when the worker stops."""
+        """Yield the bytes of a stream until the worker stops."""
         waiting: deque[bytes] = deque()
         arrival = asyncio.Event()
 
@@ -283,7 +284,7 @@ class Hub:
             self.remove(viewer)
 
     def close(self) -> None:
-        """End all streams, so that their viewers connect to another worker."""
+        """End all streams; their viewers reconnect to another worker."""
         self._closed = True
         if self._reading:
             self._reading.cancel()
@@ -310,7 +311,7 @@ class Hub:
         viewer.task = asyncio.create_task(self._catch_up(viewer))
 
     async def _catch_up(self, viewer: Viewer) -> None:
-        """Send a viewer what it needs to follow the reader; stop when it has too much to take."""
+        """Replay events to a viewer until it follows the reader or is paused."""
         try:
             retry = _RETRY
             wanted = viewer.wanted or _Wanted.first(viewer.position)
@@ -333,7 +334,7 @@ class Hub:
             viewer.task = None
 
     def _send_replay(self, viewer: Viewer, wanted: _Wanted, replay: _Replay) -> _Wanted | None:
-        """Send a replay; returns what the viewer needs next, None if it follows the reader now."""
+        """Send a replay. Returns the next one, or None if the viewer now follows the reader."""
         for message in replay.messages:
             viewer.position = message.last
             viewer.write(message.frame(viewer.region))
@@ -344,15 +345,15 @@ class Hub:
             return None
         if replay.messages and not replay.messages[-1].complete:
             return _Wanted.first(viewer.position)
-        # As many more as will do, if they are like these.
+        # Read more at once if the events so far have few changes.
         few = 4 * replay.changes <= wanted.changes
         events = min(4 * wanted.events, EVENTS_AT_ONCE) if few else wanted.events
         return _Wanted(viewer.position, events, wanted.changes - replay.changes)
 
     async def _replay(self, wanted: _Wanted) -> _Replay | None:
-        """What comes next after an event, from Redis; None if Redis can't be read.
+        """Read a replay from Redis; None if Redis can't be read.
 
-        Viewers that want the same share one replay.
+        Viewers that need the same replay share it.
         """
         task = self._replays.get(wanted)
         if task is None:
@@ -397,11 +398,11 @@ class Hub:
                 await self._store.count_viewers(0)
 
     async def _next(self, seconds: float) -> Events | None:
-        """What happens within some seconds; None if Redis can't be read."""
+        """Wait up to ``seconds`` for new events and return them; None if Redis can't be read."""
         try:
             await self._store.wait_for_event(self._last, min(max(seconds, 0.01), _CHECK))
             events = await self._store.events(self._last)
-            # All of it is coalesced and sent together, unless it is too much.
+            # Read all new events, to coalesce and send them together, up to the limit.
             while len(events.records) % EVENTS_AT_ONCE == 0 and 0 < events.changes <= REPLAY_CHANGES:
                 more = await self._store.events(events.last)
                 if not more.records:
@@ -415,9 +416,9 @@ class Hub:
         return events
 
     async def _send(self, events: Events, status: bytes) -> None:
-        """Send events and the status to all viewers that follow."""
+        """Send events and the status to all viewers that follow the reader."""
         async for message in _messages(events):
-            # From now on, those that follow are those that get this message.
+            # Viewers whose position the reader has reached get this message too.
             self._last = message.last
             reached = {v for v in self._ahead if v.position <= message.last or not message.complete}
             self._ahead -= reached
@@ -427,12 +428,12 @@ class Hub:
         await self._write(None, status)
 
     async def _write(self, message: _Message | None, status: bytes) -> None:
-        """Write to all viewers that follow, spread over the pause: in a burst they delay writes in Nginx."""
+        """Write to all following viewers, spread over the pause: a burst would delay writes in Nginx."""
         frames: dict[Region | None, bytes] = {}
         viewers = list(self._following) if message or status else []
         gap = self._pause * _TURN / max(len(viewers), _TURN)
         for start in range(0, len(viewers), _TURN):
-            started = thread_time()  # the worker's own: it doesn't write less because others are busy
+            started = thread_time()  # CPU time: other processes must not lower the rate
             for viewer in viewers[start : start + _TURN]:
                 frame = frames.get(viewer.region)
                 if frame is None:
@@ -444,23 +445,23 @@ class Hub:
         metrics.VIEWER_FRAMES.inc(len(viewers))
 
     def _frame(self, message: _Message | None, status: bytes, region: Region | None) -> bytes:
-        """What those who watch a region, or all, are sent at once."""
+        """The bytes of a message and the status, for a region or for the whole canvas."""
         if status and region:
-            # It tells how far the stream is: a viewer of a quiet part would resume too early.
+            # Without this ID, a viewer of a region without changes would resume from an old event.
             status = b"id: %b\n%b" % (self._last.text(), status)
         return (message.frame(region) if message else b"") + status
 
     def _choose_pause(self) -> float:
-        """The pause after a message, which grows with the viewers that follow."""
+        """Set and return the seconds between two messages; they grow with the number of viewers."""
         wanted = len(self._following) * _FRAME_SECONDS / _FRAME_SHARE
         self._pause = min(max(self._least_pause, wanted), self._longest_pause)
         metrics.FRAME_PAUSE.set(self._pause)
         return self._pause
 
     async def _status(self, rate: float) -> bytes:
-        """A ``status`` event: viewers and writes per second of the fleet, and who reports them.
+        """A ``status`` event: the fleet's viewers and writes per second, this instance and release.
 
-        The figures are null while Redis can't be asked.
+        Viewers and writes are null while Redis can't be read.
         """
         status: dict[str, float | None]
         try:
@@ -472,4 +473,4 @@ class Hub:
 
 
 def _discard(frames: bytes) -> None:
-    """Take the place of a stream that has ended."""
+    """Discard frames for a viewer that was removed."""

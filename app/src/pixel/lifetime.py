@@ -17,7 +17,7 @@ from pixel.problems import Problem
 from pixel.settings import Settings
 
 MEASURE_TIMEOUT = 0.3
-"""Seconds in which a balancer must answer with its time."""
+"""Seconds that a balancer has to answer with its time."""
 
 MEASURE_PAUSE = 1.0
 """Seconds between two measurements of one balancer's clock."""
@@ -29,7 +29,7 @@ MOST_BALANCERS = 100
 """Largest number of balancers whose clocks are stored; beyond it, all are measured again."""
 
 WAIT = b"wait"
-"""Mark of a retry whose earlier attempt may still be on its way to Redis."""
+"""Mark of a retry whose previous attempt may still reach Redis."""
 
 _ADDRESS = re.compile(rb"[0-9]{1,3}(\.[0-9]{1,3}){3}:[0-9]{1,5}")
 
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 class RedisClock:
     """Redis's clock, as an offset from this process's monotonic clock.
 
-    Redis read its clock at some moment between question and answer, so the offset is known within
-    bounds, which further answers narrow. If a new answer contradicts a bound, the bound moves just
-    far enough: clocks drift, are set, and stop while a host is suspended.
+    Redis reads its clock between the request and the reply, so each reply gives a lower and an upper
+    bound of the offset; further replies narrow them. If a new reply contradicts a bound, the bound
+    moves by the least amount: clocks drift, are set, and stop while a host is suspended.
     """
 
     def __init__(self) -> None:
@@ -51,17 +51,17 @@ class RedisClock:
         self._high = inf
 
     def learn(self, sent: float, redis_time: float, received: float) -> None:
-        """Learn from Redis's time ``redis_time``, asked and received at these monotonic times."""
+        """Update the bounds from ``redis_time``, requested and received at these monotonic times."""
         low, high = redis_time - received, redis_time - sent
         if not self._known or low > self._high:
             self._known, self._low, self._high = True, low, high
         else:
-            # A slow answer is inaccurate: it must not move the time back.
+            # A slow reply is inaccurate: it must not move the time back.
             self._high = min(high, self._high)
             self._low = min(max(low, self._low), self._high)
 
     def now(self) -> float:
-        """A lower bound of Redis's time: at most slightly late, and early only after it was set back."""
+        """A lower bound of Redis's time. It exceeds Redis's time only if Redis's clock was set back."""
         return monotonic() + self._low
 
 
@@ -79,9 +79,9 @@ class StartLimit:
         self._clock = clock
         self._limit = settings.start_limit
         self.wait = settings.start_limit + settings.redis_timeout
-        """Seconds after which an attempt that the balancer has sent can't be made any more."""
+        """Seconds after which an attempt that the balancer has sent can't be executed."""
         self._differences: dict[bytes, float] = {}
-        # Monotonic times: of the last measurement, and since when all of them have failed.
+        # Monotonic times: of the last measurement, and of the first of a series of failures.
         self._measured: dict[bytes, float] = {}
         self._silent: dict[bytes, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -124,7 +124,7 @@ class StartLimit:
         return now + left
 
     def _judge_unusual(self, text: bytes, balancer: bytes, now: float, waited: float) -> float:
-        """``begin_by`` for a request that is marked as a retry, or from a balancer that is new."""
+        """``begin_by`` for a request that is marked as a retry, or comes from a new balancer."""
         balancer, _, mark = balancer.partition(b" ")
         if not _ADDRESS.fullmatch(balancer):
             return now + self._limit  # No balancer stamps like this.

@@ -1,8 +1,8 @@
-"""Pictures of the canvas: each is read and encoded once, however many clients ask for it.
+"""Pictures of the canvas: concurrent requests for the same picture share one read and one encoding.
 
-The work for pictures is bounded (see docs/security.md): one thread encodes them, few are made at a
-time, and their bytes are counted until they are sent. A request beyond a bound is refused with 503
-at once. The whole canvas, which every page loads, is always kept, and never waits for a slot.
+The work is bounded (see docs/security.md): one thread encodes, few pictures are read or encoded at a
+time, and bytes count until they are sent. A request beyond a bound is refused with 503 at once. The
+picture of the whole canvas, which every page loads, is always cached and needs no slot.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ from pixel.stream import EventId
 
 KEPT_PICTURES = 4
 KEPT_BYTES = 32 * 1024 * 1024
-"""Most pictures, and bytes of them, that a worker keeps for the next request."""
+"""Most pictures, and most bytes, in a worker's cache."""
 
 MAKING = 4
-"""Most pictures of parts of the canvas that are read or encoded at the same time."""
+"""Most pictures of regions that are read or encoded at the same time."""
 
 HELD_BYTES = 64 * 1024 * 1024
-"""Most bytes of pictures that are kept or being sent; three times the canvas if that is more."""
+"""Most bytes of pictures in the cache or being sent; three times the canvas if that is more."""
 
 CHUNK_BYTES = 256 * 1024
 STALL_SECONDS = 20.0
-"""A client that doesn't take the next chunk of a picture within this time is disconnected."""
+"""A client that doesn't read the next chunk of a picture within this time is disconnected."""
 
 
 class Picture:
@@ -60,10 +60,13 @@ class Picture:
 
 
 class PictureResponse(Response):
-    """A 200 that sends a picture in chunks, and counts as held until the client has them all.
+    """A 200 that sends a picture in chunks. The picture counts as held until all are sent.
 
     Args:
-        picture: what is sent, as raw bytes or, if ``content`` is a PNG of it, as that.
+        picture: the picture.
+        content: the picture as raw bytes or as a PNG.
+        headers: further headers of the response.
+        kind: the media type of ``content``.
     """
 
     def __init__(self, picture: Picture, content: bytes, headers: dict[str, str], kind: str) -> None:

@@ -1,10 +1,10 @@
 """Uvicorn's HTTP protocol, with a fast path for pixels and event streams.
 
-``POST /pixel``, ``GET /pixel/{x}/{y}`` and a message to a viewer cost less than the scope, the task
-and the messages of an ASGI application. So a request that arrives in one piece is handled when the
-parser has finished it, and answered when Redis's reply arrives; the hub writes to streams itself.
-All other requests go through Uvicorn to FastAPI: other routes, requests that arrive in pieces or
-behind one that is still in progress, and invalid ones, which FastAPI's routes explain.
+For ``POST /pixel``, ``GET /pixel/{x}/{y}`` and messages to viewers, the scope, the task and the
+messages of ASGI would cost more than the request itself. On the fast path, a request is handled when
+the parser has completed it and answered when Redis's reply arrives; the hub writes to streams
+directly. All other requests go through Uvicorn to FastAPI: other routes, requests that arrive in
+pieces or while another is in progress, and invalid ones, whose errors FastAPI's routes describe.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class _Accepted:
         self._head = b""
 
     def head(self, common: Headers) -> bytes:
-        """The head, with the headers of every answer: a list that changes with the date."""
+        """The head of an answer. Uvicorn makes a new list of common headers when the date changes."""
         if common is not self._common:
             self._common = common
             self._head = _head(200, [*common, *self.headers])
@@ -80,7 +80,7 @@ class Exchange:
         return self.route
 
     def content(self, result: Any) -> bytes:
-        """The body of its answer."""
+        """The body of the answer."""
         raise NotImplementedError
 
 
@@ -93,7 +93,7 @@ class Write(Exchange):
     accepted = _Accepted(method, route, (b"content-type", b"application/json"))
 
     def content(self, _: EventId) -> bytes:
-        """The pixel, repeated."""
+        """The acknowledgement, which repeats the pixel."""
         return msgspec.json.encode(Received("ok", self.subject))
 
 
@@ -128,14 +128,14 @@ class Head(Read):
 
 
 class Stream(Exchange):
-    """``GET /events``; its subject is the event that the client knows, and a region, if any."""
+    """``GET /events``; its subject is the event to resume from and the region, either may be None."""
 
     __slots__ = ("viewer",)
 
     viewer: Viewer
 
     method, route = "GET", "/events"
-    # Its end is that of the connection, so that all streams can be sent the same bytes.
+    # The connection ends the body: without chunks, all streams can be sent the same bytes.
     accepted = _Accepted(
         method,
         route,
@@ -229,14 +229,14 @@ class PixelProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self.url = url
         for name, value in headers:
-            super().on_header(name, value)  # also handles Expect
+            super().on_header(name, value)  # also handles the header Expect
         super().on_headers_complete()
         if self._held:
             super().on_body(self._held)
         self._held = None
 
     def _write(self, body: bytes) -> bool:
-        """Begin a write, or pass the request on to Uvicorn if it can't begin."""
+        """Start a write; pass the request on to Uvicorn if this fails."""
         state = self.app_state
         try:
             stamp = check_headers(self.headers)
@@ -251,7 +251,7 @@ class PixelProtocol(HttpToolsProtocol):
         return True
 
     def _serve(self) -> bool:
-        """Begin to read a pixel or a stream; pass other requests on to Uvicorn."""
+        """Start to read a pixel or a stream; pass other requests on to Uvicorn."""
         state = self.app_state
         store, hub = state["store"], state["hub"]
         get = self.parser.get_method() == b"GET"
@@ -291,7 +291,7 @@ class PixelProtocol(HttpToolsProtocol):
             self.app_state["hub"].open(stream.viewer, known)
 
     def _end(self) -> None:
-        """End a stream. A client that has not taken everything connects again from where it is."""
+        """End a stream. A client that has not received everything reconnects and resumes."""
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         else:

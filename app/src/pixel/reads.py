@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class PixelReads:
-    """One pipeline is in flight at a time. Reads that arrive meanwhile form the next one."""
+    """Reads pixels in pipelines. One is in flight at a time; reads that arrive meanwhile form the next."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -24,12 +24,12 @@ class PixelReads:
         self._task: asyncio.Task[None] | None = None
 
     def colour(self, x: int, y: int) -> asyncio.Future[Colour]:
-        """The colour of a pixel; black if it was never written. Raises a 503 ``Problem``."""
+        """Read the colour of a pixel; black if it was never written. Raises a 503 ``Problem``."""
         key, place = locate(x, y)
         future: asyncio.Future[Colour] = self._loop.create_future()
         self._waiting.append((("GETRANGE", key, place, place + 2), future))
         if self._task is None:
-            # It starts in the loop's next iteration, with all reads of this one.
+            # The task starts in the loop's next iteration, and takes all reads of this one.
             self._task = self._loop.create_task(self._run(), name="reads")
         return future
 

@@ -29,16 +29,16 @@ STREAM_HEADERS = {
     "Cache-Control": "no-store",
     "X-Accel-Buffering": "no",
 }
-"""Of a stream of events."""
+"""Headers of an event stream."""
 
 
 class Turns:
-    """Lets one request after another do what is large, and refuses those that would wait too long.
+    """Processes large requests one at a time, and refuses them when too many wait.
 
-    After each, small requests have the worker for as long as it took.
+    After each, there is a pause as long as it took, in which small requests have the worker.
 
     Args:
-        waiting: how many may wait for their turn.
+        waiting: largest number of waiting requests.
     """
 
     def __init__(self, waiting: int) -> None:
@@ -48,7 +48,7 @@ class Turns:
         self._since = 0.0
 
     async def __aenter__(self) -> None:
-        """Wait for one's turn. Raises a 503 ``Problem``."""
+        """Wait for the turn. Raises a 503 ``Problem`` if too many wait."""
         if self._present == self._most:
             raise Problem.unavailable("Too many large requests are waiting", "no")
         self._present += 1

@@ -6,10 +6,10 @@ EVENTS = "pixel:events"
 """Key of the stream. Field ``c`` of an entry holds changes, encoded by ``pixel.pack``."""
 
 EVENT_PATTERN = "^[0-9]{1,15}-[0-9]{1,15}$"
-"""Of an ID in a query."""
+"""Regular expression of an event ID in a query."""
 
 EVENT_CHANGES = 1024
-"""Most changes in one entry, so that the stream's length bounds its memory."""
+"""Most changes in one entry. With the stream's length, it bounds the stream's memory."""
 
 
 class EventId(NamedTuple):
@@ -27,7 +27,7 @@ class EventId(NamedTuple):
         return cls(int(milliseconds), int(sequence))
 
     def text(self) -> bytes:
-        """The ID as Redis and viewers write it."""
+        """The ID as text, as in 1795225898442-0."""
         return b"%d-%d" % self
 
 
