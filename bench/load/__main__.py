@@ -1,11 +1,11 @@
-"""An open-loop load on POST /pixel that afterwards checks every acknowledged write.
+"""Sends an open-loop load to POST /pixel, then checks every acknowledged write.
 
     python -m bench.load --url http://127.0.0.1:8080 --rate 1000 --seconds 60 --writers 16
 
-Two kinds of writes: at a constant rate, one to each cell (`ledger.py`), and by sequential writers
-that write to the same cells again and again (`writers.py`).
+There are two kinds of writes: at a constant rate, one per cell (`ledger.py`), and by sequential
+writers, which write to the same cells repeatedly (`writers.py`).
 Exit status: 0 success; 1 lost, undone or wrong writes (with --strict: any failed request);
-2 it could not run.
+2 the load could not be run.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ BUSY_GENERATOR = 0.8
 
 
 class Outcome(NamedTuple):
-    """A finished run.
+    """The result of a run.
 
     Attributes:
-        report: what the open loop saw.
+        report: requests and latencies of the open loop.
         behind_flush: number of requests of both kinds that failed while Redis waited for its disk.
-        verdict, writers: what the canvas says of both kinds; None if it was not read.
+        verdict, writers: both kinds of writes checked against the canvas; None if it was not read.
         note: why the canvas was not read.
-        unreadable: the canvas was to be read and could not be.
+        unreadable: whether reading the canvas failed.
     """
 
     report: Report
@@ -176,7 +176,7 @@ async def _run_both(
     progress: Callable[[Report], None] | None,
     watch: Callable[[Sample], None],
 ) -> Report:
-    """The open loop with the writers beside it; they end when it has sent everything."""
+    """Runs the open loop and the writers concurrently; the writers stop when the loop has sent all."""
     ended = asyncio.Event()
     writing = asyncio.create_task(writers.run(ended))
     try:

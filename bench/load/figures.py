@@ -1,4 +1,4 @@
-"""Percentiles of many samples, and a figure measured in several rounds."""
+"""Percentiles of samples, and summaries of several rounds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Figure(NamedTuple):
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Figure:
-    """The ratio of two variants, taken round by round: noise that hits a round hits both."""
+    """The ratio of two variants, computed per round: noise in a round affects both variants."""
     return Figure.of(a / b for a, b in zip(numerators, denominators, strict=True))
 
 

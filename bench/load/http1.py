@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client for a load generator: one request in flight per connection, no retries.
+"""A minimal HTTP/1.1 client for load generators: one request in flight per connection, no retries.
 
 Answers are read by Content-Length, in chunks, or until the connection closes.
 """
@@ -108,7 +108,7 @@ class AnswerReader:
         return self._complete()
 
     def end(self) -> Answer | None:
-        """Returns the answer without a length that the end of the connection completes."""
+        """Returns the answer that ends with the connection, as it has no length; None if there is none."""
         if self._in_head or self._chunked or self._wanted is not None:
             return None
         self._body += self._data
@@ -153,7 +153,7 @@ class AnswerReader:
                     self._instance = value.strip().decode("latin-1")
         if self._wanted is None and not self._chunked:
             self._reusable = False
-        self._in_head = 100 <= self._status < 200  # an interim answer: the real one follows
+        self._in_head = 100 <= self._status < 200  # an interim answer: the final one follows
         return True
 
     def _read_chunks(self) -> bool:
@@ -172,7 +172,7 @@ class AnswerReader:
 
 
 class Connection(asyncio.Protocol):
-    """One connection; calls its owner with every answer, and once when it is lost."""
+    """One connection. It calls its owner for each answer, and once when the connection is lost."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ class Connection(asyncio.Protocol):
 
 
 class Client:
-    """Sends one request after another, on a connection that is kept open."""
+    """Sends requests one at a time on a persistent connection."""
 
     def __init__(self, target: Target, timeout: float = 30.0) -> None:
         self._target = target
@@ -259,7 +259,7 @@ class Client:
                 connection.send(head + b"\r\n" + (body or b""))
                 answer = await self._waiting
         except BaseException:
-            self.close()  # an answer that comes late must not be taken for the next one
+            self.close()  # a late answer must not be read as the next one
             raise
         if not answer.reusable:
             self.close()
@@ -269,7 +269,7 @@ class Client:
         try:
             async with asyncio.timeout_at(deadline):
                 self._connection = await self._target.connect(self._answered, self._lost)
-        except OSError as error:  # a TimeoutError is one, too
+        except OSError as error:  # includes TimeoutError
             raise ConnectError(*error.args) from error
         return self._connection
 

@@ -1,8 +1,8 @@
 """The ledger of the open loop: all writes, and the service's answers.
 
-Every write has its own cell and channel, so that no later write can hide its result. Its value
-differs from what the canvas held before, so that a missing write is seen. What this ledger can't
-see, an old write that comes back after a newer one, `writers.py` does.
+Each write has its own cell and channel, so no later write can hide its result. Its value differs
+from the cell's previous value, so a missing write is detected. An old write that is executed after a
+newer one is not detected here but by `writers.py`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 CHANNELS = "RGB"
-SCATTER = 1_000_003  # writes that follow each other are far apart on the canvas
+SCATTER = 1_000_003  # successive writes are far apart on the canvas
 EXAMPLES = 20
-NOTHING_WRITTEN = b"nothing was written"  # in a 503: a promise, which is checked
+NOTHING_WRITTEN = b"nothing was written"  # detail of a 503; the check verifies it
 
 
 class Fate(IntEnum):
     """What is known about a write."""
 
     UNSENT = 0  # not sent
-    ACKNOWLEDGED = 1  # the service says that it is stored
-    REFUSED = 2  # the service says that it is not stored (4xx, "nothing was written")
-    UNKNOWN = 3  # no answer, or one (5xx) that promises nothing
+    ACKNOWLEDGED = 1  # the service reports it as stored
+    REFUSED = 2  # the service reports it as not stored (4xx, "nothing was written")
+    UNKNOWN = 3  # no answer, or one (5xx) that leaves it open
 
 
 def fate_of_failure(status: int, body: bytes) -> Fate:
@@ -98,7 +98,7 @@ class Ledger:
             width, height: size of the canvas in pixels.
             before: the canvas as raw RGB bytes; black if None.
             first: number of the first write's position in the fixed order of positions.
-            reserved: pixels at the end of the canvas that are left to others (`writers.py`).
+            reserved: number of pixels at the end of the canvas that belong to `writers.py`.
 
         Raises:
             ValueError: `before` is of another size.
@@ -120,7 +120,7 @@ class Ledger:
         return len(self._fates)
 
     def open(self) -> int:
-        """Returns the number of a new write, which is unsent."""
+        """Adds an unsent write and returns its number."""
         number = len(self._fates)
         if number >= self.capacity:
             raise ValueError(f"the canvas has only {self.capacity} cells and channels")

@@ -1,9 +1,9 @@
-"""Users for Locust: most view the canvas, some paint, a few follow its changes.
+"""Users for Locust: most view the canvas, some paint, a few follow the event stream.
 
     locust --locustfile bench/load/locustfile.py --host http://127.0.0.1:8080
 
-The content of answers is checked: another write in the acknowledgement, a picture older than what
-the user has painted, or an event stream without a painted pixel is a failure.
+The content of answers is checked. These are failures: an acknowledgement of another write, a picture
+without the user's last pixel, an event stream without a painted pixel.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from requests import RequestException
 
 PATCH = 24  # pixels, side of the area that a user paints
 STROKE = 8
-SILENCE = 10.0  # seconds; a stream has a message at least every two
+SILENCE = 10.0  # seconds without a message; a stream has one at least every two seconds
 CHANNELS = "RGB"
 SIDES = ("Width", "Height")
 
 
 class WrongError(Exception):
-    """An answer is wrong; the message has no variable parts, as failures are counted by it."""
+    """An answer is wrong. The message is constant, because failures are counted by message."""
 
 
 def expect(true: bool, otherwise: str) -> None:
@@ -64,7 +64,7 @@ class Person(HttpUser):
 
     def on_start(self) -> None:
         self.tags: dict[str, str] = {}
-        self.events: dict[str, str] = {}  # of each picture, and of the writes, the newest event seen
+        self.events: dict[str, str] = {}  # newest event of each picture, and of the writes
         self.parts: set[str] = set()
         while True:
             try:
@@ -120,7 +120,7 @@ class Person(HttpUser):
             yield answer
 
     def note_event(self, what: str, answer: ResponseContextManager) -> None:
-        """Remembers the answer's event; no later answer of its kind may have an older one.
+        """Stores the answer's event; a later answer of the same kind must not have an older one.
 
         A picture may be older than a write: the balancer's cache keeps it for some seconds.
         """
@@ -232,7 +232,7 @@ class Painter(Person):
 
 
 class Watcher(Person):
-    """Follows the event stream, paints, and loses the connection sometimes."""
+    """Follows the event stream, paints, and sometimes reconnects."""
 
     weight = 2
     wait_time = between(0.5, 2)
@@ -245,9 +245,9 @@ class Watcher(Person):
         self.follow(heard, "/events (resumed)", "/events", {"Last-Event-ID": heard})
 
     def follow(self, after: str, name: str, path: str, headers: dict[str, str] | None = None) -> str:
-        """Reads the stream for some seconds; returns its last event.
+        """Reads the stream for some seconds and returns the ID of its last event.
 
-        The stream begins after a known event, so it must contain what was painted since.
+        The stream starts after a known event, so it must contain the pixels painted since then.
         """
         x, y = self.place(1)
         self.put(x, y)
@@ -269,6 +269,6 @@ class Watcher(Person):
                 if time.monotonic() > until:
                     expect((x, y) in seen, "a pixel is missing")
                     break
-            # It may end earlier, as in a deploy: the page then connects to another worker.
+            # The stream may end earlier, as in a deploy: the page then connects to another worker.
             expect(count > 1, "no message")
         return last

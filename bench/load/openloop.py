@@ -1,8 +1,8 @@
-"""An open loop: requests at a constant rate, whatever the service does.
+"""An open loop: sends requests at a constant rate, whatever the latency of the service.
 
-A slow answer does not delay the requests after it, as users don't wait for each other. Latency
-counts from the moment a request was *due*: waiting for a free connection, or for this program, is
-part of it. Nothing is retried.
+A slow answer does not delay later requests, because users don't wait for each other. Latency is
+measured from the time when a request was *due*, so it includes waiting for a free connection and
+delays of this program. Requests are not retried.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Plan:
 
 
 class Sample(NamedTuple):
-    """One request that was answered, failed or was given up."""
+    """One request that was answered, failed or timed out."""
 
     due: float  # on the clock of time.monotonic()
-    seconds: float  # until it was done
+    seconds: float  # from due until done
     error: str | None
     instance: str  # X-Pixel-Instance of the answer, or empty
 
@@ -70,7 +70,7 @@ class Second:
 
 @dataclass
 class Report:
-    """The result of a run. Latencies are those of acknowledged requests and of time-outs."""
+    """The result of a run. Latencies are of acknowledged requests and of timeouts."""
 
     plan: Plan
     statuses: Counter[int] = field(default_factory=Counter)
@@ -102,7 +102,7 @@ class Report:
 
     @property
     def lag(self) -> Spread:
-        """How late this program itself sent requests."""
+        """The delays with which this program sent requests."""
         return Spread.of_seconds(self.lags)
 
     @property
@@ -111,7 +111,7 @@ class Report:
 
     @classmethod
     def of_parts(cls, plan: Plan, parts: Sequence[Report]) -> Report:
-        """Merges the reports of processes that each had a part of the plan."""
+        """Merges the reports of processes that each ran a part of the plan."""
         seconds = max(len(part.timeline) for part in parts)
         whole = cls(
             plan,
@@ -168,7 +168,7 @@ class _Request:
 
 
 class _Lane:
-    """One connection and the request that is on it."""
+    """One connection and its request in flight."""
 
     __slots__ = ("connecting", "connection", "request")
 
@@ -209,7 +209,7 @@ class _Run:
         self._lanes = [_Lane() for _ in range(plan.connections)]
         self._free: deque[_Lane] = deque()
         self._backlog: deque[_Request] = deque()
-        self._open: deque[_Request] = deque()  # in the order in which they were due
+        self._open: deque[_Request] = deque()  # in order of due time
         self._unfinished = 0
         self._sent = 0
         self._start = 0.0
@@ -398,7 +398,7 @@ class _Run:
         self._free.append(lane)
 
     async def _sweep(self) -> None:
-        """Gives up overdue requests, and closes their connections: an answer may still come."""
+        """Fails requests that have timed out, and closes their connections: an answer may still arrive."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             horizon = self._loop.time() - self._plan.timeout
@@ -430,11 +430,11 @@ async def run(
     stop: asyncio.Event | None = None,
     watch: Callable[[Sample], None] | None = None,
 ) -> Report:
-    """Sends the plan's requests on time, and waits until each is answered or given up.
+    """Sends the plan's requests on time, and waits until each is answered, failed or timed out.
 
     Args:
         progress: called once a second.
-        stop: ends the sending early when it is set.
+        stop: when set, no more requests are sent.
         watch: called with every request that is done.
 
     Raises:
@@ -467,9 +467,9 @@ async def _show(report: Report, progress: Callable[[Report], None]) -> None:
 
 
 async def run_together(urls: Sequence[str], plan: Plan, processes: int) -> list[Report]:
-    """Runs the plan on all addresses at the same time, divided among processes; one report each.
+    """Runs the plan on all addresses concurrently, divided among processes; one report per address.
 
-    For reads only: each process has its own ledger, so writes would go to the same cells.
+    For reads only: each process has its own ledger, so the processes would write to the same cells.
     """
     if processes == 1:
         return await _run_each(urls, plan)

@@ -1,4 +1,4 @@
-"""Types of command-line options, and the limit of open files, for the programs of `bench`."""
+"""Types of command-line options, and the limit on open files, for the programs of `bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SPARE_FILES = 64
 
 
 class ImpossibleError(Exception):
-    """The run is not possible; the message says why."""
+    """The run is not possible; the message has the reason."""
 
 
 def positive(text: str) -> float:

@@ -1,7 +1,7 @@
 """A precise timer for asyncio.
 
-The event loop rounds delays up to whole milliseconds, more than a fast answer takes. A timerfd
-wakes the loop within some tens of microseconds.
+The event loop rounds delays up to whole milliseconds, which is longer than a fast answer takes. A
+timerfd wakes the loop within tens of microseconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _TimerSpec(ctypes.Structure):
 
 
 class Timer:
-    """Calls back at chosen points of the loop's time, one after another."""
+    """Calls a function at given times of the loop's clock; one time is set at once."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self._callback = callback
@@ -36,7 +36,7 @@ class Timer:
         self._loop.add_reader(self._fd, self._ring)
 
     def at(self, when: float) -> None:
-        """Sets the timer; it fires at once if the time is past."""
+        """Sets the time of the next call; if it is past, the call is made immediately."""
         seconds, fraction = divmod(max(when, 0.000001), 1)
         spec = _TimerSpec(_TimeSpec(0, 0), _TimeSpec(int(seconds), int(fraction * 1e9)))
         if _LIBC.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(spec), None) != 0:

@@ -1,4 +1,4 @@
-"""Reads the canvas, to check a ledger against it."""
+"""Reads the canvas, so that a ledger can be checked against it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class UnreadableError(Exception):
 
 
 async def read_canvas(target: Target, width: int, height: int, cells: Iterable[tuple[int, int]]) -> bytes:
-    """Returns the canvas as raw RGB bytes; only `cells` of it if there is no /canvas.rgb."""
-    # Not from a cache, which may be some seconds old.
+    """Returns the canvas as raw RGB bytes; without a /canvas.rgb, only `cells` are read."""
+    # Bypass caches, whose pictures may be some seconds old.
     with closing(Client(replace(target, headers=[*target.headers, "Cache-Control: no-cache"]))) as client:
         answer = await client.get("/canvas.rgb")
     if answer.status == 404:
@@ -38,7 +38,7 @@ async def read_canvas(target: Target, width: int, height: int, cells: Iterable[t
 
 
 async def _read_cells(target: Target, width: int, height: int, cells: Iterable[tuple[int, int]]) -> bytes:
-    """Returns a canvas with these cells, read some at a time; the others are black."""
+    """Returns a canvas with these cells, read with several connections; other cells are black."""
     canvas = bytearray(width * height * len(CHANNELS))
     queue = iter(cells)
 

@@ -1,10 +1,10 @@
-"""Many viewers of the event stream, while others paint: what do they hear, and when?
+"""Measures what many viewers of the event stream receive, and when, during writes.
 
     python -m bench.load.viewers --url http://127.0.0.1:8080 --viewers 5000 --rate 100 --seconds 30
 
-Every viewer holds a stream open. Writes are due at a constant rate, one change each. A message is late
-by the time since its oldest change was due. Exit status: 0; 1 if a stream ended or was refused, or a
-viewer did not hear the last change; 2 if the run was not possible.
+Each viewer holds a stream open. Writes are due at a constant rate, one change each. The latency of a
+message is the time since its oldest change was due. Exit status: 0 success; 1 a stream ended or was
+refused, or a viewer did not receive the last change; 2 the run was not possible.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MESSAGE = re.compile(rb"id: ([^\n]+)\ndata: (\[\[[^\n]*\]\])\n\n")
 
 @dataclass
 class Audience:
-    """What all viewers together have heard."""
+    """Messages and streams of all viewers together."""
 
     opened: int = 0
     refused: int = 0
@@ -46,11 +46,11 @@ class Audience:
     messages: int = 0
     received: int = 0  # bytes
     late: list[float] = field(default_factory=list)  # seconds
-    due: dict[tuple[int, ...], float] = field(default_factory=dict)  # when a change was due to be written
+    due: dict[tuple[int, ...], float] = field(default_factory=dict)  # due time by change
     _oldest: dict[bytes, float | None] = field(default_factory=dict)
 
     def hear(self, data: bytes, now: float) -> None:
-        """Note messages. All viewers get the same, so that each is parsed once."""
+        """Records complete messages. All viewers receive the same ones, so each is parsed once."""
         self.received += len(data)
         for event, changes in _MESSAGE.findall(data):
             if event not in self._oldest:
@@ -62,7 +62,7 @@ class Audience:
 
 
 class Viewer(asyncio.Protocol):
-    """One stream; it keeps what has not come whole yet."""
+    """One stream; an incomplete message is buffered."""
 
     def __init__(self, audience: Audience, request: bytes) -> None:
         self._audience = audience
@@ -103,7 +103,7 @@ class Viewer(asyncio.Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What was heard within the measured seconds."""
+    """Messages of the measured seconds, and their latencies."""
 
     viewers: int
     refused: int
@@ -145,16 +145,16 @@ async def watch(
     publish: str = "",
     changes: int = 1,
 ) -> Report:
-    """Opens streams, writes for some seconds, and reports what was heard.
+    """Opens streams, writes for some seconds, and reports the messages.
 
     Args:
         target: the service.
         viewers: number of streams.
-        rate: changes a second.
-        seconds: how long.
+        rate: changes per second.
+        seconds: duration of the writes.
         events: path of the streams.
-        publish: a path that takes whole messages (a server of messages); by default, ``POST /pixel``.
-        changes: changes in a published message.
+        publish: path for whole messages, of a message broker; if empty, writes go to ``POST /pixel``.
+        changes: number of changes in a published message.
     """
     allow_files(viewers + WRITERS)
     audience = Audience()
@@ -191,7 +191,7 @@ async def watch(
 
 
 async def _observe_delays(delays: list[float]) -> None:
-    """Note how late this program itself is: what it hears is as late."""
+    """Records the delays of this program, which are part of the measured latencies."""
     while True:
         due = perf_counter() + OBSERVED_SECONDS
         await asyncio.sleep(OBSERVED_SECONDS)
@@ -221,10 +221,10 @@ async def _open(target: Target, audience: Audience, viewers: int, events: str) -
 async def _write(
     client: Client, audience: Audience, number: int, due: float, publish: str, changes: int
 ) -> bool:
-    """Makes a change, or publishes a message with changes; returns whether it was accepted."""
+    """Writes a change, or publishes a message with changes; returns whether it was accepted."""
     if publish and number % changes:
-        return True  # part of the message before it
-    # Each has a cell and value of its own for long enough.
+        return True  # part of the previous message
+    # A pair of cell and value is used again only after SIDE² × 255 changes.
     cells = [(n % SIDE, n // SIDE % SIDE, n // SIDE**2 % 255 + 1) for n in range(number, number + changes)]
     audience.due.update(dict.fromkeys(cells, due))
     if publish:
@@ -242,7 +242,7 @@ async def _write(
 
 
 async def _hear_last(target: Target, audience: Audience, everybody: list[Viewer], publish: str) -> bool:
-    """Whether everybody hears one more change in time."""
+    """Returns whether all viewers receive one more change in time."""
     last = (SIDE, SIDE, 255)
     audience.late.clear()
     before = audience.messages
@@ -251,7 +251,7 @@ async def _hear_last(target: Target, audience: Audience, everybody: list[Viewer]
         if publish:
             await client.request("POST", publish, body)
         else:
-            await asyncio.sleep(1)  # what was on its way has arrived
+            await asyncio.sleep(1)  # so that earlier messages have arrived
             before = audience.messages
             x, y, value = last
             pixel = {"x": x, "y": y, "channel": "R", "value": value}
@@ -263,7 +263,7 @@ async def _hear_last(target: Target, audience: Audience, everybody: list[Viewer]
 
 
 def run(watching: Coroutine[Any, Any, Report]) -> Report:
-    """Runs it on uvloop where that is installed: a message then takes half the time."""
+    """Runs a measurement, on uvloop if it is installed: a message then takes half the time."""
     try:
         import uvloop
     except ImportError:

@@ -1,12 +1,12 @@
-"""Sequential writers: a write that comes back late is seen, though newer ones followed it.
+"""Sequential writers: they detect an old write that is executed after newer ones.
 
-Each writer has some pixels of its own. It writes rising values to one of them, one after another,
-then goes on to the next pixel, and comes back to the first one after the last. No two writers
-share a pixel, so only an older write of the same writer can change what it has written. A pixel
-that the writer has left keeps an undone value until it is looked at.
+Each writer has its own pixels. It writes increasing values to a pixel, one after another, then
+continues with the next pixel, and returns to the first one after the last. Writers share no pixel,
+so only an older write of the same writer can change an acknowledged value. An undone value stays in
+the pixel until the writer returns to it or the canvas is checked.
 
-Half of the writers set a pixel's three channels at once (`PUT /pixel/{x}/{y}`, 24-bit values), the
-others set one channel after another (`POST /pixel`, 8-bit values that wrap).
+Half of the writers set the three channels of a pixel at once (`PUT /pixel/{x}/{y}`, 24-bit values),
+the others set one channel at a time (`POST /pixel`, 8-bit values that wrap).
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from bench.load.openloop import Sample, acknowledges, body_of
 
 PIXELS_EACH = 64
 PAUSE = 0.05  # seconds between a writer's answer and its next request, on average
-WRITES_A_VISIT = 8  # to a pixel before the writer goes on to the next, on average
+WRITES_A_VISIT = 8  # to a pixel before the writer continues with the next, on average
 READS = 0.2  # share of the writes before which the pixel is read
-SETTLE = 12.0  # seconds from the end of a fault, or of the writes, until the canvas is judged
+SETTLE = 12.0  # seconds from the end of a fault, or of the writes, until the canvas is checked
 
 
 def pixels_of(width: int, height: int, writers: int) -> list[tuple[int, int]]:
-    """The pixels that so many writers share among themselves: the last ones of the canvas."""
+    """The pixels of all writers together: the last ones of the canvas."""
     total = width * height
     numbers = range(total - writers * PIXELS_EACH, total)
     return [(number % width, number // width) for number in numbers]
 
 
 class Register:
-    """Some channels of one pixel, to which one writer gives rising values.
+    """One or three channels of a pixel, to which one writer writes increasing values.
 
     Attributes:
         acknowledged: number of the last acknowledged write; 0 if there is none.
-        last: number of the last write that was begun.
+        last: number of the last write.
         doubtful: numbers of later writes that may have been stored.
     """
 
     def __init__(self, x: int, y: int, channels: str, before: bytes) -> None:
-        """Takes over a pixel whose channels hold `before`, one byte a channel."""
+        """Creates a register whose channels hold `before`, one byte per channel."""
         self.x, self.y, self.channels = x, y, channels
         self.acknowledged = 0
         self.last = 0
@@ -58,11 +58,11 @@ class Register:
         self._values = 1 << 8 * len(channels)
 
     def value(self, number: int) -> bytes:
-        """What the channels hold after this write, one byte a channel."""
+        """The value of a write, one byte per channel."""
         return ((self._before + number) % self._values).to_bytes(len(self.channels))
 
     def begin(self) -> int:
-        """The number of a new write; it is in doubt until `close` says more of it."""
+        """Returns the number of a new write; it is in doubt until `close` sets its fate."""
         self.last += 1
         self.doubtful.append(self.last)
         return self.last
@@ -70,12 +70,12 @@ class Register:
     def close(self, number: int, fate: Fate) -> None:
         if fate is Fate.ACKNOWLEDGED:
             self.acknowledged = number
-            self.doubtful.clear()  # the writer waits for each: all of them are older
+            self.doubtful.clear()  # all of them are older: the writer sends one write at a time
         elif fate is not Fate.UNKNOWN:
             self.doubtful.remove(number)
 
     def fault(self, found: bytes) -> Fault | None:
-        """What is wrong if the channels hold `found`; None if nothing is."""
+        """Returns the fault if the channels hold `found`; None if the value is right."""
         if any(found == self.value(n) for n in (self.acknowledged, *self.doubtful)):
             return None
         behind = (int.from_bytes(self.value(self.last)) - int.from_bytes(found)) % self._values
@@ -85,9 +85,9 @@ class Register:
 
 
 class Fault(NamedTuple):
-    """A register that held what it must not hold.
+    """A register with a wrong value.
 
-    `acknowledged` and `held` are numbers of writes; `held` is None if the value is of none of them.
+    `acknowledged` and `held` are numbers of writes; `held` is None if no write had this value.
     """
 
     register: Register
@@ -108,13 +108,13 @@ class Fault(NamedTuple):
 
 @dataclass
 class WritersVerdict:
-    """What the writers did and found.
+    """The result of the writers.
 
     Attributes:
         sent, acknowledged: numbers of writes.
-        reads: number of reads that were answered.
-        undone: registers that went back behind an acknowledged write, each write once.
-        wrong: registers with a value that was refused, or that nobody wrote.
+        reads: number of answered reads.
+        undone: registers that returned to a value before an acknowledged write, once per write.
+        wrong: registers with a value that was refused, or was never written.
         failed: requests without a 2xx answer, reads included, by their error.
     """
 
@@ -161,7 +161,7 @@ class _Pixel:
 
 
 class Writers:
-    """Writes in sequence until it is stopped, and judges what is there afterwards."""
+    """Writes in sequence until stopped, then checks the canvas."""
 
     def __init__(
         self,
@@ -177,9 +177,9 @@ class Writers:
         Args:
             target: the service.
             size: width and height of the canvas in pixels.
-            before: the canvas as raw RGB bytes; only the pixels of `pixels_of` must be true.
+            before: the canvas as raw RGB bytes; only the pixels of `pixels_of` are used.
             count: number of writers.
-            timeout: seconds until a request is given up.
+            timeout: seconds until a request times out.
             watch: called with every request that is done.
         """
         self._target = target
@@ -202,13 +202,13 @@ class Writers:
         return canvas[at : at + len(CHANNELS)]
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Writes until `stop` is set and every request is answered or given up."""
+        """Writes until `stop` is set and each request is answered, failed or timed out."""
         async with asyncio.TaskGroup() as group:
             for pixels in self._pixels:
                 group.create_task(self._write(pixels, stop))
 
     def check(self, after: bytes) -> WritersVerdict:
-        """Judges all pixels by the canvas, as raw RGB bytes; adds to what the writers saw."""
+        """Checks all pixels of the canvas, given as raw RGB bytes; includes faults that writers found."""
         for pixels in self._pixels:
             for pixel in pixels:
                 self._judge(pixel, self._held(after, pixel.x, pixel.y))
@@ -222,7 +222,7 @@ class Writers:
                 (self._verdict.undone if fault.undone else self._verdict.wrong).append(fault)
 
     async def _write(self, pixels: Sequence[_Pixel], stop: asyncio.Event) -> None:
-        """One writer: visits its pixels in turn; looks at each as it comes, and now and then."""
+        """One writer: visits its pixels in turn; reads each on arrival and before some writes."""
         with closing(Client(self._target, self._timeout)) as client:
             await _pause(stop)
             while True:
@@ -274,7 +274,7 @@ class Writers:
 
 
 class Request(NamedTuple):
-    """What a writer asks, and whether a 2xx answer with this body is the right one."""
+    """A writer's request, and the check of the body of a 2xx answer."""
 
     method: str
     path: str
@@ -283,7 +283,7 @@ class Request(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A request without the right answer, and what that says of a write."""
+    """A request without the expected answer, and the resulting fate of a write."""
 
     error: str
     fate: Fate
@@ -310,7 +310,7 @@ async def _answer(client: Client, request: Request) -> Answer | Failure:
 
 
 async def _pause(stop: asyncio.Event) -> None:
-    """Waits at random, so that the writers don't keep step; less if they are to stop."""
+    """Waits for a random time, so that the writers don't run in step; ends early when `stop` is set."""
     try:
         async with asyncio.timeout(random.uniform(0, 2 * PAUSE)):  # noqa: S311
             await stop.wait()
@@ -326,7 +326,7 @@ def _parsed(answer: bytes) -> Any:
 
 
 def _colour(answer: bytes) -> bytes:
-    """The channels of a pixel that was read; nothing if the answer is not a pixel."""
+    """The channels of a pixel that was read, as bytes; empty if the answer is not a pixel."""
     try:
         pixel = _parsed(answer)
         return bytes(pixel[channel] for channel in CHANNELS)

@@ -97,7 +97,7 @@ class _Frame:
 
 
 class PictureCache:
-    """The pictures that were last requested from this worker."""
+    """A worker's cache of the most recently requested pictures."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -116,13 +116,13 @@ class PictureCache:
         self._pool.shutdown(cancel_futures=True)
 
     async def picture(self, region: Region) -> Picture:
-        """The region as it is now. Raises a 503 ``Problem``."""
+        """The current picture of a region. Raises a 503 ``Problem``."""
         asked = asyncio.get_running_loop().time()
         frame = self._frames.setdefault(region, _Frame())
         self._frames.move_to_end(region)
         try:
             async with frame.lock:
-                # A check that began after this request is recent enough for it.
+                # A check that began after this request arrived is recent enough.
                 if frame.picture is None or frame.checked < asked:
                     checked = asyncio.get_running_loop().time()
                     with self._slot(region):
@@ -130,7 +130,7 @@ class PictureCache:
                     frame.checked = checked
                 return frame.picture
         finally:
-            # Refused or failed: it must not displace a picture.
+            # Refused or failed: an empty frame must not evict a picture.
             unmade = frame.picture is None and not frame.lock.locked()
             if unmade and self._frames.get(region) is frame:
                 del self._frames[region]
@@ -144,7 +144,7 @@ class PictureCache:
         if scale not in picture.pngs:
             picture.pngs[scale] = asyncio.ensure_future(self._encode(picture, scale))
             picture.pngs[scale].add_done_callback(lambda _: self._forget_failure(picture, scale))
-        # A client that disconnects must not cancel the picture of the others.
+        # A client that disconnects must not cancel the encoding for other clients.
         return await asyncio.shield(picture.pngs[scale])
 
     async def _encode(self, picture: Picture, scale: int) -> bytes:
