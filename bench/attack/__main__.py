@@ -1,12 +1,12 @@
-"""Attacks: what one client can do to the others, and to the app's workers.
+"""Attacks: the effect of one client on other clients, and on the app's workers.
 
     python -m bench.attack                                   # the local fleet, about half an hour
     python -m bench.attack --quick                           # some attacks, for a few seconds each
     python -m bench.attack --url http://127.0.0.1:8000 --master 4711     # one instance, by Gunicorn's PID
 
-One client makes one attack after another, a little below the balancer's default limits. A second
-one sends ten `POST /pixel` a second meanwhile. Exit status: 0; 1 if a request of the second client
-failed, its p99 was more than twice that without an attack, or a worker was killed; 2 if an attack
+One client makes the attacks one at a time, slightly below the balancer's default limits. A second
+client sends ten `POST /pixel` per second. Exit status: 0 success; 1 a request of the second client
+failed, its p99 was more than twice that without an attack, or a worker was killed; 2 an attack
 could not be made.
 """
 
@@ -44,9 +44,9 @@ CONNECTIONS = 32
 TIMEOUT = 10.0
 SECONDS, QUICK_SECONDS = 20.0, 3.0
 AFTER, QUICK_AFTER = 60.0, 1.0
-PREPARING = 0.25  # of an attack's seconds, at least 2
+PREPARING = 0.25  # duration as a share of the attack's, at least 2 s
 SETTLE = 2.0  # seconds between an attack's preparation and the first measurement
-SAMPLING = 2.0  # seconds between two looks at the workers' memory
+SAMPLING = 2.0  # seconds between two samples of the workers' memory
 FACTOR = 2.0
 LEAST = 0.05
 OUTPUT = ROOT / "bench" / "out" / "attack.json"
@@ -54,11 +54,11 @@ OUTPUT = ROOT / "bench" / "out" / "attack.json"
 
 @dataclass
 class Result:
-    """What the second client and the workers noticed of an attack.
+    """The effect of an attack on the second client and the workers.
 
     Attributes:
-        failed: its requests that failed, without those that waited for a slow disk.
-        memory: of the largest worker: before, during and after the attack.
+        failed: failed requests of the second client, except those that waited for a slow disk.
+        memory: bytes of the largest worker before, during and after the attack.
     """
 
     attack: Attack
@@ -70,7 +70,7 @@ class Result:
     killed: int
 
     def faults(self, least: float) -> list[str]:
-        """The bounds that were broken; a p99 of less than `least` seconds is never too high."""
+        """Returns the violated bounds; a p99 below `least` seconds is always accepted."""
         limit = max(FACTOR * self.before.latency.p99, 1000 * least)
         found = []
         if not self.attack.reaches & self.answers.keys():
@@ -97,7 +97,7 @@ class Result:
 
 
 class Bench:
-    """The second client, and the watch over the workers."""
+    """Runs attacks; measures the second client's requests and the workers' memory."""
 
     def __init__(self, url: str, service: Service, options: argparse.Namespace) -> None:
         self._url = url
@@ -108,7 +108,7 @@ class Bench:
     async def make(self, attack: Attack) -> Result:
         seconds = self._options.seconds
         loop = asyncio.get_running_loop()
-        # In a process of its own, so that it doesn't delay the second client.
+        # The attacker has its own process, so that it doesn't delay the second client.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             await loop.run_in_executor(
                 pool, attacks.prepare, attack.name, self._url, max(2.0, PREPARING * seconds)
@@ -179,7 +179,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def must_be_ours(url: str, ours: Sequence[str]) -> None:
-    """Raises ImpossibleError unless an address is loopback or of the local fleet."""
+    """Raises ImpossibleError unless the URL's address is loopback or one of the local fleet."""
     host = Target.parse(url).host
     try:
         local = ipaddress.ip_address(host).is_loopback
@@ -194,7 +194,7 @@ def say(text: str) -> None:
 
 
 async def attack_all(options: argparse.Namespace, results: list[Result]) -> None:
-    """Makes the attacks that the target allows; adds to `results` after each."""
+    """Makes the attacks that are possible on the target; adds to `results` after each."""
     service: Service
     ours: tuple[str, ...] = ()
     if options.master:
@@ -234,7 +234,7 @@ def marks(latency: Spread) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results as a table in Markdown."""
+    """Returns the results as a Markdown table."""
     lines = [
         "| attack | sent | failed | before: p50/p99/max (ms) | during | memory of the largest worker:"
         " before/during/after (MB) | workers killed |",

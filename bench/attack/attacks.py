@@ -1,6 +1,6 @@
-"""What one client sends to take a service down; each attack is bounded in time, rate and connections.
+"""The attacks of one client; each is bounded in time, rate and connections.
 
-An attack runs in a process of its own, so that it doesn't delay the second client, who measures.
+An attack runs in its own process, so that it doesn't delay the second client, which measures.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from bench.load.http1 import Target
 
 RATE = 100.0
 CONNECTIONS = 190
-"""A little less than the balancer's default limits on one client."""
+"""Requests per second and connections, slightly below the balancer's default limits per client."""
 
 OWN_ADDRESS = "127.0.0.2"
 ANSWER_SECONDS = 10.0
-MEMBERS = 90_000  # of one object: 1 MB
+MEMBERS = 90_000  # of one JSON object: 1 MB
 BATCH = 10_000  # pixels of the largest `POST /pixels`
 BATCHES_A_SECOND = 30
-HANDSHAKES, RESETS = 300.0, 2000.0  # a second; the limits count requests only
+HANDSHAKES, RESETS = 300.0, 2000.0  # per second; the limits apply to requests only
 HALF_SENT = 1500
 SIDE = 1024
 
@@ -37,12 +37,12 @@ _HEADERS, _RESET, _END = 1, 3, 0x5
 
 @dataclass
 class Attacker:
-    """One client and its allowance.
+    """One client and its limits.
 
     Attributes:
-        until: when it stops, by the loop's clock.
-        answers: how often which status came, or what else became of a request.
-        first, last: events between which it has changed much, in milliseconds.
+        until: time of the end, by the loop's clock.
+        answers: number of requests by status, or by other outcome.
+        first, last: IDs in milliseconds of the events before and after its many changes.
     """
 
     target: Target
@@ -59,7 +59,7 @@ class Attacker:
         await send(self)
 
     async def at_rate(self, send: Callable[[int], Awaitable[str]], rate: float = 0, most: int = 0) -> None:
-        """Sends until time is up; what is due while all connections are busy is left out."""
+        """Sends until `until`; requests that are due while all connections are busy are skipped."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         sending: set[asyncio.Task[None]] = set()
@@ -98,7 +98,7 @@ class Attacker:
         plain = socket.socket(family)
         plain.setblocking(False)
         if self.target.host.startswith("127."):
-            plain.bind((OWN_ADDRESS, 0))  # limits on one client don't hit the second one
+            plain.bind((OWN_ADDRESS, 0))  # so that limits per client don't affect the second client
         if receive_buffer:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         writer = None
@@ -124,7 +124,7 @@ class Attacker:
         body: bytes = b"",
         seconds: float = ANSWER_SECONDS,
     ) -> str:
-        """The status of an answer, which is read to its end, but for so many seconds at most."""
+        """Returns the status of an answer; reads the answer for at most `seconds`."""
         lines = b"".join(b"%b\r\n" % header for header in (*headers, b"Connection: close"))
         if body:
             lines += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
@@ -139,7 +139,7 @@ class Attacker:
         return status
 
     async def newest_event(self) -> int:
-        """The milliseconds of the newest event's ID."""
+        """Returns the milliseconds of the newest event's ID."""
         async with self.connection() as (reader, writer):
             writer.write(self.target.head("GET", "/events") + b"\r\n")
             async with asyncio.timeout(ANSWER_SECONDS):
@@ -152,14 +152,14 @@ class Attacker:
 
 @dataclass(frozen=True)
 class Attack:
-    """One way to take a service down.
+    """One kind of attack.
 
     Attributes:
-        send: sends until the attacker's time is up.
-        prepare: what it sends before; the second client doesn't measure yet.
-        reaches: some answers must be among these; otherwise the attack met something else.
-        tls: it needs https.
-        balancer: it needs the paths of the fleet's balancer.
+        send: sends until the attacker's `until`.
+        reaches: expected outcomes; if none of them occurs, the attack did not reach its target.
+        tls: whether it needs HTTPS.
+        balancer: whether it needs paths of the fleet's balancer.
+        prepare: sends requests before the measurement; None if there are none.
     """
 
     name: str
@@ -171,7 +171,7 @@ class Attack:
 
 
 async def faults(attacker: Attacker) -> None:
-    """A megabyte with as many faults as possible."""
+    """Bodies of 1 MB with as many faults as possible."""
     members = ",".join(f'"{number:05}":{number % 10}' for number in range(MEMBERS))
     body = b"[{%b}]" % members.encode()
     await attacker.at_rate(lambda _: attacker.ask("/pixels", method="POST", body=body), rate=20)
@@ -194,20 +194,20 @@ async def batches(attacker: Attacker) -> None:
 
 
 async def many_changes(attacker: Attacker) -> None:
-    """Fills the stream of events with large batches; learns the events before and after them."""
+    """Fills the event stream with large batches; records the events before and after them."""
     attacker.first = await attacker.newest_event()
     await batches(attacker)
     attacker.last = await attacker.newest_event()
 
 
 async def replay(attacker: Attacker) -> None:
-    """Streams from before many changes, all from the same event."""
+    """Streams that resume from the same event, before many changes."""
     path = f"/events?after={attacker.first}-0"
     await attacker.at_rate(lambda _: attacker.ask(path, seconds=5))
 
 
 async def positions(attacker: Attacker) -> None:
-    """Streams from events of their own among many changes, opened again and again."""
+    """Streams that resume from different events among many changes, opened repeatedly."""
 
     def stream(_: int) -> Awaitable[str]:
         event = attacker.dice.randint(attacker.first, attacker.last)
@@ -218,7 +218,7 @@ async def positions(attacker: Attacker) -> None:
 
 
 async def pictures(attacker: Attacker) -> None:
-    """Enlarged parts of the canvas, each another one."""
+    """Enlarged pictures of different regions of the canvas."""
 
     def ask(number: int) -> Awaitable[str]:
         x, y = (number * 37) % 24, (number * 53) % 24
@@ -228,7 +228,7 @@ async def pictures(attacker: Attacker) -> None:
 
 
 async def conditional(attacker: Attacker) -> None:
-    """HEAD, and conditions that always or never hold."""
+    """HEAD requests, and conditional requests that always or never match."""
 
     def ask(number: int) -> Awaitable[str]:
         x, y = (number * 37) % 24, (number * 53) % 24
@@ -244,7 +244,7 @@ async def conditional(attacker: Attacker) -> None:
 
 
 async def slow_readers(attacker: Attacker) -> None:
-    """Asks for pictures and streams, and reads next to nothing."""
+    """Requests for pictures and streams whose answers are read very slowly."""
 
     async def ask(number: int) -> str:
         x, y = (number * 37) % 24, (number * 53) % 24
@@ -263,7 +263,7 @@ async def slow_readers(attacker: Attacker) -> None:
 
 
 async def half_sent(attacker: Attacker) -> None:
-    """Heads that never end."""
+    """Request heads that are never completed."""
 
     async def send(_: int) -> str:
         async with attacker.connection() as (reader, writer):
@@ -276,7 +276,7 @@ async def half_sent(attacker: Attacker) -> None:
 
 
 async def raw_bytes(attacker: Attacker) -> None:
-    """Agents and paths that aren't UTF-8, or very long."""
+    """User agents and paths that are not UTF-8, or very long."""
     texts = (b"\xff\xfe", b"\xed\xa0\x80", b"\xc0\x80" * 50, b'\\"\x7f', b"\xe2\x82" + b"x" * 4000)
 
     def ask(number: int) -> Awaitable[str]:
@@ -288,7 +288,7 @@ async def raw_bytes(attacker: Attacker) -> None:
 
 
 async def clusters(attacker: Attacker) -> None:
-    """What is expensive, at hosts of the attacker's choice, and at hosts that don't exist."""
+    """Expensive requests to chosen hosts, and to hosts that don't exist."""
 
     def ask(number: int) -> Awaitable[str]:
         x, y = (number * 37) % 24, (number * 53) % 24
@@ -299,13 +299,13 @@ async def clusters(attacker: Attacker) -> None:
 
 
 async def fan_out(attacker: Attacker) -> None:
-    """Questions that an instance passes on to all others; operators' addresses only."""
+    """Requests that an instance sends on to all others; from operators' addresses only."""
     paths = ("/fleet/all?timeout=60", "/fleet/first", "/fleet/all", "/metrics")
     await attacker.at_rate(lambda number: attacker.ask(paths[number % 4]))
 
 
 async def handshakes(attacker: Attacker) -> None:
-    """TLS handshakes, and nothing after them."""
+    """TLS handshakes without requests."""
 
     async def shake(_: int) -> str:
         async with asyncio.timeout(ANSWER_SECONDS), attacker.connection():
@@ -319,7 +319,7 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 async def resets(attacker: Attacker) -> None:
-    """HTTP/2 streams that are cancelled as soon as they are opened."""
+    """HTTP/2 streams that are cancelled immediately."""
     path, authority = b"/canvas.rgb", attacker.target.authority.encode()
     # :method GET and :scheme https of HPACK's table, :path and :authority as literals.
     fields = b"\x82\x87\x04%c%b\x01%c%b" % (len(path), path, len(authority), authority)
@@ -361,7 +361,7 @@ _attacker: Attacker | None = None  # of this process
 
 
 def prepare(name: str, url: str, seconds: float) -> None:
-    """Makes this process the attacker, and sends what comes before the attack."""
+    """Creates this process's attacker and runs the attack's `prepare`."""
     global _attacker
     _attacker = attacker = Attacker(Target.parse(url, insecure=True))
     if (sending := _named(name).prepare) is not None:
@@ -369,7 +369,7 @@ def prepare(name: str, url: str, seconds: float) -> None:
 
 
 def attack(name: str, seconds: float) -> Counter[str]:
-    """Makes the attack; returns what was answered."""
+    """Makes the attack; returns the number of requests by outcome."""
     assert _attacker is not None
     _attacker.answers.clear()
     asyncio.run(_attacker.work(_named(name).send, seconds))

@@ -1,4 +1,4 @@
-"""What is under attack: its workers with their memory, and the disk under its Redis."""
+"""The services under attack: memory of their workers, slow flushes of their Redis."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from bench.drill.faults import WORKERS
 from bench.drill.hosts import Fleet
 from bench.load.disk import Flush
 
-Memory = dict[str, int]  # by worker, in bytes
+Memory = dict[str, int]  # bytes by worker
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Service(Protocol):
-    """What an attack may harm."""
+    """A service under attack."""
 
     async def memory(self) -> Memory:
-        """What each worker has in memory."""
+        """Returns the memory of each worker."""
 
     async def slow_flushes(self) -> Sequence[Flush]:
-        """Flushes that took long; a write that waits for one is late, whatever clients do."""
+        """Returns slow flushes; they delay writes independently of the attack."""
 
 
 class OneInstance:
-    """One Gunicorn on this machine."""
+    """One Gunicorn master on this machine."""
 
     def __init__(self, master: int) -> None:
         self._children = Path(f"/proc/{master}/task/{master}/children")
 
     async def memory(self) -> Memory:
-        """What each has in memory. Raises OSError if the master is gone."""
+        """Returns the memory of each worker. Raises OSError if the master does not exist."""
         return {pid: _resident(pid) for pid in self._children.read_text().split()}
 
     async def slow_flushes(self) -> Sequence[Flush]:
-        """Nobody records them."""
+        """Returns nothing: flushes are not recorded here."""
         return ()
 
 
@@ -45,13 +45,13 @@ def _resident(pid: str) -> int:
 
 
 class LocalFleet:
-    """The local fleet, with all its hosts."""
+    """The local fleet with all its hosts."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
     async def memory(self) -> Memory:
-        """What each has in memory. Raises FleetError if a host can't be asked."""
+        """Returns the memory of each worker. Raises FleetError if a host can't be reached."""
         script = f'{WORKERS}; for worker; do echo "$worker $(cut -d " " -f 2 "/proc/$worker/statm")"; done'
         return {
             f"{host}/{pid}": int(pages) * PAGE
@@ -60,5 +60,5 @@ class LocalFleet:
         }
 
     async def slow_flushes(self) -> Sequence[Flush]:
-        """What Redis has recorded."""
+        """Returns the flushes that Redis has recorded."""
         return await self._fleet.slow_flushes()

@@ -1,13 +1,13 @@
-"""The fault drill: what users of the local fleet notice of deploys, faults and power cuts.
+"""The fault drill: the effect of deploys, faults and power cuts on users of the local fleet.
 
     python -m bench.drill                      # everything, in the order of the table
     python -m bench.drill --quick              # five events, once each
     python -m bench.drill --events "t2 frozen,redis killed" --runs 5
 
-Each event happens under a constant rate of writes and beside sequential writers. All acknowledged
-writes are checked after the fleet is healed. Exit status: 0 if only excused requests failed; 1 if
-a write was lost or undone, another request failed, or the fleet did not recover by itself; 2 if
-the drill could not run.
+Each event happens during writes at a constant rate and by sequential writers. All acknowledged
+writes are checked when the fleet is restored. Exit status: 0 only excused requests failed; 1 a write
+was lost or undone, another request failed, or the fleet did not recover by itself; 2 the drill could
+not be run.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ WRITERS = 32
 TIMEOUT = 10.0
 WARM_UP = 1.0
 BEFORE = 5.0
-SETTLED = 2.0  # seconds at full capacity, after which a run may end
-PENDING = 0.5  # seconds; the latest requests may not be answered yet
+SETTLED = 2.0  # seconds at full capacity before a run ends
+PENDING = 0.5  # seconds; more recent requests may not be answered yet
 OUTPUT = ROOT / "bench" / "out" / "drill.json"
 UNREADABLE = (*UNREACHABLE, UnreadableError)
 
@@ -84,14 +84,14 @@ def say(text: str) -> None:
 
 @dataclass
 class Seen:
-    """What was seen of one event; times are on the clock of time.monotonic().
+    """The requests and times of one event; times are on the clock of time.monotonic().
 
     Attributes:
         samples: requests of the open loop.
         others: requests of the sequential writers.
-        since, acted, until: when the event began, when it was over, when the run ended.
-        settled: whether the fleet came back to full capacity.
-        faults: what went wrong in the event itself.
+        since, acted, until: times of the event's start, of its end, and of the run's end.
+        settled: whether the fleet returned to full capacity.
+        faults: errors of the event itself.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Seen:
 
 
 class Drill:
-    """Causes one event after another, each under a load of its own."""
+    """Causes the events one at a time, each with its own load."""
 
     def __init__(self, scene: Scene, rate: float, size: tuple[int, int] = CANVAS) -> None:
         self._scene = scene
@@ -160,7 +160,7 @@ class Drill:
         return await self._judge(event, ledger, writers, report, seen, normal)
 
     async def _settle(self, samples: Sequence[Sample], normal: Normal, deadline: float) -> bool:
-        """Waits for some seconds at full capacity; False if they don't come in time."""
+        """Waits for `SETTLED` seconds at full capacity; returns False at the deadline."""
         await asyncio.sleep(SETTLED + PENDING)
         while (now := time.monotonic() - PENDING) < deadline:
             recent = samples[-math.ceil(4 * (SETTLED + 1) * self._rate) :]
@@ -215,7 +215,7 @@ class Drill:
     async def _read(self, first: int, last: int) -> None:
         """Reads the writers' pixels and those of the ledger's writes `first` to `last`.
 
-        Every ledger begins with the same cells, so what the last run left there is known.
+        Every ledger starts with the same cells, so the next run has to know their current values.
         """
         cells = {*self._pixels, *self._ledger().cells(range(first, last))}
         deadline = time.monotonic() + 60
@@ -234,14 +234,14 @@ class Drill:
 
 
 def recovery_of(short: Shortage | None, since: float, planned: bool) -> float:
-    """Seconds until full capacity: since the fault; for planned work, since the first shortage."""
+    """Seconds until full capacity, from the fault; for planned work, from the first shortage."""
     if short is None:
         return 0.0
     return short.end - (short.begin if planned else since)
 
 
 async def drill(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
-    """Causes the events; adds to `outcomes` after each run, so that an interrupt keeps them."""
+    """Causes the events; adds to `outcomes` after each run, so that results survive an interrupt."""
     fleet = Fleet.load()
     scene = Scene(fleet)
     await fleet.heal()
@@ -271,7 +271,7 @@ async def drill(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
 
 
 async def back_to(scene: Scene, first: dict[str, str]) -> None:
-    """Returns to the release that ran when the drill began."""
+    """Deploys the release that was running when the drill began."""
     if await scene.fleet.releases() != first and len(set(first.values())) == 1:
         release = next(iter(first.values()))
         say(f"returning to release {release}")
@@ -316,7 +316,7 @@ def alone() -> Iterator[None]:
 
 
 async def until_interrupted(options: argparse.Namespace, outcomes: list[Outcome]) -> bool:
-    """Runs the drill; the first Ctrl-C stops it and heals the fleet, later ones are ignored."""
+    """Runs the drill. The first Ctrl-C stops it and restores the fleet, later ones are ignored."""
     working = asyncio.create_task(drill(options, outcomes))
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, once(working))

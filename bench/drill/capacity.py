@@ -1,9 +1,8 @@
-"""Judges from requests whether a fleet was at full capacity.
+"""Decides from the requests whether the fleet was at full capacity.
 
-Time is divided into slices of a quarter of a second, by when requests were due. A slice is at full
-capacity if every request of it was acknowledged, each host answered at least three quarters of its
-usual share, and the 90th percentile is at most three times the usual 99th percentile, or `QUICK`
-if that is more.
+Requests are grouped by due time into slices of a quarter of a second. A slice is at full capacity if
+every request was acknowledged, each host answered at least three quarters of its usual share, and
+the 90th percentile is at most three times the usual 99th percentile, or `QUICK` if that is more.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ SLICE = 0.25
 SHARE = 0.75
 SLOWER = 3
 QUICK = 0.1
-STRANGER = 0.02  # a smaller share is not counted as a host
+STRANGER = 0.02  # an instance with a smaller share does not count as a host
 
 
 @dataclass(frozen=True)
 class Normal:
-    """The fleet before an event."""
+    """Shares and latency of the fleet before an event."""
 
     rate: float
     shares: dict[str, float]
@@ -46,7 +45,7 @@ class Normal:
         return max(QUICK, SLOWER * self.latency.p99 / 1000)
 
     def lack(self, samples: Sequence[Sample]) -> str | None:
-        """Returns why a slice is not at full capacity; None if it is."""
+        """Returns the reason why a slice is not at full capacity; None if it is."""
         if len(samples) < 0.9 * self.rate * SLICE:
             return "requests without an answer yet"
         failed = sum(sample.error is not None for sample in samples)
@@ -64,7 +63,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class Shortage:
-    """A time of reduced capacity, and the reason in its last slice."""
+    """An interval of reduced capacity, and the reason in its last slice."""
 
     begin: float
     end: float
@@ -72,7 +71,7 @@ class Shortage:
 
 
 def shortage(samples: Iterable[Sample], normal: Normal, since: float, until: float) -> Shortage | None:
-    """Returns the time from the first reduced slice to the last one; None if there is none."""
+    """Returns the interval from the first reduced slice to the last one; None if there is none."""
     count = max(0, math.floor((until - since) / SLICE))
     slices: list[list[Sample]] = [[] for _ in range(count)]
     for sample in samples:

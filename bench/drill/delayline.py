@@ -1,10 +1,10 @@
-"""Runs on a host: delays all frames to one neighbour, also of connections that are open already.
+"""Runs on a host: delays all frames to one neighbour, including those of open connections.
 
     python3 delayline.py INTERFACE SECONDS FALSE_ADDRESS ADDRESS
 
-The kernel's own tool for this, tc-netem(8), is missing from kernels without modules. Instead, the
-neighbour gets a false link-layer address in the host's neighbour table, so that the frames reach
-nobody; this program captures them, and sends them to the right address later.
+The usual tool, tc-netem(8), needs a kernel module that test machines may lack. Instead, the host's
+neighbour table has a false link-layer address for the neighbour, so no host receives the frames.
+This program captures them and sends them later to the right address.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import deque
 
 ALL_PROTOCOLS = 3
 PACKET_OPTIONS, WITH_HEADER = 263, 15  # SOL_PACKET, PACKET_VNET_HDR: see packet(7)
-HEADER = 10  # bytes before each frame: checksums and segments that the kernel still has to make
+HEADER = 10  # bytes before each frame, for checksums and segmentation that the kernel has deferred
 ADDRESS = 6  # bytes; the destination is the first field of a frame
 LARGEST = 1 << 17
 BUFFER = 1 << 23

@@ -1,4 +1,4 @@
-"""The events of the drill: what happens to the fleet, and which failures are excused."""
+"""The events of the drill: what each does to the fleet, and which failures it excuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FROZEN_SECONDS = 20
 AWAY_SECONDS = 5
 REDIS_STOPPED_SECONDS = 3
 DELAY_SECONDS = 3
-A_FIFTIETH = 0.02  # of a processor
+A_FIFTIETH = 0.02  # of a CPU
 EVEN = {"c5": 1, "t2": 1}
 # Appended to the app's module: everything works except the answer that a deploy waits for.
 REFUSAL = "This release is never ready."
@@ -38,7 +38,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 '''
 
 
-# The positional parameters of the shell become the process ids of the app's workers.
+# Sets the shell's positional parameters to the process IDs of the app's workers.
 WORKERS = """\
 master=$(systemctl show --property MainPID --value pixel.service)
 set -- $(cat "/proc/$master/task/$master/children")"""
@@ -59,7 +59,7 @@ class Scene:
         return f"{self.label}-{self.releases}"
 
     def host(self, turn: int) -> str:
-        """The hosts in turn."""
+        """Alternates between the hosts."""
         return (BALANCER, OTHER)[turn % 2]
 
 
@@ -68,15 +68,15 @@ Act = Callable[[Scene, int], Coroutine[Any, Any, None]]
 
 @dataclass(frozen=True)
 class Event:
-    """One event and what it may cost.
+    """One event, and the failures that it excuses.
 
     Attributes:
-        name: as on the command line.
-        act: causes the event, and ends it.
-        runs: how often it happens in a full drill.
-        planned: an operator's work: recovery counts from the first shortage of capacity, not from
-            the command.
-        excused: failures that users may see until `grace` seconds after the act is over; all
+        name: name on the command line.
+        act: starts and ends the event.
+        runs: number of runs in a full drill.
+        planned: whether it is an operator's work: recovery is then measured from the first shortage
+            of capacity, not from the command.
+        excused: failures that are allowed until `grace` seconds after the end of the act; all
             others are faults.
         patience: seconds from the command until the fleet counts as not recovered.
         prepare: runs before the load begins.
@@ -120,7 +120,7 @@ async def bad_deploy(scene: Scene, _: int) -> None:
 
 @contextmanager
 def never_ready_source() -> Iterator[Path]:
-    """A copy of the app that works and is never ready."""
+    """Yields the path of a copy of the app that works but is never ready."""
     with tempfile.TemporaryDirectory(prefix="pixel-drill-") as folder:
         source = Path(folder) / "app"
         junk = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "tests", ".*")
@@ -199,7 +199,7 @@ async def freeze(scene: Scene, _: int) -> None:
 
 
 async def freeze_as_writers_end(scene: Scene, _: int) -> None:
-    """The writers get past the frozen host, then stop: no later write hides a late one."""
+    """Stops the writers once they reach other hosts, so that no newer write hides a late one."""
     await signal_app(scene, "STOP")
     await asyncio.sleep(FROZEN_SECONDS / 2)
     scene.end_writers()
@@ -218,7 +218,7 @@ async def stop_a_worker(scene: Scene, _: int) -> None:
 
 
 async def stop_workers(scene: Scene, _: int) -> None:
-    """One after the other, and the master goes on; a listening socket stays open."""
+    """Stops the workers one at a time; the master continues, and the listening socket stays open."""
     script = f'{WORKERS}; for worker; do kill -STOP "$worker"; sleep 2; done'
     await scene.fleet.ssh(OTHER, script)
     await asyncio.sleep(FROZEN_SECONDS / 2)
@@ -247,7 +247,7 @@ async def restart_redis(scene: Scene, _: int) -> None:
 
 
 async def kill_redis(scene: Scene, _: int) -> None:
-    """Over when systemd has started Redis again and it has read its log."""
+    """Returns when systemd has restarted Redis and Redis has loaded its log."""
     await scene.fleet.ssh(
         BALANCER,
         """
@@ -264,7 +264,7 @@ async def kill_redis(scene: Scene, _: int) -> None:
 
 
 async def stop_host(scene: Scene, _: int) -> None:
-    """Shuts the host down, as before a resize, and starts it."""
+    """Shuts the host down, as before a resize, and starts it again."""
     with suppress(FleetError):  # the connection may end before the command does
         await scene.fleet.ssh(OTHER, "systemctl poweroff")
     await until_off(scene.fleet.ssh_ports[OTHER])
@@ -273,7 +273,7 @@ async def stop_host(scene: Scene, _: int) -> None:
 
 
 async def until_off(port: int, patience: float = 60) -> None:
-    """Waits until a host's port is closed: it is open while the host runs."""
+    """Waits until a port of a host is closed, which means that the host is off."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         try:
@@ -297,14 +297,14 @@ async def cut_off_from_redis(scene: Scene, _: int) -> None:
 
 
 async def cut_off_from_balancer(scene: Scene, _: int) -> None:
-    """Requests and answers are lost; the host still reaches Redis."""
+    """Drops requests and answers; the host still reaches Redis."""
     await scene.fleet.drop("tcp dport 8000 drop; tcp sport 8000 drop;")
     await asyncio.sleep(FROZEN_SECONDS)
     await scene.fleet.restore_network()
 
 
 async def delay(scene: Scene, _: int) -> None:
-    """Delayed packets still arrive after the network is fast again."""
+    """Delays packets; those in flight still arrive late after the delay has ended."""
     await scene.fleet.delay(DELAY_SECONDS)
     await asyncio.sleep(FROZEN_SECONDS)
     await scene.fleet.join()

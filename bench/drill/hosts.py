@@ -1,4 +1,4 @@
-"""The local fleet as its operator sees it: commands over SSH, playbooks, power, faults."""
+"""Operations on the local fleet: commands over SSH, playbooks, power, network faults."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from bench.load.disk import Flush
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-BALANCER = "c5"  # Nginx, Redis and a part of the app
-OTHER = "t2"  # the app alone
+BALANCER = "c5"  # runs Nginx, Redis and instances of the app
+OTHER = "t2"  # runs only the app
 PATIENCE = 30.0
-# Requests to the fleet never go through a proxy of the environment.
+# Requests to the fleet never use a proxy from the environment.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 NOWHERE = "02:00:00:00:00:01"  # a link-layer address that no host has
 TABLE = "pixel_drill"  # of nftables
@@ -29,7 +29,7 @@ DELAY = "pixel-drill-delay"  # a unit
 
 
 class FleetError(Exception):
-    """A command on the fleet failed; the message has the end of its output."""
+    """A command on the fleet failed; the message contains the last lines of its output."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Fleet:
 
     @classmethod
     def load(cls) -> Fleet:
-        """Loads the description of the fleet that `make up` has made."""
+        """Loads the description of the fleet that `make up` has created."""
         name = os.environ.get("PIXEL_FLEET") or "pixel"
         try:
             facts = json.loads((ROOT / ".fleet" / name / "fleet.json").read_text())
@@ -74,7 +74,7 @@ class Fleet:
     async def play(
         self, playbook: str, variables: Mapping[str, Any] | None = None, patience: float = 300
     ) -> tuple[int, str]:
-        """Runs a playbook; its exit status and its output."""
+        """Runs a playbook; returns its exit status and its output."""
         program = str(ROOT / ".venv" / "bin" / "ansible-playbook")
         extra = ["--extra-vars", json.dumps(variables)] if variables else []
         return await self._run(program, f"playbooks/{playbook}", *extra, patience=patience)
@@ -93,7 +93,7 @@ class Fleet:
             raise FleetError(f"power {host} {state}: {tail(output)}")
 
     async def throttle(self, host: str, processors: float | None) -> None:
-        """Limits a host to so many processors; None removes the limit."""
+        """Limits a host to this number of CPUs; None removes the limit."""
         program = str(ROOT / "fleet" / "fleet.py")
         number = "all" if processors is None else str(processors)
         status, output = await self._run(sys.executable, program, "cpus", host, number, patience=30)
@@ -103,8 +103,8 @@ class Fleet:
     async def _run(self, *command: str, patience: float, text: str = "") -> tuple[int, str]:
         """Runs a program; returns its exit status and its output.
 
-        The program has a session of its own, so that Ctrl-C reaches only the drill. If this call
-        is cancelled or takes too long, the program gets SIGINT, as from an operator.
+        The program runs in its own session, so that Ctrl-C reaches only the drill. If this call is
+        cancelled or times out, the program receives SIGINT, as from an operator.
         """
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -126,7 +126,7 @@ class Fleet:
         return process.returncode or 0, output.decode(errors="replace")
 
     async def slow_flushes(self) -> list[Flush]:
-        """Flushes since Redis' start that took 0.1 s or more: the longest of each second."""
+        """Flushes since the start of Redis that took 0.1 s or more: the longest of each second."""
         password = (ROOT / ".fleet" / self.name / "credentials" / "redis_admin").read_text().strip()
         said = await self.ssh(
             BALANCER,
@@ -169,14 +169,14 @@ class Fleet:
         return said
 
     async def balancer_status(self) -> dict[str, Any]:
-        """Returns each host's part of `pixel-lb status`."""
+        """Returns the section of each host in `pixel-lb status`."""
         status = json.loads(await self.ssh(BALANCER, "pixel-lb status"))
         return {host: status["backends"][host] for host in self.addresses}
 
-    # The network between the two hosts. The drill's own connections to them are not touched.
+    # The network between the two hosts. Connections of the drill to them are not affected.
 
     async def cut(self) -> None:
-        """Stops all packets between the hosts: each has a wrong link-layer address of the other."""
+        """Stops all packets between the hosts, by a wrong link-layer address of each on the other."""
         for host, peer in ((OTHER, BALANCER), (BALANCER, OTHER)):
             address = self.addresses[peer]
             await self.ssh(host, f"ip neigh replace {address} lladdr {NOWHERE} dev eth0 nud permanent")
@@ -185,7 +185,7 @@ class Fleet:
         """Drops packets on the other host.
 
         Args:
-            rules: nftables rules for packets that leave (`output`) or arrive (`input`) there.
+            rules: nftables rules for packets that leave (`output`) or enter (`input`) the other host.
         """
         chains = "\n".join(
             f"chain {hook} {{ type filter hook {hook} priority -10; {rules} }}"
@@ -194,7 +194,7 @@ class Fleet:
         await self.ssh(OTHER, f"nft -f - <<'END'\ntable inet {TABLE} {{\n{chains}\n}}\nEND\n")
 
     async def delay(self, seconds: float) -> None:
-        """Delays all packets from the other host to the balancer's; see `delayline.py`."""
+        """Delays all packets from the other host to the balancer's host; see `delayline.py`."""
         address = (await self.ssh(BALANCER, "cat /sys/class/net/eth0/address")).strip()
         program = (HERE / "delayline.py").read_text()
         await self.ssh(
@@ -207,12 +207,12 @@ class Fleet:
         )
 
     async def join(self) -> None:
-        """Gives both hosts the right addresses of each other again."""
+        """Restores the link-layer address of each host on the other."""
         for host, peer in ((BALANCER, OTHER), (OTHER, BALANCER)):
             await self.ssh(host, f"ip neigh flush to {self.addresses[peer]} dev eth0 nud permanent")
 
     async def restore_network(self) -> None:
-        """Takes back `cut`, `drop` and `delay`; packets that are still delayed are lost."""
+        """Reverts `cut`, `drop` and `delay`; packets that are still held back are lost."""
         await self.join()
         await self.ssh(
             OTHER,
@@ -225,7 +225,7 @@ class Fleet:
     # Recovery
 
     async def heal(self) -> None:
-        """Takes back all that a drill may have left; a healthy fleet is not changed."""
+        """Reverts all faults that a drill may have left; a healthy fleet is not changed."""
         await self.throttle(OTHER, None)
         for host in (BALANCER, OTHER):
             try:
@@ -259,6 +259,6 @@ async def end(process: asyncio.subprocess.Process, talking: asyncio.Task[Any]) -
 
 
 def tail(output: str, lines: int = 12) -> str:
-    """The last lines of a program's output."""
+    """Returns the last lines of a program's output."""
     said = output.strip().splitlines()
     return "\n".join(said[-lines:])

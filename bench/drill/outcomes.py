@@ -12,7 +12,7 @@ from typing import Any
 from bench.load.figures import Spread
 from bench.load.openloop import Sample
 
-IN_FLIGHT = 0.1  # seconds; a request may be this much older than the event that it meets
+IN_FLIGHT = 0.1  # seconds; a request that an event affects may have been sent this much earlier
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Run:
     Attributes:
         sent, acknowledged: writes of both kinds.
         failed: requests of both kinds, reads included, by status or error.
-        lost, undone, wrong: acknowledged writes that are missing, writes that an older one has
-            undone, and cells with any other wrong value.
+        lost, undone, wrong: acknowledged writes that are missing, acknowledged writes that an older
+            write has undone, cells with another wrong value.
         before, during: latencies of the open loop.
-        took: seconds of the act: of a playbook, or of a fault.
-        recovery: seconds until full capacity; None if it did not come back.
-        lack: why capacity was last reduced.
-        behind_flush: failed requests that waited for Redis' disk.
+        took: duration in seconds of the act: a playbook or a fault.
+        recovery: seconds until full capacity; None if it was not reached again.
+        lack: reason of the last reduction of capacity.
+        behind_flush: failed requests that waited for Redis's disk.
     """
 
     event: str
@@ -73,7 +73,7 @@ class Outcome:
 
     @property
     def recovery(self) -> dict[str, float | None]:
-        """Median and worst seconds; a run that never recovered is the worst."""
+        """Median and worst recovery in seconds; None, for a run that did not recover, is the worst."""
         seconds = [run.recovery for run in self.runs if run.recovery is not None]
         all_did = len(seconds) == len(self.runs)
         return {
@@ -105,7 +105,7 @@ class Outcome:
 def unexcused(
     failures: Iterable[Sample], excused: frozenset[str], since: float, until: float
 ) -> Counter[str]:
-    """Counts the failures that the event does not excuse, by kind or by time."""
+    """Counts the failures that the event does not excuse, because of their kind or their time."""
     return Counter(
         kind(sample.error)
         for sample in failures
@@ -127,7 +127,7 @@ LEFT = {"event", "failed"}
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Returns a table; figures are medians of the runs, full capacity is median (worst)."""
+    """Returns a table. Figures are medians of the runs; full capacity is median (worst)."""
     rows = [HEAD, *(_row(outcome) for outcome in outcomes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = [

@@ -1,4 +1,4 @@
-"""The attacks on a stand-in service whose faults the tests choose."""
+"""The attacks on a stand-in service with faults that the tests select."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bench.load.tests.standin import HEIGHT, WIDTH, Deed, StandIn
 
 
 class Patient:
-    """A service without workers, or with those that a test makes up."""
+    """A service without workers, or with the memory figures of a test."""
 
     def __init__(self, *memories: Memory) -> None:
         self._memories = list(memories) or [{"1": 50_000_000}]
@@ -57,7 +57,7 @@ def test_an_attack_that_nobody_notices() -> None:
 
 
 def test_a_failure_of_the_second_client_is_a_fault() -> None:
-    # The first half is from before the attack.
+    # The first half of the requests precedes the attack.
     service = StandIn(lambda number: Deed.BROKEN if number >= 70 else Deed.STORE)
     assert made(service, Patient()).faults(least=10) == ["failed: {'status 503': 10}"]
 
@@ -88,7 +88,7 @@ def test_an_attack_that_meets_something_else_is_a_fault() -> None:
 
 
 def test_an_attacker_keeps_to_its_allowance() -> None:
-    """It sends at its rate, over so many connections at most, until time is up."""
+    """It keeps to its rate, its number of connections and its end."""
     service = StandIn()
 
     async def attack(connections: int) -> tuple[int, float]:

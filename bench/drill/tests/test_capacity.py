@@ -14,7 +14,7 @@ Change = Callable[[Sample], Sample]
 
 
 def load(seconds: float, change: Change = lambda sample: sample) -> list[Sample]:
-    """Answers of c5 and t2, 3 to 2, in 2 ms; with changes to all of them."""
+    """Answers of c5 and t2 in the ratio 3 to 2, after 2 ms; `change` is applied to each."""
     return [
         change(Sample(START + number / RATE, 0.002, None, ("c5", "t2", "c5", "t2", "c5")[number % 5]))
         for number in range(round(seconds * RATE))
@@ -22,7 +22,7 @@ def load(seconds: float, change: Change = lambda sample: sample) -> list[Sample]
 
 
 def between(begin: float, end: float, **changes: object) -> Change:
-    """Changes the requests that were due in these seconds."""
+    """Returns a change of the requests that were due in these seconds."""
 
     def change(sample: Sample) -> Sample:
         if begin <= sample.due - START < end:

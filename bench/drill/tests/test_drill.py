@@ -87,7 +87,7 @@ def test_it_works_but_for_the_answer_that_a_deploy_waits_for() -> None:
         await send({"path": scope["path"]})
 
     module: dict[str, Any] = {"app": app, "Scope": Any, "Receive": Any, "Send": Any}
-    exec(NEVER_READY, module)  # it is ours
+    exec(NEVER_READY, module)  # our own source
 
     def answers(path: str) -> list[dict[str, Any]]:
         said: list[dict[str, Any]] = []
@@ -110,7 +110,7 @@ Command = tuple[str, ...]
 
 
 class Recorded(Fleet):
-    """A fleet whose hosts do nothing; `commands` has what was sent to them."""
+    """A fleet whose hosts do nothing; `commands` contains the commands sent to them."""
 
     commands: list[Command]
 

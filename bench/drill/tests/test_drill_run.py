@@ -1,4 +1,4 @@
-"""The drill on a stand-in service whose faults the tests choose."""
+"""The drill on a stand-in service with faults that the tests select."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.load.tests.standin import HEIGHT, WIDTH, Deed, StandIn
 
 
 class Healed(Fleet):
-    """A fleet without hosts, which counts how often it was healed."""
+    """A fleet without hosts; it counts the calls of `heal`."""
 
     times = 0
     flushes: tuple[Flush, ...] = ()
@@ -84,7 +84,7 @@ def test_an_event_that_nobody_notices() -> None:
 def test_failures_that_are_excused_and_the_seconds_until_they_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(drill, "WRITERS", 0)  # the open loop alone, whose failures can be foretold
+    monkeypatch.setattr(drill, "WRITERS", 0)  # only the open loop, whose failures are predictable
     service = StandIn()
     act = failing_for(service, Deed.BROKEN, 0.6)
     (run,) = happen(service, Event("away", act, excused=frozenset({"503"}), grace=1, patience=5))

@@ -69,8 +69,8 @@ def failure(due: float, error: str) -> Sample:
         (10.5, "status 503", False),
         (9.95, "status 503", False),  # it was in flight
         (9.5, "status 503", True),  # before the event
-        (12.1, "status 503", True),  # Redis was back by then
-        (10.5, "status 502", True),  # not what was agreed
+        (12.1, "status 503", True),  # after Redis had recovered
+        (10.5, "status 502", True),  # not an excused status
         (10.5, "connection lost", True),
     ],
 )
@@ -87,7 +87,7 @@ def test_where_nothing_is_excused_every_failure_counts() -> None:
 @pytest.mark.parametrize(
     ("due", "error", "waited"),
     [
-        (8.0, "status 503", True),  # given up while the disk was waited for
+        (8.0, "status 503", True),  # timed out while waiting for the disk
         (9.2, "status 503", True),
         (5.9, "status 503", False),  # answered before
         (10.1, "status 503", False),  # due after it
@@ -96,7 +96,7 @@ def test_where_nothing_is_excused_every_failure_counts() -> None:
     ],
 )
 def test_a_write_that_waited_for_the_disk_is_told_apart(due: float, error: str, waited: bool) -> None:
-    flushes = [Flush(end=10.0, seconds=1.2), Flush(end=6.9, seconds=0.3)]  # the second is no matter
+    flushes = [Flush(end=10.0, seconds=1.2), Flush(end=6.9, seconds=0.3)]  # the second has no effect
     assert behind_a_flush(Sample(due, 0.8, error, "c5"), flushes) is waited
 
 

@@ -1,4 +1,4 @@
-"""A small pixel service whose faults the tests choose."""
+"""A small pixel service with faults that the tests select."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ WIDTH, HEIGHT = 64, 32
 
 
 class Deed(Enum):
-    """What the service does with one write."""
+    """The behaviour of the service for one write."""
 
     STORE = auto()
     LIE = auto()  # acknowledges, and stores nothing
     GARBLE = auto()  # acknowledges, and stores something else
     DROP = auto()  # closes the connection without an answer
     STORE_AND_DROP = auto()
-    STALL = auto()  # answers far too late
+    STALL = auto()  # answers after the timeout
     BUSY = auto()  # 429
     BUSY_YET_STORE = auto()
     BROKEN = auto()  # 503
-    ECHO_ANOTHER = auto()  # 200, but acknowledges a write that nobody asked for
+    ECHO_ANOTHER = auto()  # 200, but acknowledges another write
     REPEAT_LATER = auto()  # stores and acknowledges, and stores the same again later
     BROKEN_YET_STORE_LATER = auto()  # 503, and stores it later
     PROMISE_NOTHING_YET_STORE = auto()  # 503 "nothing was written", and stores it
@@ -48,7 +48,7 @@ class StandIn:
         self.close_each = False
         self.delay = 0.0
         self.broken_from_row = HEIGHT  # writes to this row and those below it are answered 503
-        self.later = 0.2  # seconds until a late attempt is executed
+        self.later = 0.2  # seconds until a late write is executed
         self.writes = 0
         self.port = 0
 
@@ -72,7 +72,7 @@ class StandIn:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-            await asyncio.sleep(0.01)  # the transports' last callbacks
+            await asyncio.sleep(0.01)  # for the last callbacks of the transports
 
         def in_thread() -> None:
             loop.run_until_complete(serve())

@@ -36,7 +36,7 @@ def test_figure_keeps_the_spread_of_the_rounds() -> None:
 
 
 def test_ratios_are_paired_before_the_median_is_taken() -> None:
-    # Round two was noisy for both: the pairs agree, the medians alone would not show it.
+    # Noise in round two affects both variants, so the ratio is the same in each round.
     assert paired_ratio([1, 10, 2], [2, 20, 4]) == (0.5, 0.5, 0.5)
 
 

@@ -1,4 +1,4 @@
-"""The generator against a service with every kind of fault."""
+"""The load generator, tested with a service that has every kind of fault."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def every_tenth(deed: Deed) -> StandIn:
 @pytest.mark.parametrize("whole_canvas", [True, False])
 def test_an_honest_service_is_clean(service: StandIn, whole_canvas: bool) -> None:
     service.whole_canvas = whole_canvas
-    for _ in range(2):  # the second run finds the first one's pixels, and changes them
+    for _ in range(2):  # the second run changes the pixels of the first one
         report, verdict = drive(service)
         assert verdict.clean
         assert verdict.fates == {Fate.ACKNOWLEDGED: WRITES}
@@ -104,7 +104,7 @@ def test_each_failure_is_told_apart(deed: Deed, fate: Fate, error: str | None, l
 
 
 def test_latency_counts_from_when_a_request_was_due() -> None:
-    # One connection and 20 ms for each answer: of 500/s, the last of 50 waits for 49 others.
+    # One connection, 20 ms per answer, 500 requests/s: the last of 50 requests waits for 49 others.
     with StandIn().serving() as service:
         service.delay = 0.02
         report, verdict = drive(service, seconds=0.1, connections=1)
@@ -229,7 +229,7 @@ def test_exit_1_when_an_acknowledged_write_comes_back_after_the_load(
     monkeypatch.setattr(load, "SETTLE", 1.0)
     monkeypatch.setattr("bench.load.writers.PAUSE", 0.005)
     with StandIn(lambda number: Deed.REPEAT_LATER if number % 5 else Deed.STORE).serving() as late:
-        late.later = 0.7  # after the load, which takes 0.2 s, and before its verdict
+        late.later = 0.7  # after the load, which takes 0.2 s, and before the check
         assert load.main(command(late, "--writers", "4")) == 1
     out = capsys.readouterr().out
     assert "0 lost, 0 wrong" in out

@@ -19,7 +19,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
 class Wrong(BaseHTTPRequestHandler):
-    """A service whose answers, except page and canvas, are wrong in different ways."""
+    """A service whose answers are wrong in different ways, except for the page and the canvas."""
 
     protocol_version = "HTTP/1.1"
     stopped = threading.Event()
@@ -75,7 +75,7 @@ class Wrong(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = answer  # noqa: N815 - so http.server names them
 
     def stream(self, after: str) -> None:
-        """Begins at another event if resumed; else lacks a pixel, breaks off, or is right."""
+        """Starts at a wrong event if resumed; otherwise lacks a pixel, breaks off, or is correct."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -95,7 +95,7 @@ class Wrong(BaseHTTPRequestHandler):
 @pytest.fixture
 def url() -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Wrong) as server:
-        server.handle_error = lambda *_: None  # type: ignore[method-assign] # users hang up
+        server.handle_error = lambda *_: None  # type: ignore[method-assign] # users disconnect
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}"

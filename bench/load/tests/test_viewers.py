@@ -1,4 +1,4 @@
-"""Viewers, against a service of messages with faults."""
+"""The viewers, tested with an event service that has faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.load.viewers import Report, watch
 
 
 class Service:
-    """Sends each change to all its viewers, or does one thing wrong."""
+    """Sends each change to all viewers, or has one fault."""
 
     def __init__(self, fault: str = "") -> None:
         self.fault = fault
@@ -66,7 +66,7 @@ def watched(service: Service, viewers: int, **options: Any) -> Report:
         target = Target.parse(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         report = await watch(target, viewers, 50, 0.4, **options)
         server.close()
-        await asyncio.sleep(0.05)  # until its connections are closed
+        await asyncio.sleep(0.05)  # until the service's connections are closed
         return report
 
     return asyncio.run(run())

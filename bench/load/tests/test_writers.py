@@ -15,7 +15,7 @@ from bench.load.writers import PIXELS_EACH, Register, Writers, WritersVerdict, p
 
 
 def of(register: Register, fates: str) -> Register:
-    """Writes once for each letter: (a)cknowledged, (r)efused, (u)nsent, in (d)oubt."""
+    """Makes one write per letter: (a)cknowledged, (r)efused, (u)nsent, in (d)oubt."""
     meaning = {"a": Fate.ACKNOWLEDGED, "r": Fate.REFUSED, "u": Fate.UNSENT, "d": Fate.UNKNOWN}
     for letter in fates:
         register.close(register.begin(), meaning[letter])
@@ -29,7 +29,7 @@ def of(register: Register, fates: str) -> Register:
         ("", {0}, set(), {1}),
         ("aaa", {3}, {0, 1, 2}, {4}),
         ("aad", {2, 3}, {0, 1}, {4}),
-        ("ada", {3}, {0, 1, 2}, {4}),  # what was in doubt must not come back
+        ("ada", {3}, {0, 1, 2}, {4}),  # a value that was in doubt must not return
         ("adda", {4}, {0, 1, 2, 3}, {5}),
         ("adrd", {1, 2, 4}, {0}, {3}),
         ("aru", {1}, {0}, {2, 3}),
