@@ -199,7 +199,7 @@ async def freeze(scene: Scene, _: int) -> None:
 
 
 async def freeze_as_writers_end(scene: Scene, _: int) -> None:
-    """Stops the writers once they reach other hosts, so that no newer write hides a late one."""
+    """Ends the writers during the freeze, so that no newer write hides one that was delayed."""
     await signal_app(scene, "STOP")
     await asyncio.sleep(FROZEN_SECONDS / 2)
     scene.end_writers()
