@@ -40,7 +40,7 @@ async def hub(store: Store) -> AsyncIterator[Hub]:
 
 @pytest.fixture(params=["viewer", "iterator"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test is one of both ways to be a viewer: the protocol's, and FastAPI's."""
+    """Runs each test for both implementations of the route: the protocol's and FastAPI's."""
     monkeypatch.setattr(Screen, "iterates", request.param == "iterator")
 
 
@@ -192,7 +192,7 @@ async def test_a_viewer_with_an_unknown_position_is_sent_resync(
 async def test_picture_and_later_events_are_the_canvas_exactly(
     store: Store, hub: Hub, redis_server: RedisServer
 ) -> None:
-    """A snapshot and the events after its id give the canvas, while writers overwrite each other."""
+    """A snapshot and the events after its ID give the current canvas during concurrent writes."""
     region = Region(200, 200, 120, 120)
     stop = False
 
@@ -202,7 +202,7 @@ async def test_picture_and_later_events_are_the_canvas_exactly(
             value = (value + 1) % 256
             changes = [Change(250 + n, 255 + n % 2, channel, value) for n in range(value % 9 + 1)]
             await (store, other)[channel % 2].write(changes)
-            await asyncio.sleep(0.005)  # more changes than a replay may have are another test's
+            await asyncio.sleep(0.005)  # stay below the limit of a replay, which another test covers
 
     other = Store(redis_server.settings())
     writers = [asyncio.create_task(write_on(n % 3)) for n in range(9)]
@@ -294,7 +294,7 @@ async def test_a_viewer_too_far_behind_is_sent_resync(
 async def test_a_replay_reads_no_more_than_it_may_need(
     store: Store, hub: Hub, redis_server: RedisServer
 ) -> None:
-    """Full events that are too many cost 100 kB, not the 1.5 MB of one reply."""
+    """If full events exceed the limit of a replay, 100 kB of them are read, not a reply of 1.5 MB."""
     for number in range(26):
         await store.write(batch(number, 10_000))
     with redis_server.admin() as admin:
@@ -320,7 +320,7 @@ async def test_after_each_message_others_have_the_workers_time(
     async with Screen(hub, NO_EVENT) as screen:
         await eventually(lambda: len(screen.cells) == 10_000)
     assert len(ends) == 4
-    # One message takes `work`, and three times as much passes before the next is begun.
+    # One message takes `work` seconds; a pause of three times as long follows it.
     assert all(later - earlier >= 3.9 * work for earlier, later in pairwise(ends))
 
 
@@ -369,7 +369,7 @@ async def test_too_many_changes_at_once_cause_few_resyncs(
             await asyncio.sleep(0.02)
         await eventually(lambda: "resync" in screen.names)
         assert screen.names.count("resync") <= 2
-        # One more, however few the reads were that found all of these.
+        # Cause one more `resync`: all events so far may have been found by one read.
         await store.write(batch(20, 1500))
         await eventually(lambda: screen.names.count("resync") >= 2)
         await store.write([Change(1, 1, 1, 1)])
@@ -438,7 +438,7 @@ async def test_a_viewer_that_is_paused_gets_nothing_and_catches_up(store: Store,
 
 
 async def test_a_viewer_ahead_of_the_reader_never_sees_an_older_value(store: Store, hub: Hub) -> None:
-    """A replay may bring newer changes than the reader has read."""
+    """A replay may contain newer changes than the reader has read."""
     async with Screen(hub) as screen:
         hub._least_pause = hub._longest_pause = 0.5
         await store.write([Change(1, 1, 0, 1)])
@@ -475,12 +475,12 @@ async def test_a_region_is_told_of_by_itself(store: Store, hub: Hub, monkeypatch
         await screen.sees(written(inside))
         await other.sees(written([*inside, *outside]))
         assert screen.cells == written(inside)
-        # Nothing is sent of what happens elsewhere, but how far the stream is.
+        # Changes outside the region are not sent, but the position in the stream is.
         await store.write(outside)
         last = await store.write([Change(1, 1, 0, 1)])
         await eventually(lambda: screen.after == last)
         assert [len(message) for message in screen.messages] == [0, 3]
-        # The same when it catches up.
+        # The same applies to a viewer that catches up.
         async with Screen(hub, first, part) as late:
             await late.sees(written(inside))
             assert late.cells == written(inside)
@@ -583,7 +583,7 @@ async def test_the_status_contains_viewers_and_writes_of_the_fleet(
         await eventually(lambda: len(one.statuses) > count + 2)
         rates = [status["writes"] for status in one.statuses[count:]]
         assert 0.2 * sum(rates) == pytest.approx(100, rel=0.5)
-    async with Screen(hubs[0]) as one:  # viewers that have left no longer count
+    async with Screen(hubs[0]) as one:  # disconnected viewers are not counted
         await eventually(lambda: figures(one) == [1, 0.0])
     for hub, store in zip(hubs, stores, strict=True):
         hub.close()

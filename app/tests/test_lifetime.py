@@ -1,4 +1,4 @@
-"""A write that was given up is never made: the lease, the start limit, and the clocks."""
+"""A write that has timed out is never executed: the lease, the start limit, and the clocks."""
 
 import asyncio
 import http.client
@@ -61,7 +61,7 @@ async def test_a_write_in_the_buffer_of_redis_is_never_made_once_given_up(
 async def test_a_large_batch_that_redis_has_half_read_is_never_made(
     fragile: Store, fragile_redis: RedisServer
 ) -> None:
-    """The batch is larger than what Redis reads at once: its end is read after newer writes."""
+    """The batch is larger than one read of Redis, so its end is read after newer writes."""
     for _ in range(3):
         fragile_redis.pause()
         changes = [Change(n % 1000, n // 1000, 1, 9) for n in range(10_000)]
@@ -77,7 +77,7 @@ async def test_a_large_batch_that_redis_has_half_read_is_never_made(
 async def test_a_transaction_executes_only_within_its_lease(
     redis_server: RedisServer,
 ) -> None:
-    """Delayed between any two of its commands, it has no effect once the lease has expired."""
+    """A transaction that is delayed between any two commands has no effect after its lease."""
     commit = GroupCommit(Server.of(redis_server.settings()), redis_server.settings(), RedisClock(), "c5/1")
     connection = await Connection.open(Server.of(redis_server.settings()))
     lease = commit._lease
@@ -177,7 +177,7 @@ def test_a_worker_that_was_stopped_makes_no_write_that_was_given_up(
 ) -> None:
     """Requests in the buffer of its socket are refused when it continues."""
     service = start_service(redis_server.url, PIXEL_WORKERS="1")
-    # A request that waits for the start is too old when it is read.
+    # A request that has waited for the start of the service is too old when it is read.
     wait_until(lambda: start_balancer(service).post(1)[0] == 200, 30)
     [pid] = worker_pids(service)
     with redis_server.admin() as admin:
@@ -187,7 +187,7 @@ def test_a_worker_that_was_stopped_makes_no_write_that_was_given_up(
             balancer = start_balancer(service)
             balancer.send(value)
             time.sleep(1.2)
-            balancer.close()  # as a balancer that gives up and tries another host
+            balancer.close()  # like a balancer that times out and tries another host
             admin.setrange(key, place, bytes([100 + value]))
             os.kill(pid, signal.SIGCONT)
             time.sleep(0.3)
@@ -210,7 +210,7 @@ def test_an_old_request_is_refused_and_sent_back_to_the_balancer(
     )
     assert body["written"] == "no"
     assert "nothing was written" in str(body["detail"])
-    # The refusal of a retry says that an earlier attempt may have been made.
+    # The refusal of a retry reports that an earlier attempt may have been executed.
     status, headers, body = balancer.post(3, stamp_of(1, " maybe"))
     assert (status, headers["x-pixel-written"], body["written"]) == (503, "maybe", "maybe")
     assert "the write may have been made" in str(body["detail"])
@@ -309,7 +309,7 @@ class Clocks:
         return 200, body
 
     def ask(self, there: float = 0.0002, back: float = 0.0002) -> None:
-        """Ask Redis its time, with these delays on the way there and back."""
+        """Read Redis's time, with these delays of the request and the reply."""
         asked = self.now
         redis_time = asked + there + self.redis
         self.now += there + back
@@ -336,7 +336,7 @@ class Clocks:
         return await self.judge(self.stamp(age))
 
     async def go_on(self, seconds: float, age: float = 0.0) -> list[bool]:
-        """Send ten requests a second, and ask Redis its time once a second."""
+        """Send ten requests per second, and read Redis's time once per second."""
         taken = []
         for tick in range(round(seconds * 10)):
             self.now += 0.1
@@ -402,7 +402,7 @@ async def test_a_slow_link_is_not_mistaken_for_a_clock_difference(clocks: Clocks
 
 
 async def test_a_suspended_host_detects_it_by_the_time_of_redis(clocks: Clocks) -> None:
-    """Its monotonic clock was stopped too."""
+    """The monotonic clock of a suspended host stops too."""
     await clocks.go_on(5)
     clocks.redis += 10
     clocks.balancer += 10
@@ -442,7 +442,7 @@ async def test_a_balancer_without_a_clock_answer_is_trusted_after_a_while(
     assert (await clocks.go_on(3))[-1]
     assert "clock of balancer 10.0.0.1:80 can't be read; it is assumed to equal Redis's" in caplog.text
     assert not await clocks.request(0.9)
-    # Once the balancer answers, its measured clock counts.
+    # Once the balancer answers, its measured clock is used.
     clocks.reachable, clocks.balancer = True, -5
     taken = await clocks.go_on(5)
     assert all(taken[20:])

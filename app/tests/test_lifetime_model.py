@@ -2,8 +2,8 @@
 
 Time is simulated. Requests, transactions (in two segments) and replies take any time; processes
 pause and are killed at any moment; clocks differ. The clock and the start limit are the service's
-code; lease, timeouts and retries are modelled after it. The property: once a write was
-acknowledged, no older write is made.
+code; lease, timeouts and retries are modelled after it. The property: after a write was
+acknowledged, no older write is executed.
 """
 
 import heapq
@@ -35,7 +35,7 @@ class World:
 
     def __init__(self, random: Random, without: str = "") -> None:
         self.random = random
-        self.without = without  # a mechanism that is left out
+        self.without = without  # a mechanism that is disabled
         self.now = 1000.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = count()
@@ -65,7 +65,7 @@ class World:
 
 
 class Process:
-    """Pauses now and then; messages that arrive meanwhile are handled afterwards, in any order."""
+    """Pauses at random; messages that arrive during a pause are handled after it, in any order."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -102,7 +102,7 @@ class Redis(Process):
 
 
 class Transaction:
-    """On its way to Redis in two segments, which arrive even if the worker resets the connection."""
+    """A transaction in two segments, which arrive even if the worker resets the connection."""
 
     def __init__(self, worker: "Worker", request: "Attempt", renewed: float | None) -> None:
         self.worker = worker
@@ -168,7 +168,7 @@ class Worker(Process):
         self.connect()
 
     def measure(self, then: Callable[[], None]) -> None:
-        """Ask the balancer its time, like ``StartLimit.measure``."""
+        """Measure the balancer's clock, like ``StartLimit.measure``."""
         world = self.world
         asked, at = self.clock.now(), world.now
         there = world.delay()

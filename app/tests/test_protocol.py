@@ -148,7 +148,7 @@ async def test_a_write_in_one_piece_takes_the_fast_path(served: Served) -> None:
 
 
 async def ask_both_ways(served: Served, target: str, *lines: str) -> tuple[Answer, Answer]:
-    """The answers to a request that comes whole, and to one whose body comes later."""
+    """The answers to a request that arrives in one piece, and to one whose body arrives later."""
     client = await served.connect()
     method = target.split()[0]
     whole = await client.ask(head(0, *lines, first=f"{target} HTTP/1.1"), method=method)
@@ -171,7 +171,7 @@ async def test_a_read_goes_the_short_way(served: Served, method: str) -> None:
     assert {("cache-control", "no-store"), ("content-length", "35"), ("x-pixel-instance", "c5")} < set(
         whole.headers
     )
-    # A body is of no consequence.
+    # A body has no effect.
     assert (
         await client.ask(head(len(GOOD), first=f"{method} /pixel/10/20 HTTP/1.1") + GOOD, method=method)
         == whole
@@ -201,7 +201,7 @@ async def test_a_read_goes_the_short_way(served: Served, method: str) -> None:
 )
 async def test_both_ways_read_alike(served: Served, method: str, path: str, status: int) -> None:
     whole, other = await ask_both_ways(served, f"{method} {path}")
-    if method != "PUT":  # which has a body that the other hasn't
+    if method != "PUT":  # PUT has a body only in one of the requests
         assert whole == other
     if method in ("GET", "HEAD"):
         assert whole.status == status
@@ -525,7 +525,7 @@ async def test_a_viewer_who_reads_nothing_is_bounded_and_catches_up(
     async with asyncio.timeout(10):
         while b'[0,2,"G",79]]\n\n' not in received:
             received += await slow.reader.read(100_000)
-    assert len(received) < 600_000  # of 1,200,000 that the other has received
+    assert len(received) < 600_000  # of 1,200,000 that the other viewer has received
     ids = [tuple(map(int, event)) for event in re.findall(rb"id: (\d+)-(\d+)", received)]
     assert ids == sorted(ids)
     assert not viewer.paused
@@ -555,7 +555,7 @@ async def test_a_stream_while_redis_is_away_is_a_503(fragile_redis: RedisServer)
             answer = await each.answer()
             assert (answer.status, ("retry-after", "1") in answer.headers) == (503, True)
         fragile_redis.resume()
-        # The connections are good for more.
+        # The connections can be used again.
         assert (await clients[1].ask(head(0, first="GET /pixel/1/2 HTTP/1.1"))).status == 200
         await clients[2].send(b"GET /events HTTP/1.1\r\nHost: c5\r\n\r\n")
         await sees(clients[2], b"[]")

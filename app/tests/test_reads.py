@@ -15,7 +15,7 @@ from pixel.store import Store
 
 
 class CountingLink(Link):
-    """Remembers how many commands each pipeline had."""
+    """Records the number of commands of each pipeline."""
 
     def __init__(self, redis_server: RedisServer) -> None:
         settings = redis_server.settings()
@@ -35,7 +35,7 @@ async def test_reads_that_wait_together_go_together(redis_server: RedisServer) -
     assert await reads.colour(0, 0) == (0, 0, 0)
     assert link.pipelines == [1]
     first = [reads.colour(x, x) for x in range(100)]
-    await asyncio.sleep(0)  # they are on their way, and these wait for them
+    await asyncio.sleep(0)  # the first reads are in flight; the next ones wait for them
     await asyncio.sleep(0)
     others = [reads.colour(x, x) for x in range(100, 200)]
     assert await asyncio.gather(*first, *others) == [(0, x, 0) for x in range(200)]

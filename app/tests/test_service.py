@@ -109,7 +109,7 @@ def test_slow_clients_do_not_delay_others(shared_redis: RedisServer, start_servi
 def test_one_client_cannot_harm_another(
     redis_server: RedisServer, start_service: StartService, tmp_path: Path
 ) -> None:
-    """The quick attacks; the fleet's scenario makes them through the balancer."""
+    """Makes the quick attacks on one instance; a scenario makes them through the balancer."""
     service = start_service(redis_server.url, PIXEL_WORKERS="1")
     httpx.get(f"{service.url}/readyz", timeout=20)
     master = service.process.pid
@@ -127,7 +127,7 @@ def test_one_client_cannot_harm_another(
 def test_large_batches_wait_in_a_queue_of_their_own(
     redis_server: RedisServer, start_service: StartService
 ) -> None:
-    """Forty at once would fill the queue of all writes eight times over."""
+    """Forty concurrent batches would exceed the queue of all writes eight times."""
     service = start_service(redis_server.url, PIXEL_WORKERS="1")
     httpx.get(f"{service.url}/readyz", timeout=20)
     large = json.dumps([PIXEL] * 10_000).encode()

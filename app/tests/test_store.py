@@ -73,7 +73,7 @@ async def test_concurrent_writes_share_transactions_in_their_order(
     await store.probe()
     first = Change(1, 1, 0, 1)
     await store.write([first])
-    # The first of them is sent alone or with all others.
+    # The first write is sent alone or together with all others.
     changes = [Change(n % 7, 0, 0, n % 256) for n in range(500)]
     assert await outcomes(store.write([change]) for change in changes) == ["ok"] * 500
     batches = events(redis_server)
@@ -147,7 +147,7 @@ async def test_beyond_the_queues_bound_a_write_is_refused_at_once(
     started = time.monotonic()
     with pytest.raises(Problem, match="Too many writes are waiting; nothing was written"):
         await store.write([Change(1, 1, 1, 1)] * 4)
-    # Single pixels have a tenth more.
+    # Single pixels may use a tenth more of the queue.
     waiting += [asyncio.ensure_future(store.write([Change(2, 2, 2, 2)])) for _ in range(1_000)]
     with pytest.raises(Problem, match="Too many writes are waiting; nothing was written"):
         await store.write([Change(1, 1, 1, 1)])
@@ -385,7 +385,7 @@ async def test_the_application_uses_all_of_its_commands_and_no_others(
 
 
 def test_a_process_that_was_stopped_for_a_while_writes_again(redis_server: RedisServer) -> None:
-    """Replies that arrived while it was stopped have expired when it reads them."""
+    """Replies that arrive while the process is stopped have timed out when it reads them."""
 
     async def write() -> None:
         store = Store(redis_server.settings(redis_timeout=0.2, start_limit=0.2))
