@@ -117,6 +117,12 @@ def test_an_encoded_body_is_a_415(client: TestClient, coding: str) -> None:
     assert client.post("/pixel", content=json.dumps(GOOD), headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize("codings", [("gzip", "identity"), ("identity", "gzip")])
+def test_an_encoding_beside_identity_is_a_415(client: TestClient, codings: tuple[str, str]) -> None:
+    headers = [("content-type", "application/json"), *(("content-encoding", each) for each in codings)]
+    assert client.post("/pixel", content=json.dumps(GOOD), headers=headers).status_code == 415
+
+
 # Pieces of valid and of almost valid JSON.
 PIECES = [
     *(b"{", b"}", b"[", b"]", b",", b":", b'"', b" ", b"\\", b"-", b"1", b"null", b"true", b"NaN"),

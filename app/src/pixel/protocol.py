@@ -10,6 +10,7 @@ pieces or while another is in progress, and invalid ones, whose errors FastAPI's
 import asyncio
 import logging
 import re
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from pixel.pixel import PixelColour, Received
 from pixel.problems import Headers, Problem
 from pixel.reads import Colour
 from pixel.requests import STREAM_HEADERS, State, check_headers, check_size
-from pixel.stream import EventId, known_event
+from pixel.stream import EVENT_PATTERN, EventId, known_event
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ _READABLE = (b"/pixel/", b"/events")
 _PIXEL = re.compile(rb"/pixel/([0-9]{1,5})/([0-9]{1,5})")
 _EVENTS = re.compile(
     rb"/events(?:\?(?:x=([0-9]{1,5})&y=([0-9]{1,5})&w=([0-9]{1,5})&h=([0-9]{1,5})(?:&|$))?"
-    rb"(?:after=([0-9]{1,15}-[0-9]{1,15}))?)?"
+    rb"(?:after=(%b))?)?" % EVENT_PATTERN.encode()
 )
 
 
@@ -247,7 +248,7 @@ class PixelProtocol(HttpToolsProtocol):
         except Exception:
             self._hand_on()
             return False
-        self._begin(Write(pixel, self.headers, self._active), written)
+        self._begin(Write(pixel, self.headers, self._active), written, self._answer)
         return True
 
     def _serve(self) -> bool:
@@ -259,7 +260,7 @@ class PixelProtocol(HttpToolsProtocol):
             x := int(pixel[1]), y := int(pixel[2])
         ):
             kind = Read if get else Head
-            self._begin(kind((x, y), self.headers, self._active), store.colour(x, y))
+            self._begin(kind((x, y), self.headers, self._active), store.colour(x, y), self._answer)
             return True
         if get and (events := _EVENTS.fullmatch(self.url)):
             *place, after = events.groups()
@@ -267,17 +268,16 @@ class PixelProtocol(HttpToolsProtocol):
             if region is None or store.canvas.has(region):
                 known = known_event(dict(self.headers).get(b"last-event-id") or after or b"")
                 stream = Stream((known, region), self.headers, self._active)
-                self._held = None
-                self.cycle = stream  # type: ignore[assignment]
-                hub.prepare().add_done_callback(partial(self._open, stream))
+                self._begin(stream, hub.prepare(), self._open)
                 return True
         self._hand_on()
         return False
 
-    def _begin(self, exchange: Exchange, done: asyncio.Future[Any]) -> None:
+    def _begin(self, exchange: Exchange, done: asyncio.Future[Any], then: Callable[..., None]) -> None:
+        """Keep the exchange in place of a cycle; call ``then`` with it and the future when that is done."""
         self._held = None
         self.cycle = exchange  # type: ignore[assignment]
-        done.add_done_callback(partial(self._answer, exchange))
+        done.add_done_callback(partial(then, exchange))
 
     def _open(self, stream: Stream, prepared: asyncio.Future[None]) -> None:
         if prepared.exception() is not None:

@@ -138,8 +138,10 @@ def check_headers(headers: Headers) -> bytes | None:
     Returns the balancer's stamp, if any.
     """
     given = dict(headers)
-    encoding = given.get(b"content-encoding")
-    if encoding is not None and encoding.strip().lower() != b"identity":
+    # The header may be repeated.
+    if b"content-encoding" in given and any(
+        value.strip().lower() != b"identity" for name, value in headers if name == b"content-encoding"
+    ):
         raise Problem(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             "The body must be sent without a Content-Encoding.",

@@ -5,8 +5,8 @@ from typing import NamedTuple
 EVENTS = "pixel:events"
 """Key of the stream. Field ``c`` of an entry holds changes, encoded by ``pixel.pack``."""
 
-EVENT_PATTERN = "^[0-9]{1,15}-[0-9]{1,15}$"
-"""Regular expression of an event ID in a query."""
+EVENT_PATTERN = "[0-9]{1,15}-[0-9]{1,15}"
+"""Regular expression of an event ID in a query, without anchors."""
 
 EVENT_CHANGES = 1024
 """Most changes in one entry. With the stream's length, it bounds the stream's memory."""

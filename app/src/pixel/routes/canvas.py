@@ -63,7 +63,7 @@ Contained = Annotated[
     str | None,
     Query(
         alias="after",
-        pattern=EVENT_PATTERN,
+        pattern=f"^{EVENT_PATTERN}$",
         description="An event that the answer must contain, also if a cache gives it.",
     ),
 ]

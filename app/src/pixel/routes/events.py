@@ -35,7 +35,7 @@ async def events(
     after: Annotated[
         str | None,
         Query(
-            pattern=EVENT_PATTERN,
+            pattern=f"^{EVENT_PATTERN}$",
             description="X-Pixel-Event of the viewer's canvas.",
         ),
     ] = None,
