@@ -36,7 +36,7 @@ from bench.load.figures import Spread
 from bench.load.http1 import Target
 from bench.load.ledger import Ledger
 from bench.load.openloop import Plan, Report, Sample, run
-from bench.load.options import ImpossibleError, allow_files, count, positive
+from bench.load.options import ImpossibleError, allow_files, count, named, positive
 
 CANVAS = (1024, 1024)
 RATE = 10.0
@@ -163,16 +163,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, default=OUTPUT, metavar="FILE", help="default bench/out/attack.json")
     options = parser.parse_args(arguments)
     known = {attack.name: attack for attack in ATTACKS}
-    names = list(QUICK) if options.quick else list(known)
-    if options.attacks:
-        names = [name.strip() for name in options.attacks.split(",")]
-    for name in names:
-        if name not in known:
-            parser.error(f"unknown attack {name!r}; the attacks are {', '.join(known)}")
+    names = options.attacks or (",".join(QUICK) if options.quick else None)
+    options.chosen = bool(options.attacks)
+    options.attacks = named(parser, "attack", known, names)
     if bool(options.master) and not options.url:
         parser.error("--master needs --url")
-    options.chosen = bool(options.attacks)
-    options.attacks = [known[name] for name in names]
     options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     options.after = options.after or (QUICK_AFTER if options.quick else AFTER)
     return options

@@ -37,7 +37,7 @@ from bench.load.figures import Spread
 from bench.load.http1 import Target
 from bench.load.ledger import CHANNELS, Ledger
 from bench.load.openloop import Plan, Report, Sample, run
-from bench.load.options import allow_files, count, positive
+from bench.load.options import allow_files, count, named, positive
 from bench.load.readback import UNREACHABLE, UnreadableError, read_canvas
 from bench.load.writers import SETTLE, Writers, pixels_of
 
@@ -67,13 +67,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, default=OUTPUT, metavar="FILE", help="default bench/out/drill.json")
     options = parser.parse_args(arguments)
     known = {event.name: event for event in EVENTS}
-    names = list(QUICK) if options.quick else list(known)
-    if options.events:
-        names = [name.strip() for name in options.events.split(",")]
-    for name in names:
-        if name not in known:
-            parser.error(f"unknown event {name!r}; the events are {', '.join(known)}")
-    options.events = [known[name] for name in names]
+    names = options.events or (",".join(QUICK) if options.quick else None)
+    options.events = named(parser, "event", known, names)
     options.runs = options.runs or (1 if options.quick else None)
     return options
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import resource
+from collections.abc import Mapping
+from typing import TypeVar
 
+Named = TypeVar("Named")
 SPARE_FILES = 64
 
 
@@ -29,6 +32,17 @@ def count(text: str) -> int:
 
 def count_or_zero(text: str) -> int:
     return 0 if text == "0" else count(text)
+
+
+def named(
+    parser: argparse.ArgumentParser, kind: str, known: Mapping[str, Named], text: str | None
+) -> list[Named]:
+    """Returns the values of the names in a list such as "a,b"; all of them without a list."""
+    names = [name.strip() for name in text.split(",")] if text else list(known)
+    for name in names:
+        if name not in known:
+            parser.error(f"unknown {kind} {name!r}; the {kind}s are {', '.join(known)}")
+    return [known[name] for name in names]
 
 
 def size(text: str) -> tuple[int, int]:
