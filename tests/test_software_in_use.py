@@ -153,6 +153,13 @@ def test_nothing_stops_a_run_where_nothing_is_displaced(verdicts: dict[str, str]
     assert verdicts[host] == ""
 
 
+CLAIMS = {
+    "web": ("already has a web server", "nginx_lb_take_over"),
+    "redis": ("already has a Redis", "redis_take_over"),
+    "watch": ("is already monitored", "monitoring_take_over"),
+}
+
+
 @pytest.mark.parametrize(
     ("host", "found"),
     [
@@ -163,37 +170,18 @@ def test_nothing_stops_a_run_where_nothing_is_displaced(verdicts: dict[str, str]
         ("web_tls_port", "port PORT used by apache2"),
         # The other server keeps running, so Nginx couldn't start.
         ("web_port_asked", "port PORT used by apache2"),
-    ],
-)
-def test_a_web_server_in_use_is_named(verdicts: dict[str, str], host: str, found: str) -> None:
-    message = re.sub(r"\S+/hosts0/\w+/", "ROOT/", verdicts[host]).replace(verdicts["port"], "PORT")
-    assert message.startswith(f"{host} already has a web server: {found}. Nothing was changed.")
-    assert "set nginx_lb_take_over to true" in message
-
-
-@pytest.mark.parametrize(
-    ("host", "found"),
-    [
         ("redis_data", "data in ROOT/data/dump.rdb"),
         ("redis_changed", "a changed /etc/redis-server/its.conf"),
         ("redis_port", "port PORT in use by valkey"),
-    ],
-)
-def test_a_redis_in_use_is_named(verdicts: dict[str, str], host: str, found: str) -> None:
-    message = re.sub(r"\S+/hosts0/\w+/", "ROOT/", verdicts[host]).replace(verdicts["other"], "PORT")
-    assert message.startswith(f"{host} already has a Redis: {found}. Nothing was changed.")
-    assert "set redis_take_over to true" in message
-
-
-@pytest.mark.parametrize(
-    ("host", "found"),
-    [
         ("watch_changed", "changed /etc/prometheus/its.conf"),
         ("watch_port", "port PORT used by apache2"),
         ("watch_port_asked", "port PORT used by apache2"),
     ],
 )
-def test_monitoring_in_use_is_named(verdicts: dict[str, str], host: str, found: str) -> None:
-    message = verdicts[host].replace(verdicts["port"], "PORT")
-    assert message.startswith(f"{host} is already monitored: {found}. Nothing was changed.")
-    assert "set monitoring_take_over to true" in message
+def test_software_in_use_is_named(verdicts: dict[str, str], host: str, found: str) -> None:
+    kind = host.partition("_")[0]
+    claim, variable = CLAIMS[kind]
+    port = verdicts["other" if kind == "redis" else "port"]
+    message = re.sub(r"\S+/hosts0/\w+/", "ROOT/", verdicts[host]).replace(port, "PORT")
+    assert message.startswith(f"{host} {claim}: {found}. Nothing was changed.")
+    assert f"set {variable} to true" in message
