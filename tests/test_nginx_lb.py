@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -36,7 +36,8 @@ class App(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def do_POST(self) -> None:
         RECEIVED.append(len(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -190,10 +191,9 @@ def test_expensive_requests_have_a_limit_of_their_own(tmp_path: Path) -> None:
 
 def test_expensive_requests_in_flight_are_limited(tmp_path: Path) -> None:
     def status(path: str) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        connection.request("GET", path)
-        with connection.getresponse() as answer:
-            return answer.status
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            connection.request("GET", path)
+            return connection.getresponse().status
 
     with (
         balancer(tmp_path, _nginx_lb_loopback=[], nginx_lb_limit_expensive_connections=2) as port,
