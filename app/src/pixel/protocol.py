@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable
 from functools import partial
+from http import HTTPStatus
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -19,10 +20,11 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pixel import logs, metrics
+from pixel.budgets import Writer
 from pixel.canvas import Region
 from pixel.events import QUEUE_BYTES, Viewer
 from pixel.pixel import PixelColour, Received
-from pixel.problems import Headers, Problem
+from pixel.problems import STAMP, Headers, Problem
 from pixel.reads import Colour
 from pixel.requests import STREAM_HEADERS, State, check_headers, check_size
 from pixel.stream import EVENT_PATTERN, EventId, known_event
@@ -84,6 +86,10 @@ class Exchange:
         """The body of the answer."""
         raise NotImplementedError
 
+    def fields(self, state: State) -> bytes:
+        """Further header lines of the answer to an accepted request."""
+        return b""
+
 
 class Write(Exchange):
     """``POST /pixel``; its subject is the pixel."""
@@ -96,6 +102,19 @@ class Write(Exchange):
     def content(self, _: EventId) -> bytes:
         """The acknowledgement, which repeats the pixel."""
         return msgspec.json.encode(Received("ok", self.subject))
+
+
+class CountedWrite(Write):
+    """``POST /pixel`` of a writer that has a budget."""
+
+    __slots__ = ("writer",)
+
+    writer: Writer
+
+    def fields(self, state: State) -> bytes:
+        """What is left of the budget."""
+        fields = state["store"].budgets.fields(self.writer)
+        return "".join(f"{name.lower()}: {value}\r\n" for name, value in fields.items()).encode()
 
 
 class Read(Exchange):
@@ -240,21 +259,34 @@ class PixelProtocol(HttpToolsProtocol):
         """Start a write; pass the request on to Uvicorn if this fails."""
         state = self.app_state
         try:
-            stamp = check_headers(self.headers)
+            headers = check_headers(self.headers)
+            writer = state["access"].writer(headers, self.client, "paint")
             check_size(body, state["settings"].body_limit)
             pixel = state["reader"].pixel(body)
             store = state["store"]
-            written = store.write((pixel.change(),), store.start_limit.begin_by(stamp))
+            begin_by = store.start_limit.begin_by(headers.get(STAMP))
+            written = store.write((pixel.change(),), begin_by, writer)
         except Exception:
             self._hand_on()
             return False
-        self._begin(Write(pixel, self.headers, self._active), written, self._answer)
+        if writer is None or writer.budget is None:
+            exchange = Write(pixel, self.headers, self._active)
+        else:
+            exchange = CountedWrite(pixel, self.headers, self._active)
+            exchange.writer = writer
+        self._begin(exchange, written, self._answer)
         return True
 
     def _serve(self) -> bool:
         """Start to read a pixel or a stream; pass other requests on to Uvicorn."""
         state = self.app_state
-        store, hub = state["store"], state["hub"]
+        store, hub, access = state["store"], state["hub"], state["access"]
+        if access.is_private:
+            try:
+                access.check_reader(dict(self.headers))
+            except Problem:
+                self._hand_on()
+                return False
         get = self.parser.get_method() == b"GET"
         if (pixel := _PIXEL.fullmatch(self.url)) and store.canvas.contains(
             x := int(pixel[1]), y := int(pixel[2])
@@ -305,7 +337,10 @@ class PixelProtocol(HttpToolsProtocol):
         if problem is None:
             content = exchange.content(done.result())
             body = b"" if exchange.method == "HEAD" else content
-            answer = b"%bcontent-length: %d\r\n%b%b" % (accepted.head(common), len(content), end, body)
+            fields = exchange.fields(self.app_state)
+            answer = b"%b%bcontent-length: %d\r\n%b%b" % (
+                accepted.head(common), fields, len(content), end, body
+            )  # fmt: skip
         else:
             assert isinstance(problem, Problem)
             response = problem.response(exchange.headers)
@@ -324,7 +359,8 @@ class PixelProtocol(HttpToolsProtocol):
         else:
             method = exchange.method
             metrics.observe(method, exchange.route, status, seconds)
-            logs.answered(logging.WARNING, method, exchange.path, status, seconds, exchange.headers)
+            if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                logs.answered(logging.WARNING, method, exchange.path, status, seconds, exchange.headers)
 
     def on_response_complete(self) -> None:
         self._active = perf_counter()

@@ -10,10 +10,10 @@ from pixel import openapi
 from pixel.canvas import Region
 from pixel.pictures import Picture, PictureResponse
 from pixel.problems import Problem
-from pixel.requests import is_known, matches_any, state_of
+from pixel.requests import check_reader, is_known, matches_any, state_of
 from pixel.stream import EVENT_PATTERN
 
-router = APIRouter(tags=["canvas"])
+router = APIRouter(tags=["canvas"], dependencies=[Depends(check_reader)])
 
 _HEADERS = {
     "ETag": "Changes if and only if these pixels do.",
@@ -30,7 +30,7 @@ def _answers(media_type: str) -> dict[int | str, dict[str, Any]]:
     return {
         200: {"description": "OK", "content": content, "headers": dict(headers)},
         304: {"description": "Not Modified", "headers": dict(headers)},
-    } | openapi.problems(422, 503)
+    } | openapi.problems(401, 422, 503)
 
 
 CACHING = "max-age=1, stale-while-revalidate=2"
