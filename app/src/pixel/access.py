@@ -67,6 +67,8 @@ class Access:
         self.is_private = self._anonymous == "none"
         """Whether reading needs a key too."""
         self._holders: dict[str, _Holder] = {}
+        # Headers with valid keys, which need not be hashed again.
+        self._accepted: dict[bytes, _Holder] = {}
         self._version: bytes | None = None
         self._read = -inf
         self._client = lru_cache(ADDRESSES)(self._anonymous_writer)
@@ -88,18 +90,16 @@ class Access:
         Raises a ``Problem``: 401 or 403; 503 if the keys can't be read.
         """
         authorization = headers.get(b"authorization")
-        if authorization is None and self._is_open:
-            return None
-        holder = self._holder(authorization)
+        holder = None if authorization is None else self._holder(authorization)
         if holder is None:
-            if self._anonymous != "paint":
-                raise _unauthorized("This request needs a key", "no_key")
             if self._is_open:
                 return None
+            if self._anonymous != "paint":
+                raise _unauthorized("This request needs a key", "no_key")
             # The balancer replaces a client's own header. A Unix socket is used by this host only.
             if forwarded := headers.get(b"x-forwarded-for"):
-                return self._client(forwarded.decode("latin-1"))
-            return self._client(peer[0] if peer else "127.0.0.1")
+                return self._client(forwarded)
+            return self._client(peer[0].encode() if peer else b"127.0.0.1")
         if scope not in holder.key.scopes:
             raise Refusal(
                 HTTPStatus.FORBIDDEN,
@@ -111,26 +111,29 @@ class Access:
 
     def check_reader(self, headers: Mapping[bytes, bytes]) -> None:
         """Raise a ``Problem`` unless a request may read; a key of any scope may."""
-        if self.is_private and self._holder(headers.get(b"authorization")) is None:
+        if self.is_private and self._holder(headers.get(b"authorization", b"")) is None:
             raise _unauthorized("Reading needs a key", "no_key")
 
-    def _holder(self, authorization: bytes | None) -> _Holder | None:
-        """The holder of the given key; None if none is given."""
-        scheme, _, token = (authorization or b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            return None
+    def _holder(self, authorization: bytes) -> _Holder | None:
+        """The holder of the key in this header; None if the header is for somebody else."""
+        holder = self._accepted.get(authorization)
+        if holder is None:
+            scheme, _, token = authorization.partition(b" ")
+            if scheme.lower() != b"bearer":
+                return None
+            holder = self._holders.get(hash_token(token))
         if monotonic() - self._read > OUTDATED:
             raise Problem.not_written("The keys can't be read")
-        holder = self._holders.get(hash_token(token.strip()))
         state = holder.key.state(self._store.now()) if holder else "unknown"
-        if state != "valid":
+        if holder is None or state != "valid":
             raise _unauthorized(f"The key is {state}", "bad_key", ', error="invalid_token"')
+        self._accepted[authorization] = holder
         return holder
 
-    def _anonymous_writer(self, text: str) -> Writer | None:
+    def _anonymous_writer(self, text: bytes) -> Writer | None:
         """The client at an address: an IPv4 address or an IPv6 /64, as at the balancer."""
         try:
-            address = ip_address(text)
+            address = ip_address(text.decode("latin-1"))
         except ValueError:
             # No balancer sends this. All such clients share a budget.
             return Writer("", "pixel:budget:addr:unknown", self._budget)
@@ -160,6 +163,7 @@ class Access:
                     key.hash: _Holder(key, Writer(f"key:{name}", f"pixel:budget:key:{name}", key.budget))
                     for name, key in keys.items()
                 }
+                self._accepted = {}
                 self._version = version
             self._read = asked
         except Problem:

@@ -6,6 +6,7 @@ burst takes. Redis's clock counts. See docs/adr/0031-keys-and-budgets.md.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from http import HTTPStatus
 from math import ceil
 from typing import Any, NamedTuple
@@ -21,33 +22,30 @@ MOST_ACCOUNTS = 10_000
 """Most accounts that a worker remembers."""
 
 # Keys: the lease, and the accounts. Arguments: the time at which the lease ends (milliseconds); for each
-# account its interval (microseconds), its burst, the number of its requests, and the cost of each.
-# Creates the lease if all requests are allowed. Returns, for each account, when it is full again
-# (microseconds), and "1" or "0" for each request: allowed or not.
+# account its interval (microseconds), its burst, and the number of its groups of requests; for each group
+# the cost of a request and the number of requests. Creates the lease if all requests are allowed. Returns,
+# for each account, when it is full again (microseconds), and how many requests of each group are allowed.
 _SCRIPT = """
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local replies, refused, at = {}, false, 2
 for i = 2, #KEYS do
-  local interval, burst, count = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
-  local latest = now + interval * burst
+  local interval, latest = ARGV[at], now + ARGV[at] * ARGV[at + 1]
   -- An account that is further ahead is of a larger budget, or Redis's clock was set back.
   local full = math.min(math.max(tonumber(redis.call('GET', KEYS[i]) or now), now), latest)
-  local before, allowed = full, {}
-  for j = 1, count do
-    local after = full + interval * ARGV[at + 2 + j]
-    -- The stored time is rounded to microseconds.
-    if after < latest + 1 then
-      full, allowed[j] = after, '1'
-    else
-      refused, allowed[j] = true, '0'
-    end
+  local before, reply = full, #replies + 1
+  for j = at + 3, at + 1 + 2 * ARGV[at + 2], 2 do
+    local cost, count = interval * ARGV[j], tonumber(ARGV[j + 1])
+    -- The stored time is rounded to microseconds, so it may be one too late.
+    local allowed = math.min(math.floor((latest + 1 - full) / cost), count)
+    full, refused = full + allowed * cost, refused or allowed < count
+    replies[reply + (j - at - 1) / 2] = allowed
   end
+  replies[reply] = full
   if full > before then
     redis.call('SET', KEYS[i], string.format('%.0f', full), 'PX', math.ceil((full - now) / 1000))
   end
-  replies[#replies + 1], replies[#replies + 2] = full, table.concat(allowed)
-  at = at + 3 + count
+  at = at + 3 + 2 * ARGV[at + 2]
 end
 if not refused then redis.call('SET', KEYS[1], 1, 'PXAT', ARGV[1]) end
 return replies
@@ -66,17 +64,19 @@ class Writer(NamedTuple):
     budget: Budget | None = None
 
 
-class Spending(NamedTuple):
-    """A request that counts against its writer's budget; its cost is its number of channel writes."""
+class _Account:
+    """The requests of a batch that are charged to one account, in groups of equal cost."""
 
-    writer: Writer
-    budget: Budget
-    cost: int
+    def __init__(self, writer: Writer, budget: Budget) -> None:
+        self.writer = writer
+        self.budget = budget
+        self.groups: list[tuple[int, list[int]]] = []  # the cost, and the requests' positions in the batch
 
-    @classmethod
-    def of(cls, writer: Writer | None, cost: int) -> "Spending | None":
-        """The request of a writer; None if it has no budget."""
-        return cls(writer, writer.budget, cost) if writer and writer.budget else None
+    def add(self, cost: int, position: int) -> None:
+        """Add a request."""
+        if not self.groups or self.groups[-1][0] != cost:
+            self.groups.append((cost, []))
+        self.groups[-1][1].append(position)
 
 
 class Charge:
@@ -87,41 +87,46 @@ class Charge:
     question fails.
 
     Args:
-        requests: one for each request of the batch; None without a budget.
+        requests: the writer and the channel writes of each request of the batch.
     """
 
-    def __init__(self, requests: Sequence[Spending | None]) -> None:
+    def __init__(self, requests: Sequence[tuple[Writer | None, int]]) -> None:
         self._size = len(requests)
-        # By account: the positions of its requests in the batch, and the requests.
-        self._accounts: dict[str, list[tuple[int, Spending]]] = {}
-        for position, request in enumerate(requests):
-            if request is not None:
-                self._accounts.setdefault(request.writer.account, []).append((position, request))
+        self._accounts: dict[str, _Account] = {}
+        for position, (writer, cost) in enumerate(requests):
+            if writer is not None and writer.budget is not None:
+                account = self._accounts.get(writer.account)
+                if account is None:
+                    account = self._accounts[writer.account] = _Account(writer, writer.budget)
+                account.add(cost, position)
 
     def command(self, lease: str, lease_end: float) -> Command:
         """The command that charges the accounts and creates the lease, until ``lease_end``."""
         arguments: list[str | int] = []
-        for numbered in self._accounts.values():
-            budget = numbered[0][1].budget
-            costs = [request.cost for _, request in numbered]
-            arguments += (repr(_interval(budget) * 1e6), budget.burst, len(costs), *costs)
+        for account in self._accounts.values():
+            budget, groups = account.budget, account.groups
+            arguments += (repr(_interval(budget) * 1e6), budget.burst, len(groups))
+            for cost, positions in groups:
+                arguments += (cost, len(positions))
         keys = (lease, *self._accounts)
         return ("EVAL", _SCRIPT, len(keys), *keys, int(lease_end * 1000), *arguments)
 
-    def outcomes(self, reply: Any, budgets: "Budgets") -> list[Problem | None]:
+    def problems(self, reply: Any, budgets: "Budgets") -> list[Problem | None]:
         """For each request of the batch, why it is refused; None if it isn't."""
         problems: list[Problem | None] = [None] * self._size
         if isinstance(reply, ReplyError):
             budgets.health.fails(reply)
-            for position in (position for numbered in self._accounts.values() for position, _ in numbered):
-                problems[position] = Problem.unavailable("Redis refuses to charge budgets", "no")
+            for account in self._accounts.values():
+                for position in (position for _, positions in account.groups for position in positions):
+                    problems[position] = Problem.unavailable("Redis refuses to charge budgets", "no")
             return problems
         budgets.health.works()
-        for numbered, full, allowed in zip(self._accounts.values(), reply[::2], reply[1::2], strict=True):
-            budgets.learn(numbered[0][1].writer.account, full / 1e6)
-            for (position, request), one in zip(numbered, allowed, strict=True):
-                if one != ord("1"):
-                    problems[position] = budgets.refusal(request)
+        numbers = iter(reply)
+        for name, account in self._accounts.items():
+            budgets.learn(name, next(numbers) / 1e6)
+            for cost, positions in account.groups:
+                for position in positions[next(numbers) :]:
+                    problems[position] = budgets.refusal(account.writer, account.budget, cost)
         return problems
 
 
@@ -146,26 +151,26 @@ class Budgets:
                 self._full.clear()
         self._full[account] = full
 
-    def exceeded(self, request: Spending) -> Problem | None:
-        """Why a request is refused; None if Redis has to be asked."""
-        if request.cost <= request.budget.burst and self._wait(request) <= 0:
+    def exceeded(self, writer: Writer, cost: int) -> Problem | None:
+        """Why a request of ``cost`` channel writes is refused; None if Redis has to be asked."""
+        budget = writer.budget
+        if budget is None or (cost <= budget.burst and self._wait(writer, budget, cost) <= 0):
             return None
-        return self.refusal(request)
+        return self.refusal(writer, budget, cost)
 
-    def refusal(self, request: Spending) -> Problem:
-        """The answer to a request that is over its budget."""
+    def refusal(self, writer: Writer, budget: Budget, cost: int) -> Problem:
+        """The answer to a request that is over its writer's budget."""
         metrics.REFUSALS.labels("budget").inc()
-        budget = request.budget
-        wait = max(ceil(self._wait(request)), 1)
+        wait = max(ceil(self._wait(writer, budget, cost)), 1)
         hint = (
             f"one request can write at most {budget.burst}"
-            if request.cost > budget.burst
+            if cost > budget.burst
             else f"the next can be made in {wait} s"
         )
         return Problem(
             HTTPStatus.TOO_MANY_REQUESTS,
             f"The budget is {budget.per_minute} channel writes a minute, and {budget.burst} at once; {hint}",
-            headers={"Retry-After": str(wait)} | self.fields(request.writer),
+            headers={"Retry-After": str(wait)} | self.fields(writer),
             written="no",
         )
 
@@ -173,22 +178,24 @@ class Budgets:
         """Headers that describe a writer's budget and what is left of it; empty if it has none."""
         if writer is None or writer.budget is None:
             return {}
-        budget = writer.budget
-        rest = max(self._until_full(writer), 0.0)
-        left = max(int(budget.burst - rest / _interval(budget) + 1e-6), 0)
-        window = ceil(budget.burst * _interval(budget))
+        rest = self._until_full(writer)
+        left = int(writer.budget.burst - rest / _interval(writer.budget) + 1e-6)
         return {
-            "RateLimit-Policy": f'"writes";q={budget.burst};w={window}',
-            "RateLimit": f'"writes";r={left};t={ceil(rest)}',
+            "RateLimit-Policy": _policy(writer.budget),
+            "RateLimit": f'"writes";r={max(left, 0)};t={ceil(rest)}',
         }
 
     def _until_full(self, writer: Writer) -> float:
-        return self._full.get(writer.account, 0.0) - self._clock.now()
+        return max(self._full.get(writer.account, 0.0) - self._clock.now(), 0.0)
 
-    def _wait(self, request: Spending) -> float:
+    def _wait(self, writer: Writer, budget: Budget, cost: int) -> float:
         """Seconds until a request is allowed; until the budget is full, for one that exceeds the burst."""
-        spare = max(request.budget.burst - request.cost, 0)
-        return self._until_full(request.writer) - spare * _interval(request.budget)
+        return self._until_full(writer) - max(budget.burst - cost, 0) * _interval(budget)
+
+
+@cache
+def _policy(budget: Budget) -> str:
+    return f'"writes";q={budget.burst};w={ceil(budget.burst * _interval(budget))}'
 
 
 def _interval(budget: Budget) -> float:

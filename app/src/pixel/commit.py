@@ -5,14 +5,14 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Container, Sequence
-from itertools import groupby
 from math import inf
 from time import monotonic, perf_counter
+from typing import Any
 
 import msgspec
 
 from pixel import metrics
-from pixel.budgets import Budgets, Charge, Spending, Writer
+from pixel.budgets import Budgets, Charge, Writer
 from pixel.canvas import CHANNELS, TILE_BYTES, locate, tile_key
 from pixel.lifetime import RedisClock
 from pixel.link import Health
@@ -168,8 +168,7 @@ class GroupCommit:
         if depth > self._limit and (len(changes) > len(CHANNELS) or depth > self._pixel_limit):
             raise Problem.not_written("Too many writes are waiting")
         future: asyncio.Future[EventId] = self._loop.create_future()
-        spending = Spending.of(writer, len(changes)) if writer else None
-        if spending and (problem := self.budgets.exceeded(spending)):
+        if writer is not None and (problem := self.budgets.exceeded(writer, len(changes))):
             future.set_exception(problem)
             return future
         if not self._queue or self._queue[-1].size + len(changes) > MAX_BATCH:
@@ -182,9 +181,9 @@ class GroupCommit:
         batch.requests.append((changes, future, begin_by, writer))
         batch.size += len(changes)
         self._depth += len(changes)
-        if writer:
+        if writer is not None:
             batch.signed = batch.signed or writer.author != ""
-            batch.charged = batch.charged and spending is None
+            batch.charged = batch.charged and writer.budget is None
         return future
 
     def close(self) -> None:
@@ -301,7 +300,7 @@ class GroupCommit:
             before = renewal = self._lease.renew(self._clock.now())
             charge = None
             if not batch.charged:
-                charge = Charge([Spending.of(request[3], len(request[0])) for request in requests])
+                charge = Charge([(writer, len(changes)) for changes, _, _, writer in requests])
                 before = [*renewal, *self._lease.charge(charge)]
             asked, started = monotonic(), perf_counter()
             replies = connection.execute([*before, *self._lease.conditions, *commands])
@@ -329,7 +328,7 @@ class GroupCommit:
     def _refuse_expensive(self, batch: _Batch, charge: Charge, reply: object) -> bool:
         """Refuse the requests that are over their budget; the others have paid. Whether there are any."""
         batch.charged = True
-        problems = charge.outcomes(reply, self.budgets)
+        problems = charge.problems(reply, self.budgets)
         for request, problem in zip(batch.requests, problems, strict=True):
             if problem:
                 _fail(request, problem)
@@ -423,9 +422,22 @@ class GroupCommit:
 
 def _authors(requests: Sequence[_Request]) -> list[bytes]:
     """Field ``a`` of each event of these requests; empty if no author of the event is known."""
-    names = [writer.author if writer else "" for changes, _, _, writer in requests for _ in changes]
-    events = [names[start : start + EVENT_CHANGES] for start in range(0, len(names), EVENT_CHANGES)]
-    return [
-        msgspec.json.encode([(name, len(list(run))) for name, run in groupby(event)]) if any(event) else b""
-        for event in events
-    ]
+    events: list[list[list[str | int]]] = []
+    room = 0  # changes for which the last event has room
+    for changes, _, _, writer in requests:
+        author = writer.author if writer else ""
+        rest = len(changes)
+        while rest:
+            if not room:
+                events.append([])
+                room = EVENT_CHANGES
+                run: list[Any] = ["", 0]
+            part = rest if rest < room else room
+            if run[1] and run[0] == author:
+                run[1] += part
+            else:
+                run = [author, part]
+                events[-1].append(run)
+            room -= part
+            rest -= part
+    return [b"" if runs[0][0] == "" and len(runs) == 1 else msgspec.json.encode(runs) for runs in events]

@@ -40,8 +40,8 @@ _DETAILS = {
     413: "The body is larger than 1024 bytes.",
     415: "The body must be sent as application/json.",
     422: "value must be an integer from 0 to 255.",
-    429: "The budget is 600 channel writes a minute, and 1200 at once; the next can be made in 7 s; nothing was"
-    " written.",
+    429: "The budget is 600 channel writes a minute, and 1200 at once; the next can be made in 7 s;"
+    " nothing was written.",
     502: "1 of 2 instances have failed or are late.",
     503: "Redis can't be reached; nothing was written.",
     504: "1 of 2 instances have failed or are late.",
@@ -57,14 +57,14 @@ _EVENT_HEADER = {
 
 _BUDGET_HEADERS = {
     "RateLimit-Policy": {
-        "description": "Only if the client has a budget: the channel writes that it can make at once (q), and the"
-        " seconds in which an empty budget is full again (w).",
+        "description": "Only if the client has a budget: the channel writes that it can make at once (q), and"
+        " the seconds in which an empty budget is full again (w).",
         "schema": {"type": "string"},
         "example": '"writes";q=1200;w=120',
     },
     "RateLimit": {
-        "description": "Only if the client has a budget: the channel writes that are left (r), and the seconds"
-        " until it is full again (t).",
+        "description": "Only if the client has a budget: the channel writes that are left (r), and the"
+        " seconds until it is full again (t).",
         "schema": {"type": "string"},
         "example": '"writes";r=1197;t=1',
     },

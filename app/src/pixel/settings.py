@@ -10,7 +10,6 @@ import socket
 import sys
 from dataclasses import dataclass
 from functools import cache
-from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Literal, NoReturn, Self
 from urllib.parse import parse_qs, urlsplit
 
@@ -19,6 +18,7 @@ from pydantic import (
     AnyHttpUrl,
     ConfigDict,
     Field,
+    IPvAnyNetwork,
     Json,
     SecretStr,
     TypeAdapter,
@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     # The budget of each client without a key; without it, they may write as much as Redis takes.
     anonymous_budget: Annotated[Json[Budget | None], NoDecode] = None
     # Networks without this budget, in addition to loopback.
-    budget_exempt: Annotated[Json[tuple[IPv4Network | IPv6Network, ...]], NoDecode] = ()
+    budget_exempt: Annotated[Json[tuple[IPvAnyNetwork, ...]], NoDecode] = ()
     # Whether the event stream names the addresses of clients without a key.
     record_addresses: bool = False
 
