@@ -9,7 +9,8 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Annotated, Literal, NoReturn, Self
 from urllib.parse import parse_qs, urlsplit
 
@@ -18,8 +19,8 @@ from pydantic import (
     AnyHttpUrl,
     ConfigDict,
     Field,
-    IPvAnyNetwork,
     Json,
+    PlainValidator,
     SecretStr,
     TypeAdapter,
     ValidationError,
@@ -49,6 +50,9 @@ def _base_url(value: str) -> str:
 
 
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
+
+# Bits of the host may be set, as in Ansible and Nginx.
+Network = Annotated[IPv4Network | IPv6Network, PlainValidator(partial(ip_network, strict=False))]
 
 MAX_BUDGET = 10_000_000
 """Largest value of a budget's fields."""
@@ -109,7 +113,7 @@ class Settings(BaseSettings):
     # The budget of each client without a key; without it, they may write as much as Redis takes.
     anonymous_budget: Annotated[Json[Budget | None], NoDecode] = None
     # Networks without this budget, in addition to loopback.
-    budget_exempt: Annotated[Json[tuple[IPvAnyNetwork, ...]], NoDecode] = ()
+    budget_exempt: Annotated[Json[tuple[Network, ...]], NoDecode] = ()
     # Whether the event stream names the addresses of clients without a key.
     record_addresses: bool = False
 
