@@ -67,8 +67,8 @@ class Access:
         self.is_private = self._anonymous == "none"
         """Whether reading needs a key too."""
         self._holders: dict[str, _Holder] = {}
-        # Headers with valid keys, which need not be hashed again.
-        self._accepted: dict[bytes, _Holder] = {}
+        # Headers with valid keys, which need not be hashed again until these times (monotonic).
+        self._accepted: dict[bytes, tuple[_Holder, float]] = {}
         self._version: bytes | None = None
         self._read = -inf
         self._client = lru_cache(ADDRESSES)(self._anonymous_writer)
@@ -116,18 +116,23 @@ class Access:
 
     def _holder(self, authorization: bytes) -> _Holder | None:
         """The holder of the key in this header; None if the header is for somebody else."""
-        holder = self._accepted.get(authorization)
-        if holder is None:
-            scheme, _, token = authorization.partition(b" ")
-            if scheme.lower() != b"bearer":
-                return None
-            holder = self._holders.get(hash_token(token))
-        if monotonic() - self._read > OUTDATED:
+        accepted = self._accepted.get(authorization)
+        if accepted is not None and monotonic() < accepted[1]:
+            return accepted[0]
+        scheme, _, token = authorization.partition(b" ")
+        if scheme.lower() != b"bearer":
+            return None
+        now = monotonic()
+        until = self._read + OUTDATED
+        if now > until:
             raise Problem.not_written("The keys can't be read")
+        holder = self._holders.get(hash_token(token))
         state = holder.key.state(self._store.now()) if holder else "unknown"
         if holder is None or state != "valid":
             raise _unauthorized(f"The key is {state}", "bad_key", ', error="invalid_token"')
-        self._accepted[authorization] = holder
+        if holder.key.expires is not None:
+            until = min(until, now + holder.key.expires - self._store.now())
+        self._accepted[authorization] = holder, until
         return holder
 
     def _anonymous_writer(self, text: bytes) -> Writer | None:

@@ -68,6 +68,7 @@ class Exchange:
     method: ClassVar[str]
     route: ClassVar[str]
     accepted: ClassVar[_Accepted]
+    writer: Writer | None = None  # of a write that counts against a budget
 
     def __init__(self, subject: Any, headers: Headers, started: float) -> None:
         self.subject = subject
@@ -85,10 +86,6 @@ class Exchange:
     def content(self, result: Any) -> bytes:
         """The body of the answer."""
         raise NotImplementedError
-
-    def fields(self, state: State) -> bytes:
-        """Further header lines of the answer to an accepted request."""
-        return b""
 
 
 class Write(Exchange):
@@ -108,13 +105,6 @@ class CountedWrite(Write):
     """``POST /pixel`` of a writer that has a budget."""
 
     __slots__ = ("writer",)
-
-    writer: Writer
-
-    def fields(self, state: State) -> bytes:
-        """What is left of the budget."""
-        fields = state["store"].budgets.fields(self.writer)
-        return "".join(f"{name.lower()}: {value}\r\n" for name, value in fields.items()).encode()
 
 
 class Read(Exchange):
@@ -269,6 +259,7 @@ class PixelProtocol(HttpToolsProtocol):
         except Exception:
             self._hand_on()
             return False
+        exchange: Write
         if writer is None or writer.budget is None:
             exchange = Write(pixel, self.headers, self._active)
         else:
@@ -337,10 +328,10 @@ class PixelProtocol(HttpToolsProtocol):
         if problem is None:
             content = exchange.content(done.result())
             body = b"" if exchange.method == "HEAD" else content
-            fields = exchange.fields(self.app_state)
-            answer = b"%b%bcontent-length: %d\r\n%b%b" % (
-                accepted.head(common), fields, len(content), end, body
-            )  # fmt: skip
+            start = accepted.head(common)
+            if exchange.writer is not None:
+                start += _lines(self.app_state["store"].budgets.fields(exchange.writer))
+            answer = b"%bcontent-length: %d\r\n%b%b" % (start, len(content), end, body)
         else:
             assert isinstance(problem, Problem)
             response = problem.response(exchange.headers)
@@ -385,3 +376,7 @@ class PixelProtocol(HttpToolsProtocol):
 
 def _head(status: int, headers: Headers) -> bytes:
     return STATUS_LINE[status] + b"".join(b"%b: %b\r\n" % header for header in headers)
+
+
+def _lines(fields: dict[str, str]) -> bytes:
+    return "".join([f"{name.lower()}: {value}\r\n" for name, value in fields.items()]).encode()

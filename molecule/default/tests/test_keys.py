@@ -124,7 +124,7 @@ def test_a_budget_is_one_for_all_hosts(keys: Callable[..., str], fleet: dict[str
         answers.append(send(url, PIXEL, Authorization=f"Bearer {token}"))
     # One more if a minute has passed meanwhile.
     assert Counter(status for status, _, _ in answers) in ({200: 30, 429: 30}, {200: 31, 429: 29})
-    status, headers, problem = answers[-1]
+    _, headers, problem = answers[-1]
     assert headers["RateLimit-Policy"] == '"writes";q=30;w=1800'
     assert 1 <= int(headers["Retry-After"]) <= 60
     assert "1 channel writes a minute, and 30 at once" in problem["detail"]
