@@ -282,13 +282,13 @@ def test_a_key_takes_effect_on_all_workers_within_two_seconds(
     redis_server: RedisServer, start_service: Callable[..., Service]
 ) -> None:
     service = start_service(redis_server.url, PIXEL_ANONYMOUS="read", PIXEL_WORKERS="4")
-    wait_until(lambda: httpx.get(f"{service.url}/readyz").status_code == 200, 20)
+    assert httpx.get(f"{service.url}/readyz", timeout=20).status_code == 200
 
     def statuses(token: str) -> set[int]:
         """The answers to many connections, which reach all workers."""
         found = set()
         for _ in range(40):
-            with httpx.Client() as client:
+            with httpx.Client(timeout=20) as client:
                 lines = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
                 found.add(client.post(f"{service.url}/pixel", content=GOOD, headers=lines).status_code)
         return found
@@ -309,7 +309,7 @@ def test_after_a_restore_the_keys_are_read_again(
     """The version may then be the same as before for other keys."""
     token = asyncio.run(run(fragile_redis, "create", "alice", "--scopes", "paint"))
     service = start_service(fragile_redis.url, PIXEL_ANONYMOUS="read", PIXEL_WORKERS="1")
-    wait_until(lambda: httpx.get(f"{service.url}/readyz").status_code == 200, 20)
+    assert httpx.get(f"{service.url}/readyz", timeout=20).status_code == 200
     with fragile_redis.admin() as admin:
         admin.delete(keys.KEYS)
     fragile_redis.kill()
