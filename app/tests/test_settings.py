@@ -47,6 +47,11 @@ def test_defaults_are_valid() -> None:
         ("PIXEL_LOG_LEVEL", "loud", "'info'"),
         ("PIXEL_PEERS", "http://a", "Invalid JSON"),
         ("PIXEL_PEERS", '["a:8000"]', "URL"),
+        ("PIXEL_ANONYMOUS", "write", "'paint', 'read' or 'none'"),
+        ("PIXEL_ANONYMOUS_BUDGET", "600", "dictionary"),
+        ("PIXEL_ANONYMOUS_BUDGET", '{"per_minute": 0, "burst": 1}', "greater than or equal to 1"),
+        ("PIXEL_ANONYMOUS_BUDGET", '{"per_minute": 1, "burst": 1, "rate": 1}', "nexpected"),
+        ("PIXEL_BUDGET_EXEMPT", '["10.0.0"]', "IPv4 or IPv6 network"),
         ("PIXEL_CANVAS_WIDHT", "10", "did you mean PIXEL_CANVAS_WIDTH?"),
     ],
 )

@@ -11,11 +11,14 @@ import redis
 import uvloop
 from conftest import APP_COMMANDS, RedisServer
 
+from pixel import keys
+from pixel.budgets import Writer
 from pixel.canvas import TILE_BYTES, locate
 from pixel.events import Hub
 from pixel.pixel import Change
 from pixel.problems import Problem
 from pixel.resp import Connection, Server
+from pixel.settings import Budget
 from pixel.store import Store
 from pixel.stream import EVENT_CHANGES, EVENTS, EventId
 
@@ -330,7 +333,7 @@ async def test_a_wrong_password_is_a_503_and_stays_secret(
 
 LEFT_OUT = [
     "ACL WHOAMI", "BLPOP pixel:a 1", "CLIENT LIST", "CONFIG GET maxmemory", "COPY pixel:a pixel:b",
-    "DEL pixel:events", "DUMP pixel:events", "EVAL return 0", "FLUSHALL", "FLUSHDB",
+    "DEL pixel:events", "DUMP pixel:events", "EVALSHA 0 0", "FCALL f 0", "FLUSHALL", "FLUSHDB",
     "HDEL pixel:a b", "INFO", "KEYS *", "LPUSH pixel:a b", "MONITOR", "PUBLISH a b",
     "RENAME pixel:a pixel:b",
     "SAVE", "SCAN 0", "SETRANGE pixel:a 536870911 b", "SHUTDOWN", "SORT pixel:a",
@@ -353,6 +356,10 @@ async def test_the_application_can_use_its_commands_and_keys_only(
                 user.execute_command(*command.split())
         with pytest.raises(redis.exceptions.NoPermissionError):
             user.get("other")
+        # A script has no more rights than its user.
+        for command in ("'FLUSHALL'", "'GET', 'other'"):
+            with pytest.raises(redis.exceptions.ResponseError, match="user executing the script can't"):
+                user.eval(f"return redis.call({command})", 0)
 
 
 async def test_the_application_uses_all_of_its_commands_and_no_others(
@@ -364,7 +371,11 @@ async def test_the_application_uses_all_of_its_commands_and_no_others(
         store = Store(redis_server.settings())
         hub = Hub(store, redis_server.settings())
         await store.probe()
-        event = await store.write([Change(1, 1, 0, 1), Change(300, 1, 0, 1)])
+        writer = Writer("key:a", "pixel:budget:key:a", Budget(60, 2))
+        event = await store.write([Change(1, 1, 0, 1), Change(300, 1, 0, 1)], writer=writer)
+        command = keys.parse(["create", "a", "--scopes", "paint"])
+        await keys.execute(command, Server.of(redis_server.settings()))
+        assert list((await store.keys())[1]) == ["a"]
         assert await store.colour(1, 1) == (1, 0, 0)
         assert (await store.snapshot(["pixel:{0:0}"]))[0] == await store.last_event() == event
         assert await store.count_viewers(3) == 3

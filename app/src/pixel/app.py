@@ -19,6 +19,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixel import logs, metrics
+from pixel.access import Access
 from pixel.canvas import Canvas
 from pixel.events import Hub
 from pixel.openapi import DescribedAPI
@@ -163,19 +164,24 @@ def create_api(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         metrics.WORKERS.set(1)
         store = Store(settings)
+        access = Access(store, settings)
+        await access.start()
         with PictureCache(store) as pictures:
             yield {
                 "settings": settings,
                 "store": store,
+                "access": access,
                 "reader": Reader(store.canvas),
                 "pictures": pictures,
                 "hub": Hub(store, settings),
                 "large_batches": Turns(pixels.LARGE_WAITING),
             }
+        access.close()
         store.close()
 
     api = DescribedAPI(
         Canvas(settings.canvas_width, settings.canvas_height),
+        settings.anonymous,
         title="Pixel Endpoint",
         summary="A durable shared canvas over HTTP.",
         version=settings.release,

@@ -7,8 +7,12 @@ from collections import deque
 from collections.abc import Container, Sequence
 from math import inf
 from time import monotonic, perf_counter
+from typing import Any
+
+import msgspec
 
 from pixel import metrics
+from pixel.budgets import Budgets, Charge, Writer
 from pixel.canvas import CHANNELS, TILE_BYTES, locate, tile_key
 from pixel.lifetime import RedisClock
 from pixel.link import Health
@@ -38,8 +42,8 @@ _SAMPLING = 1.0  # seconds between two measurements of the queue's length
 log = logging.getLogger(__name__)
 
 
-# The changes, the future of the answer, and the Redis time until which they may be sent.
-_Request = tuple[Sequence[Change], asyncio.Future[EventId], float]
+# The changes, the future of the answer, the Redis time until which they may be sent, and the writer.
+_Request = tuple[Sequence[Change], asyncio.Future[EventId], float, Writer | None]
 
 
 def _fail(request: _Request, problem: Problem) -> None:
@@ -54,6 +58,8 @@ class _Batch:
         self.timer: asyncio.TimerHandle
         self.size = 0  # channel writes
         self.begin_by = inf  # the earliest of its requests
+        self.signed = False  # whether the author of a request is known
+        self.charged = True  # whether all budgets have been charged
         self.requests: list[_Request] = []
 
     def refuse(self, reason: str) -> None:
@@ -82,7 +88,7 @@ class _Lease:
         self._renewal = renewal
         self.end = 0.0
         """Redis's time at which the lease expires."""
-        self.conditions: tuple[Command, Command] = (
+        self.conditions: tuple[Command, ...] = (
             ("WATCH", self._key),
             ("SET", self._key, 0, "NX", "PX", 1),
         )
@@ -93,6 +99,10 @@ class _Lease:
             return []
         self.end = now + self._seconds
         return [("TIME",), ("SET", self._key, 1, "PXAT", int(self.end * 1000))]
+
+    def charge(self, charge: Charge) -> list[Command]:
+        """Commands that replace the lease by one that exists only if the charge is accepted as a whole."""
+        return [("EXPIRE", self._key, 0), charge.command(self._key, self.end or 1)]
 
 
 class GroupCommit:
@@ -106,6 +116,9 @@ class GroupCommit:
     Redis doesn't answer in time, the writes in flight are in doubt. They are answered when their lease
     has expired, because they can't be executed after that. Later requests wait while Redis restarts.
     While Redis doesn't answer at all, new requests are refused at once.
+
+    Budgets are charged in the same pipeline, just before the transaction. If a request is over its
+    budget, nothing is written, and the others are sent again without a second charge.
     """
 
     def __init__(self, server: Server, settings: Settings, clock: RedisClock, worker: str) -> None:
@@ -116,7 +129,9 @@ class GroupCommit:
         # Single pixels get more room, so that batches can't fill the queue.
         self._pixel_limit = self._limit + self._limit // 10
         self._event = ("XADD", EVENTS, "MAXLEN", "~", settings.events_maxlen, "*", "c")
+        self._has_budgets = settings.anonymous_budget is not None
         self._clock = clock
+        self.budgets = Budgets(clock)
         self._worker = worker
         self._loop = asyncio.get_running_loop()
         self._health = Health("write")
@@ -130,15 +145,19 @@ class GroupCommit:
         self._task = self._loop.create_task(self._run(), name="group commit")
         self._count_queue()
 
-    def write(self, changes: Sequence[Change], begin_by: float | None = None) -> asyncio.Future[EventId]:
+    def write(
+        self, changes: Sequence[Change], begin_by: float | None = None, writer: Writer | None = None
+    ) -> asyncio.Future[EventId]:
         """Queue changes, to be written in their order; done when Redis has acknowledged them.
 
         Args:
             changes: channel writes; an empty sequence probes whether Redis accepts writes.
             begin_by: the Redis time until which they may be sent (``StartLimit.begin_by``).
+            writer: who writes, if that is to be recorded or has a budget.
 
         Returns:
-            The event that contains the changes, or a later one.
+            The event that contains the changes, or a later one. The future raises a 429 ``Problem``
+            if the writer's budget is exceeded.
 
         Raises:
             Problem: 503, if the queue is full, Redis refuses, or time is up.
@@ -148,17 +167,23 @@ class GroupCommit:
         depth = self._depth + len(changes)
         if depth > self._limit and (len(changes) > len(CHANNELS) or depth > self._pixel_limit):
             raise Problem.not_written("Too many writes are waiting")
+        future: asyncio.Future[EventId] = self._loop.create_future()
+        if writer is not None and (problem := self.budgets.exceeded(writer, len(changes))):
+            future.set_exception(problem)
+            return future
         if not self._queue or self._queue[-1].size + len(changes) > MAX_BATCH:
             self._open_batch()
         batch = self._queue[-1]
-        future: asyncio.Future[EventId] = self._loop.create_future()
         if begin_by is None:
             begin_by = self._clock.now() + self._patience
         if begin_by < batch.begin_by:
             batch.begin_by = begin_by
-        batch.requests.append((changes, future, begin_by))
+        batch.requests.append((changes, future, begin_by, writer))
         batch.size += len(changes)
         self._depth += len(changes)
+        if writer is not None:
+            batch.signed = batch.signed or writer.author != ""
+            batch.charged = batch.charged and writer.budget is None
         return future
 
     def close(self) -> None:
@@ -236,12 +261,16 @@ class GroupCommit:
                 return
 
     async def _ask_time(self, connection: Connection) -> None:
-        """Read Redis's time for the first lease."""
+        """Read Redis's time for the first lease; also check that budgets can be charged, if there are any."""
         asked = monotonic()
+        commands: list[Command] = [("TIME",)]
+        if self._has_budgets:
+            commands += self._lease.charge(Charge([]))
         try:
-            [redis_time] = await connection.execute([("TIME",)])
-            if isinstance(redis_time, ReplyError):
-                raise redis_time
+            redis_time, *replies = await connection.execute(commands)
+            for reply in (redis_time, *replies):
+                if isinstance(reply, ReplyError):
+                    raise reply
         except BaseException:
             connection.close()
             raise
@@ -264,10 +293,17 @@ class GroupCommit:
         """Send a batch and answer its requests; returns when all of them are answered."""
         while requests := self._in_time(batch):
             batch.requests = requests
-            commands = self._commands([change for request in requests for change in request[0]])
-            renewal = self._lease.renew(self._clock.now())
+            commands = self._commands(
+                [change for request in requests for change in request[0]],
+                _authors(requests) if batch.signed else (),
+            )
+            before = renewal = self._lease.renew(self._clock.now())
+            charge = None
+            if not batch.charged:
+                charge = Charge([(writer, len(changes)) for changes, _, _, writer in requests])
+                before = [*renewal, *self._lease.charge(charge)]
             asked, started = monotonic(), perf_counter()
-            replies = connection.execute([*renewal, *self._lease.conditions, *commands])
+            replies = connection.execute([*before, *self._lease.conditions, *commands])
             timer = self._loop.call_later(self._timeout, connection.close, "no answer in time")
             try:
                 *queued, results = await replies
@@ -278,15 +314,25 @@ class GroupCommit:
                 timer.cancel()
             if renewal and not isinstance(queued[0], ReplyError):
                 self._learn_time(asked, queued[0])
+            refused = charge is not None and self._refuse_expensive(batch, charge, queued[len(before) - 1])
             if results is not None:
                 metrics.COMMIT_SECONDS.observe(perf_counter() - started)
                 metrics.BATCH_WRITES.observe(batch.size)
                 self._settle(batch, commands, queued, results)
                 return
-            # The lease had expired, so nothing was written. Its renewal also reads Redis's time.
-            metrics.LAPSED_LEASES.inc()
+            # There was no lease, so nothing was written. Its renewal also reads Redis's time.
+            metrics.LAPSED_LEASES.inc(not refused)
             self._grown.clear()
             self._lease.end = 0
+
+    def _refuse_expensive(self, batch: _Batch, charge: Charge, reply: object) -> bool:
+        """Refuse the requests that are over their budget; the others have paid. Whether there are any."""
+        batch.charged = True
+        problems = charge.problems(reply, self.budgets)
+        for request, problem in zip(batch.requests, problems, strict=True):
+            if problem:
+                _fail(request, problem)
+        return any(problems)
 
     def _in_time(self, batch: _Batch) -> list[_Request]:
         """Return the requests that may still be sent; refuse the others."""
@@ -339,7 +385,7 @@ class GroupCommit:
     def _answer(self, requests: list[_Request], refused: Container[object], event: EventId) -> None:
         written = 0
         for request in requests:
-            changes, future, _ = request
+            changes, future, _, _ = request
             if refused and any(locate(x, y)[0] in refused for x, y, _, _ in changes):
                 _fail(request, Problem.unavailable("Redis refuses writes to this tile."))
             else:
@@ -348,7 +394,8 @@ class GroupCommit:
                     future.set_result(event)
         metrics.WRITES.inc(written)
 
-    def _commands(self, changes: list[Change]) -> list[Command]:
+    def _commands(self, changes: list[Change], authors: Sequence[bytes]) -> list[Command]:
+        """The transaction; ``authors`` has a value for each of its events, or none."""
         tiles: dict[str, list[str | bytes | int]] = {}
         for x, y, channel, value in changes:
             key, place = locate(x, y)
@@ -361,8 +408,36 @@ class GroupCommit:
             command += ("SET", "u8", (place + channel) * 8, value)
         if not changes:
             return [("MULTI",), ("BITFIELD", tile_key(0, 0), *_GROW), ("EXEC",)]
-        events = [
+        events: list[Command] = [
             (*self._event, pack(changes[start : start + EVENT_CHANGES]))
             for start in range(0, len(changes), EVENT_CHANGES)
         ]
+        if authors:
+            events = [
+                (*event, "a", author) if author else event
+                for event, author in zip(events, authors, strict=True)
+            ]
         return [("MULTI",), *map(tuple, tiles.values()), *events, ("EXEC",)]
+
+
+def _authors(requests: Sequence[_Request]) -> list[bytes]:
+    """Field ``a`` of each event of these requests; empty if no author of the event is known."""
+    events: list[list[list[str | int]]] = []
+    room = 0  # changes for which the last event has room
+    for changes, _, _, writer in requests:
+        author = writer.author if writer else ""
+        rest = len(changes)
+        while rest:
+            if not room:
+                events.append([])
+                room = EVENT_CHANGES
+                run: list[Any] = ["", 0]
+            part = rest if rest < room else room
+            if run[1] and run[0] == author:
+                run[1] += part
+            else:
+                run = [author, part]
+                events[-1].append(run)
+            room -= part
+            rest -= part
+    return [b"" if runs[0][0] == "" and len(runs) == 1 else msgspec.json.encode(runs) for runs in events]

@@ -16,7 +16,11 @@ class Health:
     """Logs when an operation begins to fail and when it works again, but no failure in between."""
 
     def __init__(self, operation: str) -> None:
-        self._what = {"read": "reading from Redis", "write": "writing to Redis"}[operation]
+        self._what = {
+            "read": "reading from Redis",
+            "write": "writing to Redis",
+            "budget": "charging budgets in Redis",
+        }[operation]
         self._failing = False
         self._errors = metrics.REDIS_ERRORS.labels(operation)
 

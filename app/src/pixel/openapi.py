@@ -1,7 +1,7 @@
 """The OpenAPI description, generated from the types of the bodies."""
 
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import FastAPI
@@ -33,11 +33,15 @@ _PROBLEM = {
 
 _DETAILS = {
     400: "The body is not JSON: Expecting ',' delimiter at line 1 column 8.",
+    401: "The key is revoked; nothing was written.",
+    403: "This request needs a key with scope batch; nothing was written.",
     404: "There is no such pixel.",
     408: "The body took too long to arrive.",
     413: "The body is larger than 1024 bytes.",
     415: "The body must be sent as application/json.",
     422: "value must be an integer from 0 to 255.",
+    429: "The budget is 600 channel writes a minute, and 1200 at once; the next can be made in 7 s;"
+    " nothing was written.",
     502: "1 of 2 instances have failed or are late.",
     503: "Redis can't be reached; nothing was written.",
     504: "1 of 2 instances have failed or are late.",
@@ -51,22 +55,57 @@ _EVENT_HEADER = {
     "schema": {"type": "string"},
 }
 
+_BUDGET_HEADERS = {
+    "RateLimit-Policy": {
+        "description": "Only if the client has a budget: the channel writes that it can make at once (q), and"
+        " the seconds in which an empty budget is full again (w).",
+        "schema": {"type": "string"},
+        "example": '"writes";q=1200;w=120',
+    },
+    "RateLimit": {
+        "description": "Only if the client has a budget: the channel writes that are left (r), and the"
+        " seconds until it is full again (t).",
+        "schema": {"type": "string"},
+        "example": '"writes";r=1197;t=1',
+    },
+}
+
+_RETRY_HEADER = {"description": "Seconds.", "schema": {"type": "integer"}}
+
+# By status, the headers of a problem.
+_PROBLEM_HEADERS = {
+    401: {"WWW-Authenticate": {"description": "Bearer.", "schema": {"type": "string"}}},
+    403: {"WWW-Authenticate": {"description": "Bearer; names the scope.", "schema": {"type": "string"}}},
+    429: {"Retry-After": _RETRY_HEADER} | _BUDGET_HEADERS,
+    503: {"Retry-After": _RETRY_HEADER},
+}
+
+_KEY = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "A key's token. Scope paint allows single pixels, batch arrays of them.",
+}
+
 _INSTANCE_HEADER = {
     "description": "The instance that answered.",
     "schema": {"type": "string"},
 }
 
 
-def answer(kind: Any, example: Any, *, event: bool = False) -> dict[int | str, dict[str, Any]]:
+def answer(
+    kind: Any, example: Any, *, event: bool = False, budget: bool = False
+) -> dict[int | str, dict[str, Any]]:
     """The 200 of a route that answers with JSON.
 
     Args:
         kind: the msgspec type of the answer.
         example: one such answer.
         event: whether the answer has the header ``X-Pixel-Event``.
+        budget: whether the request counts against a budget.
     """
     content = {"application/json": {"schema": _schema(kind), "example": example}}
     headers = {"X-Pixel-Event": _EVENT_HEADER} if event else {}
+    headers |= _BUDGET_HEADERS if budget else {}
     return {200: {"description": "OK", "content": content, "headers": headers}}
 
 
@@ -100,9 +139,8 @@ def _problem(status: HTTPStatus) -> dict[str, Any]:
             }
         },
     }
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        retry = {"description": "Seconds.", "schema": {"type": "integer"}}
-        described["headers"] = {"Retry-After": retry}
+    if status in _PROBLEM_HEADERS:
+        described["headers"] = dict(_PROBLEM_HEADERS[status])
     return described
 
 
@@ -112,10 +150,12 @@ def _schema(kind: Any) -> Any:
 
 
 class DescribedAPI(FastAPI):
-    """FastAPI whose description contains the msgspec types and the size of the canvas."""
+    """FastAPI whose description contains the msgspec types, the size of the canvas, and the use of keys."""
 
-    def __init__(self, canvas: Canvas, **options: Any) -> None:
+    def __init__(self, canvas: Canvas, anonymous: Literal["paint", "read", "none"], **options: Any) -> None:
         super().__init__(**options)
+        # The methods that need a key.
+        self._closed = {"paint": (), "read": ("post", "put"), "none": ("get", "post", "put")}[anonymous]
         self._most = {
             "x": canvas.width - 1,
             "y": canvas.height - 1,
@@ -129,21 +169,26 @@ class DescribedAPI(FastAPI):
             schema = super().openapi()
             _, components = msgspec.json.schema_components(_described, ref_template=_REF)
             # Replace FastAPI's own schemas, which no answer uses.
-            schema["components"] = {"schemas": components | {"Problem": _PROBLEM}}
+            schema["components"] = {
+                "schemas": components | {"Problem": _PROBLEM},
+                "securitySchemes": {"key": _KEY},
+            }
             for path in schema["paths"].values():
-                for operation in path.values():
-                    self._complete(operation)
+                for method, operation in path.items():
+                    self._complete(method, operation)
             for name in ("Pixel", "PixelColour"):
                 for axis in ("x", "y"):
                     components[name]["properties"][axis]["maximum"] = self._most[axis]
         return self.openapi_schema or {}
 
-    def _complete(self, operation: dict[str, Any]) -> None:
+    def _complete(self, method: str, operation: dict[str, Any]) -> None:
         for parameter in operation.get("parameters", ()):
             if parameter["name"] in self._most:
                 parameter["schema"]["maximum"] = self._most[parameter["name"]]
         responses = operation["responses"]
         if "application/json" in responses.get("422", {}).get("content", {}):
             del responses["422"]  # FastAPI's own, which no route answers with
+        if "401" in responses:
+            operation["security"] = [{"key": []}, *([] if method in self._closed else [{}])]
         for response in responses.values():
             response.setdefault("headers", {})["X-Pixel-Instance"] = _INSTANCE_HEADER

@@ -84,10 +84,10 @@ class Problem(Exception):
         that retries the request; the balancer doesn't send the header to the client.
         """
         headers = {"Cache-Control": "no-store"} | (self.headers or {})
-        stamp = dict(request_headers).get(STAMP) if self.elsewhere else None
-        if stamp is not None:
-            if self.written == "no" and stamp.count(b" ") > 1:
-                self.written = "maybe"  # the balancer's mark means that an earlier attempt is in doubt
+        stamp = dict(request_headers).get(STAMP) if self.elsewhere or self.written else None
+        if stamp is not None and self.written == "no" and stamp.count(b" ") > 1:
+            self.written = "maybe"  # the balancer's mark means that an earlier attempt is in doubt
+        if stamp is not None and self.elsewhere:
             headers |= {"X-Accel-Redirect": "@again", "X-Pixel-Written": self.written or "no"}
         body: dict[str, Any] = {
             "type": "about:blank",

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable
 from functools import partial
+from http import HTTPStatus
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -19,10 +20,11 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pixel import logs, metrics
+from pixel.budgets import Writer
 from pixel.canvas import Region
 from pixel.events import QUEUE_BYTES, Viewer
 from pixel.pixel import PixelColour, Received
-from pixel.problems import Headers, Problem
+from pixel.problems import STAMP, Headers, Problem
 from pixel.reads import Colour
 from pixel.requests import STREAM_HEADERS, State, check_headers, check_size
 from pixel.stream import EVENT_PATTERN, EventId, known_event
@@ -66,6 +68,7 @@ class Exchange:
     method: ClassVar[str]
     route: ClassVar[str]
     accepted: ClassVar[_Accepted]
+    writer: Writer | None = None  # of a write that counts against a budget
 
     def __init__(self, subject: Any, headers: Headers, started: float) -> None:
         self.subject = subject
@@ -96,6 +99,12 @@ class Write(Exchange):
     def content(self, _: EventId) -> bytes:
         """The acknowledgement, which repeats the pixel."""
         return msgspec.json.encode(Received("ok", self.subject))
+
+
+class CountedWrite(Write):
+    """``POST /pixel`` of a writer that has a budget."""
+
+    __slots__ = ("writer",)
 
 
 class Read(Exchange):
@@ -240,21 +249,35 @@ class PixelProtocol(HttpToolsProtocol):
         """Start a write; pass the request on to Uvicorn if this fails."""
         state = self.app_state
         try:
-            stamp = check_headers(self.headers)
+            headers = check_headers(self.headers)
+            writer = state["access"].writer(headers, self.client, "paint")
             check_size(body, state["settings"].body_limit)
             pixel = state["reader"].pixel(body)
             store = state["store"]
-            written = store.write((pixel.change(),), store.start_limit.begin_by(stamp))
+            begin_by = store.start_limit.begin_by(headers.get(STAMP))
+            written = store.write((pixel.change(),), begin_by, writer)
         except Exception:
             self._hand_on()
             return False
-        self._begin(Write(pixel, self.headers, self._active), written, self._answer)
+        exchange: Write
+        if writer is None or writer.budget is None:
+            exchange = Write(pixel, self.headers, self._active)
+        else:
+            exchange = CountedWrite(pixel, self.headers, self._active)
+            exchange.writer = writer
+        self._begin(exchange, written, self._answer)
         return True
 
     def _serve(self) -> bool:
         """Start to read a pixel or a stream; pass other requests on to Uvicorn."""
         state = self.app_state
-        store, hub = state["store"], state["hub"]
+        store, hub, access = state["store"], state["hub"], state["access"]
+        if access.is_private:
+            try:
+                access.check_reader(dict(self.headers))
+            except Problem:
+                self._hand_on()
+                return False
         get = self.parser.get_method() == b"GET"
         if (pixel := _PIXEL.fullmatch(self.url)) and store.canvas.contains(
             x := int(pixel[1]), y := int(pixel[2])
@@ -305,7 +328,10 @@ class PixelProtocol(HttpToolsProtocol):
         if problem is None:
             content = exchange.content(done.result())
             body = b"" if exchange.method == "HEAD" else content
-            answer = b"%bcontent-length: %d\r\n%b%b" % (accepted.head(common), len(content), end, body)
+            start = accepted.head(common)
+            if exchange.writer is not None:
+                start += _lines(self.app_state["store"].budgets.fields(exchange.writer))
+            answer = b"%bcontent-length: %d\r\n%b%b" % (start, len(content), end, body)
         else:
             assert isinstance(problem, Problem)
             response = problem.response(exchange.headers)
@@ -324,7 +350,8 @@ class PixelProtocol(HttpToolsProtocol):
         else:
             method = exchange.method
             metrics.observe(method, exchange.route, status, seconds)
-            logs.answered(logging.WARNING, method, exchange.path, status, seconds, exchange.headers)
+            if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                logs.answered(logging.WARNING, method, exchange.path, status, seconds, exchange.headers)
 
     def on_response_complete(self) -> None:
         self._active = perf_counter()
@@ -349,3 +376,7 @@ class PixelProtocol(HttpToolsProtocol):
 
 def _head(status: int, headers: Headers) -> bytes:
     return STATUS_LINE[status] + b"".join(b"%b: %b\r\n" % header for header in headers)
+
+
+def _lines(fields: dict[str, str]) -> bytes:
+    return "".join([f"{name.lower()}: {value}\r\n" for name, value in fields.items()]).encode()

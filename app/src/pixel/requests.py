@@ -1,6 +1,7 @@
 """Common parts of all routes: the application's state, request bodies, JSON answers."""
 
 import asyncio
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TypedDict
 
@@ -10,14 +11,16 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope
 
 from pixel import metrics
+from pixel.access import Access, Refusal
+from pixel.budgets import Writer
 from pixel.events import Hub
+from pixel.keys import KeyScope
 from pixel.lifetime import MustWaitError, UnknownClockError
 from pixel.pictures import PictureCache
 from pixel.pixel import Reader
 from pixel.problems import STAMP, Headers, Problem
 from pixel.settings import Settings
 from pixel.store import Store
-from pixel.stream import EventId
 
 BODY_SECONDS = 10.0
 """Seconds in which the rest of a body must arrive after the first part."""
@@ -70,6 +73,7 @@ class State(TypedDict):
 
     settings: Settings
     store: Store
+    access: Access
     reader: Reader
     pictures: PictureCache
     hub: Hub
@@ -82,10 +86,28 @@ def state_of(request: Request) -> State:
     return state
 
 
-def json_response(content: msgspec.Struct, event: EventId | None = None) -> Response:
-    """A 200 with JSON; ``event`` is the stream event that contains the request's changes."""
-    headers = {"X-Pixel-Event": event.text().decode()} if event else None
+def json_response(content: msgspec.Struct, headers: Mapping[str, str] | None = None) -> Response:
+    """A 200 with JSON."""
     return Response(msgspec.json.encode(content), headers=headers, media_type="application/json")
+
+
+def find_writer(request: Request, scope: KeyScope) -> Writer | None:
+    """Who sends this request (``Access.writer``). Raises a ``Problem`` (401, 403, 503)."""
+    headers, peer = dict(request.scope["headers"]), request.scope["client"]
+    try:
+        return state_of(request)["access"].writer(headers, peer, scope)
+    except Refusal as refusal:
+        metrics.REFUSALS.labels(refusal.reason).inc()
+        raise
+
+
+async def check_reader(request: Request) -> None:
+    """Raise a ``Problem`` (401, 503) unless the client may read; a dependency of routes."""
+    try:
+        state_of(request)["access"].check_reader(dict(request.scope["headers"]))
+    except Refusal as refusal:
+        metrics.REFUSALS.labels(refusal.reason).inc()
+        raise
 
 
 def is_known(tag: str, known: str) -> bool:
@@ -132,11 +154,8 @@ async def begin_by(request: Request) -> float:
             raise
 
 
-def check_headers(headers: Headers) -> bytes | None:
-    """Raise a ``Problem`` (415) unless the body is JSON, and not encoded.
-
-    Returns the balancer's stamp, if any.
-    """
+def check_headers(headers: Headers) -> Mapping[bytes, bytes]:
+    """Raise a ``Problem`` (415) unless the body is JSON, and not encoded; returns the headers by name."""
     given = dict(headers)
     # The header may be repeated.
     if b"content-encoding" in given and any(
@@ -153,7 +172,7 @@ def check_headers(headers: Headers) -> bytes | None:
         and content_type.partition(b";")[0].strip().lower() != b"application/json"
     ):
         raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be sent as application/json.")
-    return given.get(STAMP)
+    return given
 
 
 def check_size(body: bytes, limit: int) -> None:

@@ -8,15 +8,19 @@ import difflib
 import os
 import socket
 import sys
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Annotated, Literal, NoReturn, Self
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
     AnyHttpUrl,
+    ConfigDict,
     Field,
     Json,
+    PlainValidator,
     SecretStr,
     TypeAdapter,
     ValidationError,
@@ -46,6 +50,25 @@ def _base_url(value: str) -> str:
 
 
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
+
+# Bits of the host may be set, as in Ansible and Nginx.
+Network = Annotated[IPv4Network | IPv6Network, PlainValidator(partial(ip_network, strict=False))]
+
+MAX_BUDGET = 10_000_000
+"""Largest value of a budget's fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much one client may write, counted in channel writes."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    per_minute: Annotated[int, Field(ge=1, le=MAX_BUDGET)]
+    """Writes that a client may make in the long run."""
+
+    burst: Annotated[int, Field(ge=1, le=MAX_BUDGET)]
+    """Writes that a client may make at once after a pause."""
 
 
 class Settings(BaseSettings):
@@ -84,6 +107,15 @@ class Settings(BaseSettings):
     frame_pause_min: Annotated[float, Field(ge=0.01, le=1)] = 0.05
     frame_pause_max: Annotated[float, Field(ge=0.01, le=1)] = 0.5
     body_limit: Annotated[int, Field(ge=128, le=65_536)] = 1024
+
+    # What clients without a key may do: write, only read, or nothing.
+    anonymous: Literal["paint", "read", "none"] = "paint"
+    # The budget of each client without a key; without it, they may write as much as Redis takes.
+    anonymous_budget: Annotated[Json[Budget | None], NoDecode] = None
+    # Networks without this budget, in addition to loopback.
+    budget_exempt: Annotated[Json[tuple[Network, ...]], NoDecode] = ()
+    # Whether the event stream names the addresses of clients without a key.
+    record_addresses: bool = False
 
     # NoDecode: pydantic reads the JSON, so that a fault in it is reported like any other.
     peers: Annotated[Json[tuple[BaseUrl, ...]], NoDecode] = ()

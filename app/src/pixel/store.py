@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pixel.canvas import Canvas
 from pixel.commit import GroupCommit
+from pixel.keys import KEYS, KEYS_VERSION, Key, decode
 from pixel.lifetime import RedisClock, StartLimit
 from pixel.link import Link
 from pixel.pixel import RECORD_BYTES
@@ -63,6 +64,8 @@ class Store:
             Link(server, settings.redis_timeout) for _ in range(4)
         ]
         self.write = self._commits.write
+        self.budgets = self._commits.budgets
+        self.now = self._clock.now
         self.colour = PixelReads(self._questions).colour
         self.start_limit = StartLimit(self._clock, settings)
 
@@ -95,6 +98,16 @@ class Store:
             counts |= dict(zip(pairs[::2], pairs[1::2], strict=True))
         return sum(map(int, counts.values()))
 
+    async def keys_version(self) -> bytes | None:
+        """A value that differs after each change of a key; None if there never was a key."""
+        [version] = await self._questions.ask(("GET", KEYS_VERSION))
+        return version  # type: ignore[no-any-return]
+
+    async def keys(self) -> tuple[bytes | None, dict[str, Key]]:
+        """The keys by name, and their version."""
+        version, pairs = await self._questions.ask_at_once(("GET", KEYS_VERSION), ("HGETALL", KEYS))
+        return version, decode(pairs)
+
     async def last_event(self) -> EventId:
         """The newest event; ``NO_EVENT`` if there is none yet."""
         [newest] = await self._questions.ask(_NEWEST)
@@ -125,7 +138,8 @@ class Store:
         # ``after`` may be later than ``last`` if Redis was restored to an earlier state.
         if after > last or (trimmed and after < _only_id([facts[b"first-entry"]])):
             return Events(last, [], complete=False)
-        records = [(EventId.parse(event), record) for event, (_, record) in found]
+        # Field c comes first; an entry may have others.
+        records = [(EventId.parse(event), fields[1]) for event, fields in found]
         return Events(records[-1][0] if records else after, records, complete=True)
 
     async def wait_for_event(self, after: EventId, seconds: float) -> None:

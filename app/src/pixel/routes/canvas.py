@@ -10,10 +10,10 @@ from pixel import openapi
 from pixel.canvas import Region
 from pixel.pictures import Picture, PictureResponse
 from pixel.problems import Problem
-from pixel.requests import is_known, matches_any, state_of
+from pixel.requests import check_reader, is_known, matches_any, state_of
 from pixel.stream import EVENT_PATTERN
 
-router = APIRouter(tags=["canvas"])
+router = APIRouter(tags=["canvas"], dependencies=[Depends(check_reader)])
 
 _HEADERS = {
     "ETag": "Changes if and only if these pixels do.",
@@ -30,10 +30,12 @@ def _answers(media_type: str) -> dict[int | str, dict[str, Any]]:
     return {
         200: {"description": "OK", "content": content, "headers": dict(headers)},
         304: {"description": "Not Modified", "headers": dict(headers)},
-    } | openapi.problems(422, 503)
+    } | openapi.problems(401, 422, 503)
 
 
 CACHING = "max-age=1, stale-while-revalidate=2"
+PRIVATE_CACHING = "private, no-cache"
+"""If reading needs a key: neither the balancer's cache nor any other one may serve it to others."""
 
 MOST_SCALED_PIXELS = 2048 * 2048
 """Most pixels of an enlarged picture. Others are bounded by the canvas (settings.MAX_PIXELS)."""
@@ -79,12 +81,14 @@ async def canvas_rgb(
     request: Request, region: WantedRegion, _: Contained = None, known: KnownTags = ""
 ) -> Response:
     """Three bytes (R, G, B) a pixel, row by row."""
-    if matches_any(known):
-        return _NOT_MODIFIED
+    caching = _caching(request)
+    if matches_any(known):  # every canvas matches: it needs no read
+        return _not_modified({"Cache-Control": caching})
     picture = await state_of(request)["pictures"].picture(region)
-    if is_known(_tag(picture), known):
-        return _not_modified(picture)
-    return PictureResponse(picture, picture.raw, _headers(picture), "application/octet-stream")
+    headers = _headers(picture, caching)
+    if is_known(headers["ETag"], known):
+        return _not_modified(headers)
+    return PictureResponse(picture, picture.raw, headers, "application/octet-stream")
 
 
 @router.get("/canvas.png", response_class=Response, responses=_answers("image/png"))
@@ -98,33 +102,31 @@ async def canvas_png(
     """The canvas, or a part of it, as a PNG."""
     if scale > 1 and region.w * region.h * scale * scale > MOST_SCALED_PIXELS:
         raise Problem.invalid("w", f"times h times scale squared is over {MOST_SCALED_PIXELS}")
+    caching = _caching(request)
     if matches_any(known):
-        return _NOT_MODIFIED
+        return _not_modified({"Cache-Control": caching})
     pictures = state_of(request)["pictures"]
     picture = await pictures.picture(region)
-    if is_known(_tag(picture), known):
-        return _not_modified(picture)
+    headers = _headers(picture, caching)
+    if is_known(headers["ETag"], known):
+        return _not_modified(headers)
     png = await pictures.png(picture, scale)
-    return PictureResponse(picture, png, _headers(picture), "image/png")
+    return PictureResponse(picture, png, headers, "image/png")
 
 
-# The answer to "If-None-Match: *", which every canvas matches: it needs no read.
-_NOT_MODIFIED = Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"Cache-Control": CACHING})
+def _caching(request: Request) -> str:
+    return PRIVATE_CACHING if state_of(request)["access"].is_private else CACHING
 
 
-def _tag(picture: Picture) -> str:
-    return f'"{picture.digest}"'
-
-
-def _headers(picture: Picture) -> dict[str, str]:
+def _headers(picture: Picture, caching: str) -> dict[str, str]:
     return {
-        "ETag": _tag(picture),
-        "Cache-Control": CACHING,
+        "ETag": f'"{picture.digest}"',
+        "Cache-Control": caching,
         "X-Pixel-Event": picture.event.text().decode(),
         "X-Pixel-Width": str(picture.region.w),
         "X-Pixel-Height": str(picture.region.h),
     }
 
 
-def _not_modified(picture: Picture) -> Response:
-    return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=_headers(picture))
+def _not_modified(headers: dict[str, str]) -> Response:
+    return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)

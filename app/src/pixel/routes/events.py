@@ -3,15 +3,15 @@
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import StreamingResponse
 
 from pixel import openapi
-from pixel.requests import STREAM_HEADERS, state_of
+from pixel.requests import STREAM_HEADERS, check_reader, state_of
 from pixel.routes.canvas import WantedRegion
 from pixel.stream import EVENT_PATTERN, known_event
 
-router = APIRouter(tags=["canvas"])
+router = APIRouter(tags=["canvas"], dependencies=[Depends(check_reader)])
 
 _STREAM = {
     "description": "OK",
@@ -27,7 +27,7 @@ _STREAM = {
 @router.get(
     "/events",
     response_class=StreamingResponse,
-    responses=openapi.problems(422, 503) | {200: _STREAM},
+    responses=openapi.problems(401, 422, 503) | {200: _STREAM},
 )
 async def events(
     request: Request,
