@@ -3,6 +3,7 @@
 Nearly all ``POST /pixel``, the hot path, are answered in ``protocol`` and don't get here.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pixel import logs, metrics
 from pixel.canvas import Canvas
 from pixel.events import Hub
+from pixel.maintenance import Gate
 from pixel.openapi import DescribedAPI
 from pixel.pictures import PictureCache
 from pixel.pixel import Reader
@@ -83,8 +85,12 @@ class MetricsMiddleware:
 
         try:
             await self._api(scope, receive, watch)
-            # /readyz is asked every other second; the store logs an outage of Redis once.
-            if status >= HTTPStatus.INTERNAL_SERVER_ERROR and scope["path"] != "/readyz":
+            # /readyz is asked every other second; the store logs an outage of Redis once, and the gate
+            # the beginning of maintenance.
+            refused = status == HTTPStatus.SERVICE_UNAVAILABLE and scope["state"]["gate"].maintenance.refuses(
+                method
+            )
+            if status >= HTTPStatus.INTERNAL_SERVER_ERROR and scope["path"] != "/readyz" and not refused:
                 level = logging.WARNING
         except ClientDisconnect:
             pass
@@ -164,14 +170,20 @@ def create_api(settings: Settings) -> FastAPI:
         metrics.WORKERS.set(1)
         store = Store(settings)
         with PictureCache(store) as pictures:
+            hub = Hub(store, settings)
+            gate = Gate(store, hub)
+            await gate.read()
+            following = asyncio.create_task(gate.follow(), name="maintenance")
             yield {
                 "settings": settings,
                 "store": store,
                 "reader": Reader(store.canvas),
                 "pictures": pictures,
-                "hub": Hub(store, settings),
+                "hub": hub,
                 "large_batches": Turns(pixels.LARGE_WAITING),
+                "gate": gate,
             }
+            following.cancel()
         store.close()
 
     api = DescribedAPI(

@@ -72,6 +72,12 @@ LATE_WRITES = Counter("pixel_late_writes", "Writes that were refused because the
 LAPSED_LEASES = Counter(
     "pixel_lapsed_leases", "Transactions that Redis did not execute because they came too late."
 )
+MAINTENANCE_WORKERS = Gauge(
+    "pixel_maintenance_workers",
+    "Workers that refuse requests because of maintenance, by its state.",
+    ["state"],
+    multiprocess_mode="livesum",
+)
 COMMIT_SECONDS = Histogram("pixel_commit_seconds", "Time until Redis acknowledged a batch.", buckets=_SECONDS)
 READ_SECONDS = Histogram("pixel_read_seconds", "Time until Redis answered a read.", buckets=_SECONDS)
 REDIS_ERRORS = Counter("pixel_redis_errors", "Operations that Redis refused or didn't answer.", ["operation"])

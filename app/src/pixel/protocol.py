@@ -255,6 +255,9 @@ class PixelProtocol(HttpToolsProtocol):
         """Start to read a pixel or a stream; pass other requests on to Uvicorn."""
         state = self.app_state
         store, hub = state["store"], state["hub"]
+        if state["gate"].refuses_reads:
+            self._hand_on()
+            return False
         get = self.parser.get_method() == b"GET"
         if (pixel := _PIXEL.fullmatch(self.url)) and store.canvas.contains(
             x := int(pixel[1]), y := int(pixel[2])

@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope
 from pixel import metrics
 from pixel.events import Hub
 from pixel.lifetime import MustWaitError, UnknownClockError
+from pixel.maintenance import Gate
 from pixel.pictures import PictureCache
 from pixel.pixel import Reader
 from pixel.problems import STAMP, Headers, Problem
@@ -74,12 +75,18 @@ class State(TypedDict):
     pictures: PictureCache
     hub: Hub
     large_batches: Turns
+    gate: Gate
 
 
 def state_of(request: Request) -> State:
     """The application's state."""
     state: State = request.scope["state"]
     return state
+
+
+async def admit(request: Request) -> None:
+    """Raise a ``Problem`` (503) if maintenance forbids a request for the canvas."""
+    state_of(request)["gate"].check(request.method)
 
 
 def json_response(content: msgspec.Struct, event: EventId | None = None) -> Response:

@@ -10,10 +10,10 @@ from pixel import openapi
 from pixel.canvas import Region
 from pixel.pictures import Picture, PictureResponse
 from pixel.problems import Problem
-from pixel.requests import is_known, matches_any, state_of
+from pixel.requests import admit, is_known, matches_any, state_of
 from pixel.stream import EVENT_PATTERN
 
-router = APIRouter(tags=["canvas"])
+router = APIRouter(tags=["canvas"], dependencies=[Depends(admit)])
 
 _HEADERS = {
     "ETag": "Changes if and only if these pixels do.",

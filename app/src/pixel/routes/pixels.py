@@ -5,15 +5,15 @@ from http import HTTPStatus
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import WithJsonSchema
 
 from pixel import openapi
 from pixel.pixel import Batch, Change, Colour, Pixel, PixelColour, Received, Written
 from pixel.problems import Problem
-from pixel.requests import State, begin_by, json_response, read_json, state_of
+from pixel.requests import State, admit, begin_by, json_response, read_json, state_of
 
-router = APIRouter(tags=["pixels"])
+router = APIRouter(tags=["pixels"], dependencies=[Depends(admit)])
 
 BATCH_LIMIT = 1024 * 1024
 """Most bytes in a ``POST /pixels``: 10,000 pixels with spaces, in a canvas of any size."""
