@@ -187,7 +187,7 @@ def test_identity_and_health(client: TestClient) -> None:
         "release": "r1",
         "redis": "ok",
         "crashes": 0,
-        "maintenance": "off",
+        "maintenance": None,
     }
 
 

@@ -88,7 +88,7 @@ def test_states_and_what_they_refuse(
         assert refusal.headers["retry-after"] == str(RETRY_AFTER)
         assert client.get("/events").status_code == 503
         assert [client.get(path).status_code for path in ALWAYS] == [200] * len(ALWAYS)
-        assert client.get("/readyz").json()["maintenance"] == "on"
+        assert client.get("/readyz").json()["maintenance"]["state"] == "on"
         assert 'pixel_maintenance_workers{state="on"} 1.0' in client.get("/metrics").text
 
         maintain(redis_server.url, "off")

@@ -165,6 +165,11 @@ redis:
   type: list
   elements: str
   returned: when O(action) is V(status)
+maintenance:
+  description: C(state), C(message) and C(since) of maintenance, from each of O(urls) that is in it.
+  type: list
+  elements: dict
+  returned: when O(action) is V(status)
 """
 
 import contextlib
@@ -596,6 +601,7 @@ class Manager:
                 "workers": sum(self.host.children(each.get("MainPID", "0")) for each in shown),
             },
             "redis": [_redis_state(status, body) for status, body in answers],
+            "maintenance": [known for _, body in answers if (known := json_object(body).get("maintenance"))],
         }
 
     # Build
@@ -744,12 +750,14 @@ class Manager:
         No pixel is written, because another client may set the same pixel between the check's read and write.
         `/readyz` has already written to Redis.
         """
-        answering = self.wait_until_ready(url).get("release")
+        ready = self.wait_until_ready(url)
+        answering = ready.get("release")
         if answering != release:
             raise Failure(f"{url} is release {answering}, not {release}")
+        maintenance = (ready.get("maintenance") or {}).get("state")
         for request, path, body, expected in (
-            ("GET", "/pixel/0/0", None, 200),
-            ("POST", "/pixel", BAD_PIXEL, 422),
+            ("GET", "/pixel/0/0", None, 503 if maintenance == "on" else 200),
+            ("POST", "/pixel", BAD_PIXEL, 503 if maintenance else 422),
         ):
             status, answer = self.host.ask(url + path, 5, body)
             if status != expected:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from pixel import crashes, metrics, openapi
-from pixel.maintenance import State as Maintenance
+from pixel.maintenance import Maintenance
 from pixel.problems import Problem
 from pixel.requests import State, json_response, state_of
 
@@ -38,7 +38,7 @@ class Readiness(Identity, frozen=True):
 
     redis: Literal["ok", "unavailable"]
     crashes: int
-    maintenance: Maintenance
+    maintenance: Maintenance | None
     redis_ms: float | None = None
 
 
@@ -62,16 +62,17 @@ async def healthz() -> Response:
 @router.get(
     "/readyz",
     responses=openapi.answer(
-        Readiness, EXAMPLE | {"redis": "ok", "crashes": 0, "maintenance": "off", "redis_ms": 0.6}
+        Readiness, EXAMPLE | {"redis": "ok", "crashes": 0, "maintenance": None, "redis_ms": 0.6}
     )
     | openapi.problems(503),
 )
 async def readyz(request: Request) -> Response:
     """200 if Redis has acknowledged a write that changes nothing; 503 otherwise."""
     state = state_of(request)
+    maintenance = state["gate"].maintenance
     known = msgspec.structs.asdict(_identity(state)) | {
         "crashes": crashes.lately(),
-        "maintenance": state["gate"].maintenance.state,
+        "maintenance": maintenance if maintenance.notice else None,
     }
     try:
         seconds = await state["store"].probe()
