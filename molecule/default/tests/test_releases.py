@@ -8,9 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +25,6 @@ def releases(client: Any) -> Any:
     return lambda: {host: client.read_from(host, "/ping")["release"] for host in ("c5", "t2")}
 
 
-@contextmanager
-def requests(fleet: dict[str, Any], tmp_path: Path) -> Iterator[None]:
-    """A context under load: no write may fail (except for a slow disk), be lost or be undone."""
-    report = tmp_path / "load.json"
-    load = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "bench.load", "--url", fleet["url"], "--writers", "16"),
-            *("--strict", "--forgive-disk", "--rate", "200", "--seconds", "900", "--json", str(report)),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield
-    finally:
-        # On SIGINT, bench.load stops sending, waits for answers, and compares the canvas with its ledger.
-        load.send_signal(2)
-        output, _ = load.communicate(timeout=60)
-    assert load.returncode == 0, output
-
-
 def never_ready(folder: Path) -> Path:
     """A copy of the app whose `/readyz` fails."""
     source = folder / "app"
@@ -62,12 +38,12 @@ def never_ready(folder: Path) -> Path:
 
 
 def test_a_release_that_fails_its_trial_is_not_switched_to_and_its_name_can_be_used_again(
-    fleet: dict[str, Any], host: Any, play: Any, releases: Any, watched: Any, tmp_path: Path
+    host: Any, play: Any, releases: Any, requests: Any, watched: Any, tmp_path: Path
 ) -> None:
     before = releases()
     release = ("-e", "pixel_app_release=tried")
     source = never_ready(tmp_path)
-    with watched(), requests(fleet, tmp_path):
+    with watched(), requests():
         bad = play(
             "playbooks/pixel_app.yml",
             *release,
@@ -139,11 +115,11 @@ kill -KILL "$(cat /opt/pixel/lock)"
 
 
 def test_the_next_deploy_completes_an_interrupted_one(
-    fleet: dict[str, Any], host: Any, play: Any, releases: Any, watched: Any, shell: Any, tmp_path: Path
+    host: Any, play: Any, releases: Any, requests: Any, watched: Any, shell: Any
 ) -> None:
     before = releases()
     release = ("-e", "pixel_app_release=cut-off")
-    with watched(), requests(fleet, tmp_path):
+    with watched(), requests():
         interrupt("Build the release from the wheelhouse", signal.SIGINT, "pixel_app", *release)
         interrupt("Try the release with its settings", signal.SIGKILL, "pixel_app", *release)
         # The first host then has the new settings, units and `current`, and still runs the old release.
@@ -166,12 +142,12 @@ def test_the_next_deploy_completes_an_interrupted_one(
 
 
 def test_a_deploy_to_a_single_host_refuses_no_request(
-    fleet: dict[str, Any], play: Any, client: Any, releases: Any, tmp_path: Path
+    play: Any, client: Any, releases: Any, requests: Any
 ) -> None:
     """As in a fleet of one: requests during the restart wait in the listening sockets."""
     assert play("playbooks/drain.yml", "-e", "host=t2").returncode == 0
     try:
-        with requests(fleet, tmp_path):
+        with requests():
             deployed = play("playbooks/pixel_app.yml", "--limit", "c5", "-e", "pixel_app_release=alone")
         assert deployed.returncode == 0, deployed.stdout
         assert client.read_from("c5", "/ping")["release"] == "alone"
