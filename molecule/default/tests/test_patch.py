@@ -20,7 +20,8 @@ done
 apt-get install --yes ./patched_1.0.deb >/dev/null 2>&1
 echo ours >/etc/patched.conf
 rm patched_1.0.deb
-printf 'Package: pixel-patched\nVersion: 2.0\nArchitecture: all\nMaintainer: Test <test@example.org>\n' >Packages
+printf 'Package: pixel-patched\nVersion: 2.0\nArchitecture: all\n' >Packages
+printf 'Maintainer: Test <test@example.org>\n' >>Packages
 printf 'Filename: ./patched_2.0.deb\nSize: %s\n' $(stat -c %s patched_2.0.deb) >>Packages
 printf 'SHA256: %s\nDescription: for a test\n' $(sha256sum patched_2.0.deb | cut -d' ' -f1) >>Packages
 echo 'deb [trusted=yes] file:/srv/updates ./' >/etc/apt/sources.list.d/updates.list
@@ -60,8 +61,8 @@ def test_a_host_is_upgraded_and_rebooted_without_a_failed_write(
 def test_the_run_stops_at_a_host_that_does_not_serve_and_the_next_run_completes_it(
     client: Any, play: Any, shell: Any
 ) -> None:
-    """The app of t2 is stopped, so t2 never becomes ready."""
-    shell("systemctl mask --now pixel.socket pixel.service")
+    """The app of t2 is disabled, so t2 doesn't become ready after its reboot."""
+    shell("systemctl disable --now pixel.socket pixel.service")
     try:
         done = play("playbooks/patch.yml", patch_reboot="always", patch_ready_seconds=5)
         assert "t2 was not patched completely" in done.words
@@ -71,7 +72,7 @@ def test_the_run_stops_at_a_host_that_does_not_serve_and_the_next_run_completes_
         assert "PLAY [Patch hosts of Redis" not in done.words
         assert "drained by an operator" in play("playbooks/status.yml").words
     finally:
-        shell("systemctl unmask pixel.socket pixel.service; systemctl start pixel.socket pixel.service")
+        shell("systemctl enable --now pixel.socket pixel.service")
     assert play("playbooks/patch.yml", "--limit", "t2").changes()["t2"] > 0
     assert "drained by an operator" not in play("playbooks/status.yml").words
     assert {client.ask("/ping")[1]["X-Pixel-Instance"] for _ in range(20)} == {"c5", "t2"}
