@@ -36,7 +36,7 @@ def test_read_only_refuses_writes_and_nothing_else_and_off_ends_it(
         assert client.ask("/pixel", PIXEL)[0] == 200
         count = len(viewer.instances)
     assert count <= 2  # only the restarted host ended streams
-    assert set(report["errors"]) == {"503"}
+    assert set(report["errors"]) == {"status 503"}
     assert "MAINTENANCE" not in play("playbooks/status.yml").words
 
 
