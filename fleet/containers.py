@@ -164,6 +164,8 @@ def _options(fleet: Fleet, host: Host) -> list[str]:
         *("--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"),
         *("--cgroupns", "host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw"),
         *(("--volume", f"{fleet.data}/{fleet.container(host)}:{REDIS_DATA}") if fleet.data else ()),
+        # So that a reboot from within starts it again; `docker kill` and `stop` do not.
+        *("--restart", "unless-stopped"),
         *("--tmpfs", "/run", "--tmpfs", "/run/lock"),
     ]
 

@@ -49,6 +49,7 @@ class FakeHost(Host):
         self.taken: dict[int, str] = {}
         """What uses a port, by its number."""
         self.on_restart: Callable[[], None] = lambda: None
+        self.maintenance = ""
 
     def run(self, *argv: str | Path, check: bool = True, env: dict[str, str] | None = None) -> str:
         words = [str(word) for word in argv]
@@ -112,11 +113,12 @@ class FakeHost(Host):
             return 0, "Connection refused"
         release = self.active[unit]["release"]
         if url.endswith("/readyz"):
-            problem = (503, "This release is never ready.")
-            return (
-                problem if release in self.faults else (200, json.dumps({"release": release, "redis": "ok"}))
-            )
-        return (422 if body else 200), "{}"
+            if release in self.faults:
+                return 503, "This release is never ready."
+            maintenance = {"state": self.maintenance} if self.maintenance else None
+            return 200, json.dumps({"release": release, "redis": "ok", "maintenance": maintenance})
+        refused = self.maintenance == "on" or (self.maintenance and body)
+        return (503 if refused else 422 if body else 200), "{}"
 
     def sleep(self, seconds: float) -> None:
         pass
@@ -194,6 +196,45 @@ def test_a_first_deploy_installs_files_starts_units_and_is_recorded(manager: Man
     assert not manager.candidate_unit.exists()
     assert not manager.staged.exists()
     assert [entry["release"] for entry in results[-1]["history"]] == ["a"]
+
+
+def test_a_release_that_was_given_up_is_replaced_by_the_former_deployment(
+    manager: Manager, host: FakeHost
+) -> None:
+    assert deploy(manager, "a")[-1]["replaced"] == ""
+    two = {"ports": [8000, 8001], "settings": "2"}
+    deploy(manager, "a", **two)
+    assert deploy(manager, "b")[-1]["replaced"] == "a"
+    assert deploy(manager, "b")[-1]["replaced"] == ""
+    reason = "9.0% of 500 answers are errors"
+    with pytest.raises(Failure) as caught:
+        carry_out(manager, option("back", "") | {"reason": reason}, False)
+    assert str(caught.value) == (
+        f"Release b was given up on t2: {reason}.\n"
+        "Its former deployment (release a) was restored and serves. Hosts after it were not touched."
+    )
+    assert {unit: env["release"] for unit, env in host.active.items()} == {
+        "pixel.service": "a",
+        "pixel@8001.service": "a",
+    }
+    assert "pixel@8001.service" in host.enabled
+    assert (manager.etc / "pixel.env").read_text() == "PIXEL_WORKERS='2'\n"
+    report = manager.releases.report()
+    assert (report["current"], report["rolled_back_from"]) == ("a", "b")
+    # The next deploy warns, and a release that replaced nothing can't be given up.
+    assert "which was rolled back to a" in carry_out(manager, option("stage", "b"), True)["warning"]
+    with pytest.raises(Failure, match="There is no former deployment"):
+        carry_out(manager, option("back", "") | {"reason": reason}, False)
+
+
+def test_a_release_is_checked_during_maintenance(manager: Manager, host: FakeHost) -> None:
+    host.maintenance = "on"
+    deploy(manager, "a")
+    host.maintenance = "read-only"
+    deploy(manager, "b")
+    assert host.active["pixel.service"]["release"] == "b"
+    status = carry_out(manager, option("status", ""), True)
+    assert status["maintenance"] == [{"state": "read-only"}]
 
 
 def test_a_second_run_changes_nothing(manager: Manager, host: FakeHost) -> None:

@@ -572,7 +572,7 @@ async def test_the_status_contains_viewers_and_writes_of_the_fleet(
         Hub(store, Settings(instance=name, release="r1")) for name, store in zip(NAMES, stores, strict=True)
     ]
     async with Screen(hubs[0]) as one, Screen(hubs[1]), Screen(hubs[1]) as other:
-        status = {"viewers": 3, "writes": 0.0, "release": "r1"}
+        status = {"viewers": 3, "writes": 0.0, "release": "r1", "maintenance": None}
         await eventually(
             lambda: (
                 [s.statuses[-1:] for s in (one, other)] == [[status | {"instance": name}] for name in NAMES]

@@ -181,7 +181,14 @@ def test_identity_and_health(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     ready = client.get("/readyz").json()
     assert ready.pop("redis_ms") < 800
-    assert ready == {"instance": "c5", "port": 8000, "release": "r1", "redis": "ok", "crashes": 0}
+    assert ready == {
+        "instance": "c5",
+        "port": 8000,
+        "release": "r1",
+        "redis": "ok",
+        "crashes": 0,
+        "maintenance": None,
+    }
 
 
 def test_readiness_requires_permission_to_write(client: TestClient, redis_server: RedisServer) -> None:

@@ -17,7 +17,9 @@ from conftest import RedisServer, Service, wait_until, worker_pids
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 from starlette.testclient import TestClient
 
+from pixel.maintenance import Maintenance
 from pixel.routes import live
+from pixel.store import MAINTENANCE
 from pixel.stream import EVENTS
 
 PARTS = sorted(f"/live/{name}" for name in live._FILES)
@@ -668,3 +670,41 @@ def test_the_documentation_works_under_its_policy(canvas: str, browser: Browser)
     expect(page.locator(".responses-table.live-responses-table")).to_contain_text('"c5"')
     page.close()
     assert complaints == []
+
+
+def test_the_page_shows_maintenance_and_heals_when_it_ends(
+    canvas: str, redis_server: RedisServer, open_page: Callable[..., Page]
+) -> None:
+    def maintain(state: str, message: str = "") -> None:
+        with redis_server.admin() as admin:
+            admin.set(MAINTENANCE, Maintenance(state, message).encode())  # type: ignore[arg-type]
+
+    try:
+        page = open_page(canvas)
+        zoom_until(page, 8)
+        notice = page.locator("#notice")
+        expect(notice).to_be_hidden()
+        maintain("read-only", "New disks until 22:00.")
+        expect(page.locator("#connection")).to_have_text("Maintenance", timeout=10_000)
+        expect(notice).to_have_text("New disks until 22:00.")
+        page.mouse.click(*point(page, 512, 512))
+        expect(page.locator("#toast")).to_contain_text("Not painted: New disks until 22:00; nothing was")
+        assert shown(page, 512, 512) == (0, 0, 0)
+        maintain("off")
+        is_live(page)
+        expect(notice).to_be_hidden()
+        # An open page, whose stream ends, and one that is opened meanwhile.
+        maintain("on", "Moving to another city.")
+        expect(notice).to_have_text("Moving to another city.", timeout=10_000)
+        expect(notice).to_be_visible()
+        late = open_page(canvas, until="Maintenance")
+        expect(late.locator("#notice")).to_have_text("Moving to another city.")
+        maintain("off")
+        for tab in (page, late):
+            is_live(tab)
+            expect(tab.locator("#notice")).to_be_hidden()
+        put(canvas, 512, 512, BLUE)
+        sees(page, 512, 512, BLUE)
+        sees(late, 512, 512, BLUE)
+    finally:
+        maintain("off")

@@ -23,8 +23,9 @@ options:
       - V(switch) activates the staged deployment and checks it. If the check fails, it restores the former
         deployment. Then it enables O(units), stops surplus instances, removes all but O(keep) releases,
         and removes a staged deployment that was given up.
+      - V(back) restores the deployment that the last switch replaced, and fails with O(reason).
     type: str
-    choices: [status, build, stage, try, switch]
+    choices: [status, build, stage, try, switch, back]
     default: status
   release:
     description: Name of the release.
@@ -38,6 +39,10 @@ options:
     description: Record the switch as a rollback from the release that runs.
     type: bool
     default: false
+  reason:
+    description: Why V(back) restores the former deployment.
+    type: str
+    default: ""
   wheelhouse:
     description:
       - Tar file on the host with all wheels and a C(requirements.txt) with their hashes. V(build) removes it.
@@ -160,10 +165,19 @@ tidied:
   type: list
   elements: str
   returned: when O(action) is V(switch)
+replaced:
+  description: The release of the deployment that this run has replaced; empty if there is none.
+  type: str
+  returned: when O(action) is V(switch)
 redis:
   description: State of Redis as each of O(urls) reports it, or C(no answer).
   type: list
   elements: str
+  returned: when O(action) is V(status)
+maintenance:
+  description: C(state), C(message) and C(since) of maintenance, from each of O(urls) that is in it.
+  type: list
+  elements: dict
   returned: when O(action) is V(status)
 """
 
@@ -187,10 +201,11 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule  # type: ignore[import-untyped]
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "action": {"choices": ["status", "build", "stage", "try", "switch"], "default": "status"},
+    "action": {"choices": ["status", "build", "stage", "try", "switch", "back"], "default": "status"},
     "release": {"default": ""},
     "deployment": {"default": ""},
     "rollback": {"type": "bool", "default": False},
+    "reason": {"default": ""},
     "wheelhouse": {"type": "path"},
     "files": {"type": "dict", "default": {}},
     "password": {"default": "", "no_log": True},
@@ -596,6 +611,7 @@ class Manager:
                 "workers": sum(self.host.children(each.get("MainPID", "0")) for each in shown),
             },
             "redis": [_redis_state(status, body) for status, body in answers],
+            "maintenance": [known for _, body in answers if (known := json_object(body).get("maintenance"))],
         }
 
     # Build
@@ -744,12 +760,14 @@ class Manager:
         No pixel is written, because another client may set the same pixel between the check's read and write.
         `/readyz` has already written to Redis.
         """
-        answering = self.wait_until_ready(url).get("release")
+        ready = self.wait_until_ready(url)
+        answering = ready.get("release")
         if answering != release:
             raise Failure(f"{url} is release {answering}, not {release}")
+        maintenance = (ready.get("maintenance") or {}).get("state")
         for request, path, body, expected in (
-            ("GET", "/pixel/0/0", None, 200),
-            ("POST", "/pixel", BAD_PIXEL, 422),
+            ("GET", "/pixel/0/0", None, 503 if maintenance == "on" else 200),
+            ("POST", "/pixel", BAD_PIXEL, 503 if maintenance else 422),
         ):
             status, answer = self.host.ask(url + path, 5, body)
             if status != expected:
@@ -784,6 +802,24 @@ class Manager:
             ) from error
         self.releases.record(staged.release, left, rollback)
         remove(self.staged)
+
+    def replaced(self) -> Deployment | None:
+        """Return the deployment that the last switch replaced, if it does not run."""
+        former = Deployment.load(self.former)
+        return former if former is not None and former.fingerprint != self.running() else None
+
+    def back(self, reason: str, keep: int) -> str:
+        """Restore the deployment that the last switch replaced. Returns the outcome for the operator."""
+        former, left = self.replaced(), self.releases.current()
+        if former is None:
+            raise Failure(f"{self.host.name} runs release {left}: {reason}. There is no former deployment.")
+        outcome = self.switch_back(former, set())
+        self.releases.record(former.release, left, rollback=True)
+        self.tidy(former.units, keep, dry=False)
+        return (
+            f"Release {left} was given up on {self.host.name}: {reason}.\n{outcome}"
+            " Hosts after it were not touched."
+        )
 
     def put_in_force(self, wanted: Deployment, changed_sockets: set[str]) -> None:
         """Install settings and units, make the release the current one, and restart the service once.
@@ -948,6 +984,10 @@ def carry_out(manager: Manager, option: dict[str, Any], dry: bool) -> dict[str, 
             given_up = [manager.staged] if manager.staged.exists() and not is_new else []
             result["tidied"] = manager.tidy(option["units"], option["keep"], dry, given_up)
             result["changed"] = is_new or bool(result["tidied"])
+            replaced = manager.replaced() if is_new and not dry else None
+            result["replaced"] = replaced.release if replaced else ""
+        case "back":
+            raise Failure(manager.back(option["reason"], option["keep"]))
     return result | manager.releases.report()
 
 
@@ -959,6 +999,7 @@ def main() -> None:
             ("action", "stage", ["release", "deployment", "files"]),
             ("action", "try", ["release", "deployment"]),
             ("action", "switch", ["release", "deployment"]),
+            ("action", "back", ["reason"]),
         ],
         supports_check_mode=True,
     )

@@ -3,6 +3,7 @@
 Nearly all ``POST /pixel``, the hot path, are answered in ``protocol`` and don't get here.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from pixel import logs, metrics
 from pixel.access import Access
 from pixel.canvas import Canvas
 from pixel.events import Hub
+from pixel.maintenance import Gate
 from pixel.openapi import DescribedAPI
 from pixel.pictures import PictureCache
 from pixel.pixel import Reader
@@ -84,8 +86,12 @@ class MetricsMiddleware:
 
         try:
             await self._api(scope, receive, watch)
-            # /readyz is asked every other second; the store logs an outage of Redis once.
-            if status >= HTTPStatus.INTERNAL_SERVER_ERROR and scope["path"] != "/readyz":
+            # /readyz is asked every other second; the store logs an outage of Redis once, and the gate
+            # the beginning of maintenance.
+            refused = status == HTTPStatus.SERVICE_UNAVAILABLE and scope["state"]["gate"].maintenance.refuses(
+                method
+            )
+            if status >= HTTPStatus.INTERNAL_SERVER_ERROR and scope["path"] != "/readyz" and not refused:
                 level = logging.WARNING
         except ClientDisconnect:
             pass
@@ -167,15 +173,21 @@ def create_api(settings: Settings) -> FastAPI:
         access = Access(store, settings)
         await access.start()
         with PictureCache(store) as pictures:
+            hub = Hub(store, settings)
+            gate = Gate(store, hub)
+            await gate.read()
+            following = asyncio.create_task(gate.follow(), name="maintenance")
             yield {
                 "settings": settings,
                 "store": store,
                 "access": access,
                 "reader": Reader(store.canvas),
                 "pictures": pictures,
-                "hub": Hub(store, settings),
+                "hub": hub,
                 "large_batches": Turns(pixels.LARGE_WAITING),
+                "gate": gate,
             }
+            following.cancel()
         access.close()
         store.close()
 

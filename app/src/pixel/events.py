@@ -201,6 +201,8 @@ class Hub:
         self._last: EventId
         self._writes = 0
         self._closed = False
+        self.notice: str | None = None
+        """Message of the maintenance in progress, if any; the ``status`` event contains it."""
 
     def prepare(self) -> asyncio.Future[None]:
         """A future that is done when streams can be opened. Don't cancel it. Raises a 503 ``Problem``."""
@@ -292,6 +294,10 @@ class Hub:
             replay.cancel()
         for viewer in list(self._viewers):
             viewer.end()
+
+    def reopen(self) -> None:
+        """Accept streams again."""
+        self._closed = False
 
     async def _find_end(self) -> None:
         try:
@@ -459,16 +465,18 @@ class Hub:
         return self._pause
 
     async def _status(self, rate: float) -> bytes:
-        """A ``status`` event: the fleet's viewers and writes per second, this instance and release.
+        """A ``status`` event: the fleet's viewers and writes per second, this instance and release,
+        and the message of a maintenance.
 
         Viewers and writes are null while Redis can't be read.
         """
-        status: dict[str, float | None]
+        status: dict[str, float | str | None]
         try:
             viewers = await self._store.count_viewers(len(self._viewers))
             status = {"viewers": viewers, "writes": round(rate, 1)}
         except Problem:
             status = {"viewers": None, "writes": None}
+        status["maintenance"] = self.notice
         return b"event: status\ndata: %b\n\n" % msgspec.json.encode(status | self._name)
 
 

@@ -77,6 +77,12 @@ REFUSALS = Counter(
     "Requests refused by reason: no_key, bad_key, scope (of the key) or budget.",
     ["reason"],
 )
+MAINTENANCE_WORKERS = Gauge(
+    "pixel_maintenance_workers",
+    "Workers that refuse requests because of maintenance, by its state.",
+    ["state"],
+    multiprocess_mode="livesum",
+)
 COMMIT_SECONDS = Histogram("pixel_commit_seconds", "Time until Redis acknowledged a batch.", buckets=_SECONDS)
 READ_SECONDS = Histogram("pixel_read_seconds", "Time until Redis answered a read.", buckets=_SECONDS)
 REDIS_ERRORS = Counter("pixel_redis_errors", "Operations that Redis refused or didn't answer.", ["operation"])

@@ -272,6 +272,9 @@ class PixelProtocol(HttpToolsProtocol):
         """Start to read a pixel or a stream; pass other requests on to Uvicorn."""
         state = self.app_state
         store, hub, access = state["store"], state["hub"], state["access"]
+        if state["gate"].refuses_reads:
+            self._hand_on()
+            return False
         if access.is_private:
             try:
                 access.check_reader(dict(self.headers))

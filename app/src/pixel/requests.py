@@ -16,6 +16,7 @@ from pixel.budgets import Writer
 from pixel.events import Hub
 from pixel.keys import KeyScope
 from pixel.lifetime import MustWaitError, UnknownClockError
+from pixel.maintenance import Gate
 from pixel.pictures import PictureCache
 from pixel.pixel import Reader
 from pixel.problems import STAMP, Headers, Problem
@@ -78,12 +79,18 @@ class State(TypedDict):
     pictures: PictureCache
     hub: Hub
     large_batches: Turns
+    gate: Gate
 
 
 def state_of(request: Request) -> State:
     """The application's state."""
     state: State = request.scope["state"]
     return state
+
+
+async def admit(request: Request) -> None:
+    """Raise a ``Problem`` (503) if maintenance forbids a request for the canvas."""
+    state_of(request)["gate"].check(request.method)
 
 
 def json_response(content: msgspec.Struct, headers: Mapping[str, str] | None = None) -> Response:

@@ -1,16 +1,18 @@
 """The canvas in Redis: the application's reads and writes."""
 
+import asyncio
 import os
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+from pixel.budgets import Writer
 from pixel.canvas import Canvas
 from pixel.commit import GroupCommit
 from pixel.keys import KEYS, KEYS_VERSION, Key, decode
 from pixel.lifetime import RedisClock, StartLimit
 from pixel.link import Link
-from pixel.pixel import RECORD_BYTES
+from pixel.pixel import RECORD_BYTES, Change
 from pixel.problems import Problem
 from pixel.reads import PixelReads
 from pixel.resp import ReplyError, Server
@@ -23,7 +25,18 @@ EVENTS_AT_ONCE = 256
 VIEWERS_PERIOD = 10
 """Seconds within which a worker reports its viewers again; later they no longer count."""
 
+MAINTENANCE = "pixel:maintenance"
+"""Key of the maintenance state; see ``maintenance``."""
+
 _NEWEST = ("XREVRANGE", EVENTS, "+", "-", "COUNT", 1)
+
+
+class Write(Protocol):
+    """``GroupCommit.write``, or a function in its place."""
+
+    def __call__(
+        self, changes: Sequence[Change], begin_by: float | None = None, writer: Writer | None = None, /
+    ) -> asyncio.Future[EventId]: ...
 
 
 class Events(NamedTuple):
@@ -63,7 +76,9 @@ class Store:
         self._questions, self._pictures, self._following, self._replays = self._links = [
             Link(server, settings.redis_timeout) for _ in range(4)
         ]
-        self.write = self._commits.write
+        self.commit = self._commits.write
+        self.write: Write = self.commit
+        """Writes changes; during maintenance, ``maintenance.Gate`` replaces it with a refusal."""
         self.budgets = self._commits.budgets
         self.now = self._clock.now
         self.colour = PixelReads(self._questions).colour
@@ -80,6 +95,11 @@ class Store:
         started = perf_counter()
         await self.write(())
         return perf_counter() - started
+
+    async def maintenance(self) -> bytes | None:
+        """The value of the key ``MAINTENANCE``."""
+        [value] = await self._questions.ask(("GET", MAINTENANCE))
+        return value  # type: ignore[no-any-return]
 
     async def count_viewers(self, viewers: int) -> int:
         """Report this worker's number of viewers; return the number of all workers."""

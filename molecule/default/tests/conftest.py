@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Client:
@@ -120,6 +126,39 @@ class Viewer:
         for x, y, channel, value in json.loads(fields["data"]):
             self.canvas[(y * self._width + x) * 3 + "RGB".index(channel)] = value
         self.event = fields["id"]
+
+
+@pytest.fixture
+def requests(fleet: dict[str, Any], tmp_path: Path) -> Any:
+    """A context under load: no write may be lost or undone, or fail (except for a slow disk).
+
+    With `strict=False` writes may fail. The context's value contains bench.load's report at the end.
+    """
+
+    @contextmanager
+    def load(strict: bool = True) -> Iterator[dict[str, Any]]:
+        path = tmp_path / "load.json"
+        options = ("--rate", "200", "--seconds", "900", "--writers", "16", "--json", str(path))
+        sending = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "bench.load", "--url", fleet["url"], "--forgive-disk", *options),
+                *(["--strict"] if strict else []),
+            ],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        report: dict[str, Any] = {}
+        try:
+            yield report
+        finally:
+            # On SIGINT, bench.load stops sending, waits for answers, and compares the canvas with its ledger.
+            sending.send_signal(signal.SIGINT)
+            output, _ = sending.communicate(timeout=60)
+        assert sending.returncode == 0, output
+        report |= json.loads(path.read_text())
+
+    return load
 
 
 @pytest.fixture

@@ -8,9 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +25,16 @@ def releases(client: Any) -> Any:
     return lambda: {host: client.read_from(host, "/ping")["release"] for host in ("c5", "t2")}
 
 
-@contextmanager
-def requests(fleet: dict[str, Any], tmp_path: Path) -> Iterator[None]:
-    """A context under load: no write may fail (except for a slow disk), be lost or be undone."""
-    report = tmp_path / "load.json"
-    load = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "bench.load", "--url", fleet["url"], "--writers", "16"),
-            *("--strict", "--forgive-disk", "--rate", "200", "--seconds", "900", "--json", str(report)),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield
-    finally:
-        # On SIGINT, bench.load stops sending, waits for answers, and compares the canvas with its ledger.
-        load.send_signal(2)
-        output, _ = load.communicate(timeout=60)
-    assert load.returncode == 0, output
+def copied(folder: Path) -> Path:
+    """A copy of the app's source."""
+    source = folder / "app"
+    shutil.copytree(ROOT / "app", source, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    return source
 
 
 def never_ready(folder: Path) -> Path:
     """A copy of the app whose `/readyz` fails."""
-    source = folder / "app"
-    shutil.copytree(ROOT / "app", source, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    source = copied(folder)
     health = source / "src/pixel/routes/health.py"
     text = health.read_text()
     start = text.index("async def readyz")
@@ -62,12 +44,12 @@ def never_ready(folder: Path) -> Path:
 
 
 def test_a_release_that_fails_its_trial_is_not_switched_to_and_its_name_can_be_used_again(
-    fleet: dict[str, Any], host: Any, play: Any, releases: Any, watched: Any, tmp_path: Path
+    host: Any, play: Any, releases: Any, requests: Any, watched: Any, tmp_path: Path
 ) -> None:
     before = releases()
     release = ("-e", "pixel_app_release=tried")
     source = never_ready(tmp_path)
-    with watched(), requests(fleet, tmp_path):
+    with watched(), requests():
         bad = play(
             "playbooks/pixel_app.yml",
             *release,
@@ -85,6 +67,69 @@ def test_a_release_that_fails_its_trial_is_not_switched_to_and_its_name_can_be_u
         back = play("playbooks/rollback.yml")
     assert back.returncode == 0, back.stdout
     assert releases() == before
+
+
+FAULTS = {
+    "errors": (
+        "        depth = ",
+        'if changes and perf_counter() > BAD:\n            raise Problem.not_written("bad")',
+    ),
+    "slow": (
+        "            batch.timer.cancel()\n            try:",
+        "if perf_counter() > BAD:\n{0}await asyncio.sleep(0.3)",
+    ),
+}
+"""Statements of `GroupCommit`, and what is inserted before them."""
+
+
+def bad_after(folder: Path, fault: str, seconds: float) -> Path:
+    """A copy of the app whose writes fail or are slow, some seconds after the worker has started."""
+    source = copied(folder)
+    commit = source / "src/pixel/commit.py"
+    text = commit.read_text()
+    place, inserted = FAULTS[fault]
+    assert text.count(place) == 1
+    indent = " " * (len(place) - len(place.lstrip()))
+    lines = inserted.format(indent + "    ").replace("BAD", "_BAD")
+    text = text.replace(place, f"{indent}{lines}\n{place}")
+    commit.write_text(text.replace("\nlog = ", f"\n_BAD = perf_counter() + {seconds}\nlog = ", 1))
+    return source
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_release_that_becomes_worse_later_is_switched_back_by_itself(
+    fault: str, play: Any, releases: Any, requests: Any, watched: Any, tmp_path: Path
+) -> None:
+    before = releases()
+    source = bad_after(tmp_path, fault, 10)
+    with watched(), requests():
+        deployed = play(
+            "playbooks/pixel_app.yml",
+            *("-e", f"pixel_app_source={source}", "-e", "pixel_app_release=worse", "-e", "pixel_app_bake=60"),
+        )
+        after = releases()
+    reason = {
+        "errors": "answers are errors, 0.0% on the other hosts",
+        "slow": "the p99 of requests for pixels is",
+    }
+    assert "Release worse was given up on c5: " in deployed.words
+    assert reason[fault] in deployed.words
+    assert "was restored and serves. Hosts after it were not touched." in deployed.words
+    assert deployed.returncode != 0
+    assert after == before
+    assert play("playbooks/pixel_app.yml").changes() == {"c5": 0, "t2": 0}
+
+
+def test_a_good_release_is_watched_on_the_first_host_only(play: Any, releases: Any, requests: Any) -> None:
+    with requests():
+        deployed = play("playbooks/pixel_app.yml", "-e", "pixel_app_release=good", "-e", "pixel_app_bake=6")
+    assert deployed.returncode == 0, deployed.words
+    assert re.search(
+        r"c5 in 6 s: \d+ answers, 0.0% errors, p99 0.\d+ s; the other hosts: \d+ answers", deployed.words
+    )
+    assert "t2 in 6 s" not in deployed.words
+    assert set(releases().values()) == {"good"}
+    assert play("playbooks/pixel_app.yml").returncode == 0
 
 
 def test_deploying_a_rolled_back_release_again_prints_a_warning_first(play: Any, releases: Any) -> None:
@@ -139,11 +184,11 @@ kill -KILL "$(cat /opt/pixel/lock)"
 
 
 def test_the_next_deploy_completes_an_interrupted_one(
-    fleet: dict[str, Any], host: Any, play: Any, releases: Any, watched: Any, shell: Any, tmp_path: Path
+    host: Any, play: Any, releases: Any, requests: Any, watched: Any, shell: Any
 ) -> None:
     before = releases()
     release = ("-e", "pixel_app_release=cut-off")
-    with watched(), requests(fleet, tmp_path):
+    with watched(), requests():
         interrupt("Build the release from the wheelhouse", signal.SIGINT, "pixel_app", *release)
         interrupt("Try the release with its settings", signal.SIGKILL, "pixel_app", *release)
         # The first host then has the new settings, units and `current`, and still runs the old release.
@@ -166,12 +211,12 @@ def test_the_next_deploy_completes_an_interrupted_one(
 
 
 def test_a_deploy_to_a_single_host_refuses_no_request(
-    fleet: dict[str, Any], play: Any, client: Any, releases: Any, tmp_path: Path
+    play: Any, client: Any, releases: Any, requests: Any
 ) -> None:
     """As in a fleet of one: requests during the restart wait in the listening sockets."""
     assert play("playbooks/drain.yml", "-e", "host=t2").returncode == 0
     try:
-        with requests(fleet, tmp_path):
+        with requests():
             deployed = play("playbooks/pixel_app.yml", "--limit", "c5", "-e", "pixel_app_release=alone")
         assert deployed.returncode == 0, deployed.stdout
         assert client.read_from("c5", "/ping")["release"] == "alone"

@@ -13,6 +13,12 @@ export function isAfter(one, other) {
   return a > c || (a === c && b > d);
 }
 
+/** The state that the answer to a refused request means, and the reason. */
+export async function refusal(answer) {
+  const { maintenance, detail = "" } = await answer.json().catch(() => ({}));
+  return [maintenance ? "maintenance" : "lost", detail];
+}
+
 /**
  * Follows the event stream for the tabs at some message ports. A tab sends
  *
@@ -25,7 +31,8 @@ export function isAfter(one, other) {
  *
  * - {event, changes}: arrays [x, y, channel, value], and the last event that they contain,
  * - {status}: as the server sends it,
- * - {state}: "live", "lost", or "held" if a proxy holds the stream back,
+ * - {state, text}: "live", "lost", "maintenance" with its message, or "held" if a proxy holds the
+ *   stream back,
  * - {resync: event}: fetch the canvas as of this event or later, and follow again.
  */
 export class Feed {
@@ -34,6 +41,7 @@ export class Feed {
   #part = null; // that the stream is about
   #source = null;
   #state = ""; // empty without a subscription
+  #text = ""; // that belongs to the state
   #event = ""; // the last one received
   #history = []; // messages with changes
   #complete = ""; // the event after which the history is complete
@@ -63,12 +71,12 @@ export class Feed {
       // Begin again with another part, where those are who know the least.
       this.#restart(isAfter(this.#event, follow) ? follow : this.#event);
       this.#listen();
-      this.#send({ state: this.#state }, [port]);
+      this.#send({ state: this.#state, text: this.#text }, [port]);
     } else {
       for (const message of this.#history) {
         if (isAfter(message.event, follow)) this.#send(message, [port]);
       }
-      this.#send({ state: this.#state }, [port]);
+      this.#send({ state: this.#state, text: this.#text }, [port]);
     }
   }
 
@@ -110,7 +118,8 @@ export class Feed {
     this.#part = this.#wanted();
     const names = ["x", "y", "w", "h"];
     const part = this.#part?.map((value, index) => `${names[index]}=${value}&`).join("") ?? "";
-    const source = (this.#source = new EventSource(`${this.#url}?${part}after=${this.#event}`));
+    const url = `${this.#url}?${part}after=${this.#event}`;
+    const source = (this.#source = new EventSource(url));
     this.#received = false;
     this.#expect(HELD_BACK);
     source.onmessage = ({ data, lastEventId }) => {
@@ -136,8 +145,10 @@ export class Feed {
     });
     source.onerror = () => {
       // The browser reopens a lost connection, but not a refused one.
-      if (source.readyState === EventSource.CLOSED) this.#lose();
-      else this.#tell("lost");
+      if (source.readyState === EventSource.CLOSED) {
+        this.#lose();
+        this.#explain(url);
+      } else this.#tell("lost");
       this.#received = true; // it was lost, not held back
     };
   }
@@ -153,10 +164,26 @@ export class Feed {
     }
   }
 
-  #tell(state) {
+  #tell(state, text = "") {
     if (state === this.#state) return;
     this.#state = state;
-    this.#send({ state });
+    this.#text = text;
+    this.#send({ state, text });
+  }
+
+  /** Report maintenance, if that is why a stream was refused: the browser doesn't say. */
+  async #explain(url) {
+    const request = new AbortController();
+    try {
+      const answer = await fetch(url, { signal: request.signal });
+      if (answer.ok) return;
+      const [state, text] = await refusal(answer);
+      if (this.#state === "lost") this.#tell(state, text);
+    } catch {
+      // The server can't be reached.
+    } finally {
+      request.abort();
+    }
   }
 
   /** If nothing arrives within this time, the connection counts as lost, or as held back. */
@@ -174,7 +201,7 @@ export class Feed {
 
   #lose() {
     this.#stop();
-    this.#tell("lost");
+    if (this.#state !== "maintenance") this.#tell("lost");
     this.#timer = setTimeout(() => this.#listen(), this.#pause * (0.5 + Math.random()));
     this.#pause = Math.min(2 * this.#pause, LONGEST_PAUSE);
   }

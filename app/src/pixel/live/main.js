@@ -12,7 +12,9 @@ const COLOURS = {
   blue: "#2563eb", violet: "#7c3aed", magenta: "#d946c4", pink: "#ffa3c4",
 };
 const CHANNELS = { R: 0, G: 1, B: 2 };
-const STATES = { loading: "Loading", live: "Live", lost: "Reconnecting", polling: "Polling" };
+const STATES = {
+  loading: "Loading", live: "Live", lost: "Reconnecting", polling: "Polling", maintenance: "Maintenance",
+};
 const HINTS = { polling: "A proxy holds back the stream of changes; the canvas is fetched every 2 s." };
 const STATUS = ["viewers", "writes", "instance", "release"];
 const TOAST = 5_000; // milliseconds
@@ -153,10 +155,15 @@ function toast(text) {
 
 let connected = "loading";
 
+/** Show the state, with `text` in place of its name; the text of a maintenance is a notice. */
 function showState(state, text = "") {
+  const paused = state === "maintenance";
+  if (paused && $("notice").textContent !== text) $("notice").textContent = text;
+  // While the page tries to load, the notice stays.
+  if (state !== "loading") $("notice").hidden = !paused;
   $("connection").dataset.state = state;
   $("connection").title = HINTS[state] ?? "";
-  $("connection").textContent = text || STATES[state];
+  $("connection").textContent = (!paused && text) || STATES[state];
 }
 
 const stream = new Stream({
@@ -175,21 +182,22 @@ const stream = new Stream({
     const { cursor } = view;
     if (cursor && changes.length) describe(cursor);
   },
-  status({ viewers, writes, instance, release }) {
+  status({ viewers, writes, instance, release, maintenance }) {
     $("instance").textContent = instance;
     $("release").textContent = release;
     $("viewers").textContent = viewers === null ? "–" : number.format(viewers);
     $("viewers-unit").textContent = viewers === 1 ? "viewer" : "viewers";
     $("writes").textContent = writes === null ? "–" : number.format(writes);
     if (connected !== "live") return;
-    if (writes === null) showState("lost", "Storage is unavailable");
+    if (maintenance) showState("maintenance", maintenance);
+    else if (writes === null) showState("lost", "Storage is unavailable");
     else showState("live");
   },
   state(state, text) {
     if (state === connected && state !== "loading") return;
     connected = state;
-    showState(state, text && `${STATES[state]}: ${text}`);
-    if (state === "lost" || state === "polling") for (const id of STATUS) $(id).textContent = "–";
+    showState(state, text && state !== "maintenance" ? `${STATES[state]}: ${text}` : text);
+    if (state === "lost" || state === "maintenance" || state === "polling") for (const id of STATUS) $(id).textContent = "–";
   },
 });
 

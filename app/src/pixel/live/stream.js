@@ -1,10 +1,10 @@
 // From the server to this tab: the canvas, and the changes after it.
 
-import { Feed, isAfter } from "./feed.js";
+import { Feed, isAfter, refusal } from "./feed.js";
 
 // A worker of an earlier release runs as long as one of its tabs is open. Change this name whenever
 // the messages of feed.js change.
-const WORKER = "pixel-2";
+const WORKER = "pixel-3";
 const UNSEEN = 60_000; // milliseconds after which a hidden tab no longer follows
 const LARGE = 2 ** 20; // pixels; of a larger canvas only what is on the stage is followed
 const GRID = 256; // pixels; where the followed part begins and ends, so that viewers share parts
@@ -20,10 +20,10 @@ const LONGEST_PAUSE = 8_000;
  * - load([width, height], [x, y, w, h], bytes, event): the size of the canvas, all or a part of it,
  *   three bytes (R, G, B) a pixel, and the event of this snapshot,
  * - change(changes, event): arrays [x, y, channel, value], and the last event that they contain,
- * - status({viewers, writes, instance, release}): of the fleet, null while Redis can't be asked;
- *   and the instance and release that send it,
- * - state(state, text): "loading", "live", "lost", or "polling" while a proxy holds the stream back;
- *   and details.
+ * - status({viewers, writes, instance, release, maintenance}): of the fleet, null while Redis can't
+ *   be asked; the instance and release that send it; and the message of a maintenance or null,
+ * - state(state, text): "loading", "live", "lost", "maintenance", or "polling" while a proxy holds the
+ *   stream back; and details.
  */
 export class Stream {
   #on;
@@ -114,7 +114,7 @@ export class Stream {
     };
   }
 
-  #receive({ changes, event, status, state, resync }) {
+  #receive({ changes, event, status, state, text, resync }) {
     if (performance.now() - this.#loaded > SETTLED) this.#pause = FIRST_PAUSE;
     if (changes && isAfter(event, this.#event)) {
       this.#event = event;
@@ -131,7 +131,7 @@ export class Stream {
     } else if (state) {
       if (this.#polling) clearTimeout(this.#timer);
       this.#polling = false;
-      this.#on.state(state, "");
+      this.#on.state(state, text ?? "");
     }
   }
 
@@ -146,7 +146,7 @@ export class Stream {
       this.#follow();
     } catch (error) {
       this.#event = "";
-      this.#on.state("lost", error.message);
+      this.#on.state(error.state ?? "lost", error.message);
       this.#later(() => this.#load());
     } finally {
       this.#loading = false;
@@ -201,7 +201,7 @@ export class Stream {
     try {
       await this.#fetch();
     } catch (error) {
-      [state, text] = ["lost", error.message];
+      [state, text] = [error.state ?? "lost", error.message];
     }
     if (!this.#polling || subscription !== this.#subscription) return;
     this.#on.state(state, text);
@@ -212,7 +212,7 @@ export class Stream {
     return w === this.#size?.[0] && h === this.#size?.[1];
   }
 
-  /** Fetch the wanted region if it has changed. Throws an Error with the reason if that fails. */
+  /** Fetch the wanted region if it has changed. Throws an Error with the reason, and the state that it means. */
   async #fetch(progress = () => {}) {
     const part = this.#size && this.#wanted();
     const all = !part || this.#isAll(part);
@@ -232,8 +232,8 @@ export class Stream {
     } else {
       if (answer.status === 422) this.#size = null; // it has become smaller
       if (!answer.ok) {
-        const problem = await answer.json().catch(() => ({}));
-        throw new Error(problem.detail ?? "");
+        const [state, text] = await refusal(answer);
+        throw Object.assign(new Error(text), { state });
       }
       const [width, height] = ["Width", "Height"].map(
         (name) => +answer.headers.get(`X-Pixel-${name}`),

@@ -10,10 +10,10 @@ from pixel import openapi
 from pixel.canvas import Region
 from pixel.pictures import Picture, PictureResponse
 from pixel.problems import Problem
-from pixel.requests import check_reader, is_known, matches_any, state_of
+from pixel.requests import admit, check_reader, is_known, matches_any, state_of
 from pixel.stream import EVENT_PATTERN
 
-router = APIRouter(tags=["canvas"], dependencies=[Depends(check_reader)])
+router = APIRouter(tags=["canvas"], dependencies=[Depends(admit), Depends(check_reader)])
 
 _HEADERS = {
     "ETag": "Changes if and only if these pixels do.",

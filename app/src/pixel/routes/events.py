@@ -7,11 +7,11 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import StreamingResponse
 
 from pixel import openapi
-from pixel.requests import STREAM_HEADERS, check_reader, state_of
+from pixel.requests import STREAM_HEADERS, admit, check_reader, state_of
 from pixel.routes.canvas import WantedRegion
 from pixel.stream import EVENT_PATTERN, known_event
 
-router = APIRouter(tags=["canvas"], dependencies=[Depends(check_reader)])
+router = APIRouter(tags=["canvas"], dependencies=[Depends(admit), Depends(check_reader)])
 
 _STREAM = {
     "description": "OK",
@@ -54,8 +54,9 @@ async def events(
     changes were left out, because ``after`` is too old or there were too many: fetch the canvas with
     its ``id`` as ``after``, and continue after its ``X-Pixel-Event``. The event ``status`` is sent
     every two seconds, for all of the canvas without an id: ``{"viewers": 12, "writes": 480.5,
-    "instance": "c5", "release": "2026-11-21"}``: viewers and channel writes per second of the fleet,
-    null while Redis can't be asked, and the instance and release that send the stream.
+    "instance": "c5", "release": "2026-11-21", "maintenance": null}``: viewers and channel writes per
+    second of the fleet, null while Redis can't be asked, the instance and release that send the stream,
+    and the message of a maintenance in progress.
     """
     # Most requests are answered in ``protocol``, which does the same.
     hub = state_of(request)["hub"]

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from pixel import crashes, metrics, openapi
+from pixel.maintenance import Maintenance
 from pixel.problems import Problem
 from pixel.requests import State, json_response, state_of
 
@@ -32,11 +33,12 @@ class Health(msgspec.Struct, frozen=True):
 class Readiness(Identity, frozen=True):
     """Whether an instance can write; ``redis_ms`` is how long a write took, in milliseconds.
 
-    ``crashes`` counts those of the last ten minutes.
+    ``crashes`` counts those of the last ten minutes. Maintenance doesn't affect readiness.
     """
 
     redis: Literal["ok", "unavailable"]
     crashes: int
+    maintenance: Maintenance | None
     redis_ms: float | None = None
 
 
@@ -59,13 +61,19 @@ async def healthz() -> Response:
 
 @router.get(
     "/readyz",
-    responses=openapi.answer(Readiness, EXAMPLE | {"redis": "ok", "crashes": 0, "redis_ms": 0.6})
+    responses=openapi.answer(
+        Readiness, EXAMPLE | {"redis": "ok", "crashes": 0, "maintenance": None, "redis_ms": 0.6}
+    )
     | openapi.problems(503),
 )
 async def readyz(request: Request) -> Response:
     """200 if Redis has acknowledged a write that changes nothing; 503 otherwise."""
     state = state_of(request)
-    known = msgspec.structs.asdict(_identity(state)) | {"crashes": crashes.lately()}
+    maintenance = state["gate"].maintenance
+    known = msgspec.structs.asdict(_identity(state)) | {
+        "crashes": crashes.lately(),
+        "maintenance": maintenance if maintenance.notice else None,
+    }
     try:
         seconds = await state["store"].probe()
     except Problem as problem:

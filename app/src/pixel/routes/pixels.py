@@ -12,10 +12,19 @@ from pixel import openapi
 from pixel.budgets import Writer
 from pixel.pixel import Batch, Change, Colour, Pixel, PixelColour, Received, Written
 from pixel.problems import Problem
-from pixel.requests import State, begin_by, check_reader, find_writer, json_response, read_json, state_of
+from pixel.requests import (
+    State,
+    admit,
+    begin_by,
+    check_reader,
+    find_writer,
+    json_response,
+    read_json,
+    state_of,
+)
 from pixel.stream import EventId
 
-router = APIRouter(tags=["pixels"])
+router = APIRouter(tags=["pixels"], dependencies=[Depends(admit)])
 
 BATCH_LIMIT = 1024 * 1024
 """Most bytes in a ``POST /pixels``: 10,000 pixels with spaces, in a canvas of any size."""
