@@ -100,7 +100,7 @@ def test_a_managed_redis_replaces_the_group(tmp_path: Path) -> None:
     assert site.returncode == 0
     hosts = {
         name: int(count)
-        for name, count in re.findall(r": (.+?) \(\d of 9\)\tTAGS[^(]*\((\d+)\):", site.stdout)
+        for name, count in re.findall(r": (.+?) \(\d+ of 10\)\tTAGS[^(]*\((\d+)\):", site.stdout)
     }
     assert hosts["Redis"] == 0
     assert hosts["Prepare the app"] == hosts["Switch the app, host by host"] == 2
@@ -265,7 +265,7 @@ def test_ignored_settings_are_reported_with_a_fix(tree: Path, tmp_path: Path, el
     assert "was not found" not in output
     assert "hunter2" not in output
     output = ansible("ansible-playbook", *playbook, cwd=cwd, ANSIBLE_CONFIG=str(tree / "ansible.cfg"))
-    assert "PLAY [Validate the hosts (1 of 9)]" in output
+    assert "PLAY [Validate the hosts (1 of 10)]" in output
 
 
 def test_make_sets_ansible_config(tree: Path) -> None:
