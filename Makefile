@@ -47,8 +47,7 @@ check-bench: tools
 	cd bench && pytest -q
 
 scenarios: tools  ## tests of the roles and the fleet, on hosts with systemd
-	$(MAKE) default
-	$(MAKE) $(TWO) $(filter-out default,$(SCENARIOS))
+	$(MAKE) $(TWO) $(SCENARIOS)
 
 $(SCENARIOS): tools
 	molecule test --scenario-name $@

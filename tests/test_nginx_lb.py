@@ -7,7 +7,10 @@ import json
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -23,13 +26,22 @@ RECEIVED: list[int] = []
 
 
 class App(BaseHTTPRequestHandler):
-    """Accepts any body."""
+    """Accepts any request; answers those that say `hold` after half a second."""
 
-    def do_POST(self) -> None:
-        RECEIVED.append(len(self.rfile.read(int(self.headers["Content-Length"]))))
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        time.sleep(0.5 * ("hold" in self.path))
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        RECEIVED.append(len(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.do_GET()
 
     def log_message(self, *_: object) -> None:
         """Print nothing."""
@@ -58,23 +70,24 @@ def free_port() -> int:
     return port
 
 
-@pytest.fixture(scope="module")
-def full_balancer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a balancer that can't write temporary files."""
-    folder = tmp_path_factory.mktemp("nginx")
-    port, bodies, log = free_port(), folder / "bodies", folder / "error.log"
+@contextmanager
+def balancer(folder: Path, **chosen: Any) -> Iterator[int]:
+    """The port of an Nginx with the role's configuration and the given variables."""
+    port, log = free_port(), folder / "error.log"
     render(
         folder,
         nginx_lb_listen_port=port,
         nginx_lb_status_port=free_port(),
         nginx_lb_access_log=False,
         _nginx_lb_write_lifetime=1.6,
+        **chosen,
     )
     main = folder / "nginx.conf"
     text = main.read_text().replace("user www-data;", "").replace("/run/nginx.pid", f"{folder}/pid")
     text = text.replace("/var/log/nginx/error.log", str(log))
-    others = "".join(f"{kind}_temp_path {folder};" for kind in ("proxy", "fastcgi", "uwsgi", "scgi"))
-    main.write_text(text.replace("http {", f"http {{ client_body_temp_path {bodies}; {others}"))
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = "".join(f"{kind}_temp_path {folder / kind};" for kind in kinds)
+    main.write_text(text.replace("http {", f"http {{ {paths}"))
     with ThreadingHTTPServer(("127.0.0.1", 0), App) as app:
         Thread(target=app.serve_forever, daemon=True).start()
         upstreams = f"upstream pixel {{ server 127.0.0.1:{app.server_port}; }}\n"
@@ -87,12 +100,20 @@ def full_balancer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
                 assert nginx.poll() is None, log.read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
-            bodies.rmdir()
             yield port
         finally:
             nginx.terminate()
             nginx.wait(10)
             app.shutdown()
+
+
+@pytest.fixture(scope="module")
+def full_balancer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a balancer that can't write temporary files."""
+    folder = tmp_path_factory.mktemp("nginx")
+    with balancer(folder) as port:
+        (folder / "client_body").rmdir()
+        yield port
 
 
 @pytest.fixture
@@ -128,3 +149,57 @@ def test_a_body_without_space_is_a_problem_and_was_not_written(post: Any) -> Non
         "written": "no",
     }
     assert RECEIVED == []
+
+
+EXPENSIVE = [
+    ("POST", "/pixels"),
+    ("POST", "/pixels?x=1"),
+    ("POST", "//pixels"),
+    ("POST", "/cluster/a/pixels"),
+    ("GET", "/canvas.png?x=1&y=1&w=9&h=9"),
+    ("GET", "/canvas%2Ergb?x=1"),
+    ("HEAD", "/canvas.png?scale=4"),
+]
+OTHERS = [("POST", "/pixel"), ("GET", "/canvas.png"), ("GET", "/canvas.rgb"), ("GET", "/pixel/1/1?x=1")]
+
+
+def test_expensive_requests_have_a_limit_of_their_own(tmp_path: Path) -> None:
+    """A client can send four of each kind at once; other requests of the same client are answered."""
+    limits = {"nginx_lb_limit_expensive_rate": 1, "nginx_lb_limit_expensive_burst": 3}
+    for number, (method, path) in enumerate(EXPENSIVE):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with balancer(folder, _nginx_lb_loopback=[], nginx_lb_picture_cache=0, **limits) as port:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            statuses: dict[tuple[str, str], Counter[int]] = {}
+            for request in [(method, path), *OTHERS]:
+                statuses[request] = Counter()
+                for _ in range(8):
+                    connection.request(*request, b"{}" if request[0] == "POST" else None)
+                    answer = connection.getresponse()
+                    body = answer.read()
+                    statuses[request][answer.status] += 1
+                    if answer.status == 429 and method != "HEAD":
+                        assert json.loads(body)["title"] == "Too Many Requests"
+                        assert answer.headers["Retry-After"] == "1"
+            connection.close()
+        limited = statuses.pop((method, path))
+        assert limited.keys() == {200, 429}, path
+        assert 4 <= limited[200] <= 5
+        assert set(map(str, statuses.values())) == {"Counter({200: 8})"}
+
+
+def test_expensive_requests_in_flight_are_limited(tmp_path: Path) -> None:
+    def status(path: str) -> int:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            connection.request("GET", path)
+            return connection.getresponse().status
+
+    with (
+        balancer(tmp_path, _nginx_lb_loopback=[], nginx_lb_limit_expensive_connections=2) as port,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        paths = [f"/canvas.png?hold={number}" for number in range(6)] + 6 * ["/ping?hold"]
+        statuses = list(pool.map(status, paths))
+    assert sorted(statuses[:6]) == [200, 200, 429, 429, 429, 429]
+    assert statuses[6:] == 6 * [200]

@@ -11,7 +11,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +24,22 @@ case $HOST in *changed*) echo "??5?????? c /etc/$2/its.conf" ;; esac
 """
 
 
-def listen(program: Path, port: int) -> subprocess.Popen[bytes]:
-    """Start a program of this name that listens on a port."""
+def listen(program: Path, server: socket.socket) -> subprocess.Popen[bytes]:
+    """Start a program of this name that holds a listening socket."""
     program.symlink_to(Path(sys.executable).resolve())
-    code = f"import socket, time; s = socket.create_server(('0.0.0.0', {port})); time.sleep(600)"
-    return subprocess.Popen([program, "-c", code])
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
+    with server:
+        return subprocess.Popen([program, "-c", "import time; time.sleep(600)"], pass_fds=[server.fileno()])
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The message of each host: the reason why nothing was changed, or an empty string."""
     folder = tmp_path_factory.mktemp("hosts")
-    web_port, redis_port, free = free_port(), free_port(), free_port()
+    web, redis = socket.create_server(("", 0)), socket.create_server(("", 0))
+    # Bound but not listening, so that no other program takes it.
+    unused = socket.socket()
+    unused.bind(("", 0))
+    web_port, redis_port, free = (each.getsockname()[1] for each in (web, redis, unused))
     hosts: dict[str, dict[str, Any]] = {
         "web_default": {"file": "sites-enabled/default"},
         "web_site": {"file": "sites-enabled/shop"},
@@ -109,14 +106,8 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
     (folder / "play.yml").write_text(json.dumps(plays))
     (folder / "hosts.yml").write_text(json.dumps(inventory))
-    servers = [listen(folder / "apache2", web_port), listen(folder / "valkey", redis_port)]
+    servers = [listen(folder / "apache2", web), listen(folder / "valkey", redis)]
     try:
-        for port in (web_port, redis_port):
-            for _ in range(100):
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.05)
         done = subprocess.run(
             [Path(sys.prefix, "bin", "ansible-playbook"), "-i", folder / "hosts.yml", folder / "play.yml"],
             env=os.environ
@@ -127,6 +118,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             check=False,
         )
     finally:
+        unused.close()
         for server in servers:
             server.terminate()
             server.wait(10)

@@ -111,7 +111,12 @@ class Bench:
         # The attacker has its own process, so that it doesn't delay the second client.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             await loop.run_in_executor(
-                pool, attacks.prepare, attack.name, self._url, max(2.0, PREPARING * seconds)
+                pool,
+                attacks.prepare,
+                attack.name,
+                self._url,
+                max(2.0, PREPARING * seconds),
+                self._options.source,
             )
             await asyncio.sleep(SETTLE)
             first = await self._service.memory()
@@ -157,6 +162,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help=f"{', '.join(QUICK)}: {QUICK_SECONDS:g} s each")
     add("--url", help="default: the balancer of the local fleet; loopback and this fleet only")
     add("--master", type=count, metavar="PID", help="of the Gunicorn at --url, if it isn't the fleet")
+    add("--source", default="", metavar="ADDRESS", help="of this machine, from which the attacker connects")
     add("--seconds", type=positive, help=f"of each attack (default {SECONDS:g})")
     add("--after", type=positive, help=f"seconds until memory is looked at again (default {AFTER:g})")
     add("--least", type=positive, default=LEAST, help=f"a p99 that is always allowed (default {LEAST} s)")

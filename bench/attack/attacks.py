@@ -21,7 +21,7 @@ RATE = 100.0
 CONNECTIONS = 190
 """Requests per second and connections, slightly below the balancer's default limits per client."""
 
-OWN_ADDRESS = "127.0.0.2"
+LOOPBACK_SOURCE = "127.0.0.2"
 ANSWER_SECONDS = 10.0
 MEMBERS = 90_000  # of one JSON object: 1 MB
 BATCH = 10_000  # pixels of the largest `POST /pixels`
@@ -40,12 +40,14 @@ class Attacker:
     """One client and its limits.
 
     Attributes:
+        source: the address to connect from; empty for the system's choice.
         until: time of the end, by the loop's clock.
         answers: number of requests by status, or by other outcome.
         first, last: IDs in milliseconds of the events before and after its many changes.
     """
 
     target: Target
+    source: str = ""
     until: float = 0.0
     rate: float = RATE
     connections: int = CONNECTIONS
@@ -97,8 +99,8 @@ class Attacker:
         family = socket.AF_INET6 if ":" in self.target.host else socket.AF_INET
         plain = socket.socket(family)
         plain.setblocking(False)
-        if self.target.host.startswith("127."):
-            plain.bind((OWN_ADDRESS, 0))  # so that limits per client don't affect the second client
+        if self.source:
+            plain.bind((self.source, 0))  # so that limits per client don't affect the second client
         if receive_buffer:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         writer = None
@@ -360,10 +362,12 @@ QUICK = ("faults", "batches", "positions", "pictures")
 _attacker: Attacker | None = None  # of this process
 
 
-def prepare(name: str, url: str, seconds: float) -> None:
+def prepare(name: str, url: str, seconds: float, source: str = "") -> None:
     """Creates this process's attacker and runs the attack's `prepare`."""
     global _attacker
-    _attacker = attacker = Attacker(Target.parse(url, insecure=True))
+    target = Target.parse(url, insecure=True)
+    source = source or (LOOPBACK_SOURCE if target.host.startswith("127.") else "")
+    _attacker = attacker = Attacker(target, source)
     if (sending := _named(name).prepare) is not None:
         asyncio.run(attacker.work(sending, seconds))
 
