@@ -27,7 +27,9 @@ def write_rules(directory: Path, **chosen: Any) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
-    variables = {"ansible_managed": "test", "groups": {"redis": ["c5"], "history": ["c5"]}} | defaults | chosen
+    variables = (
+        {"ansible_managed": "test", "groups": {"redis": ["c5"], "history": ["c5"]}} | defaults | chosen
+    )
     path = directory / "pixel.rules.yml"
     # The first line sets the delimiters; Ansible removes it.
     template = (ROLE / "templates" / "pixel.rules.yml.j2").read_text().partition("\n")[2]
