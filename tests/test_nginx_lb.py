@@ -226,10 +226,9 @@ def test_questions_about_the_history_reach_its_hosts(tmp_path: Path, path: str) 
 
     with ThreadingHTTPServer(("127.0.0.1", 0), History) as history:
         Thread(target=history.serve_forever, daemon=True).start()
-        hosts = {name: {"private_address": "127.0.0.1", "history_port": free_port()} for name in "ab"}
-        hosts["b"]["history_port"] = history.server_port
+        hosts = [f"127.0.0.1:{port}" for port in (free_port(), history.server_port)]
         (tmp_path / "with").mkdir()
-        with balancer(tmp_path / "with", groups={"history": ["a", "b"]}, hostvars=hosts) as port:
+        with balancer(tmp_path / "with", _nginx_lb_history=hosts) as port:
             assert [status(port) for _ in range(5)] == [204] * 5
         history.shutdown()
     (tmp_path / "without").mkdir()

@@ -20,6 +20,7 @@ import pytest
 from conftest import PASSWORD, RedisServer, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from starlette.testclient import TestClient
 
 from pixel.canvas import Canvas, Region, locate
@@ -30,6 +31,7 @@ from pixel.history.follower import Follower
 from pixel.history.queries import Selection
 from pixel.history.service import Slots, create_app, moment
 from pixel.history.settings import HistorySettings
+from pixel.history.timelapse import Film
 from pixel.history.undo import Outcome, Undo
 from pixel.link import Link
 from pixel.pixel import Change, pack
@@ -604,6 +606,38 @@ def test_the_operators_commands(
     ):
         with pytest.raises(SystemExit, match=message):
             commands.main(words)
+
+
+def test_a_film_ends_with_the_canvas(redis_server: RedisServer, path: Path) -> None:
+    chance = random.Random(1)
+    for _ in range(50):
+        paint(
+            redis_server, [Change(chance.randrange(250, 270), chance.randrange(20), n, 99) for n in range(3)]
+        )
+        time.sleep(0.002)
+    follow(path, redis_server)
+    region = Region(252, 3, 10, 12)
+    film = Film(region, None, None, 1, 1)
+    frames = list(film.frames(path))
+    with redis_server.admin() as admin:
+        canvas = region.assemble([admin.get(key) for key in region.tile_keys()])
+    assert len(frames) == 25
+    assert frames[-1] == canvas != frames[0]
+    # Each frame has all that the one before it has: every change is to the same value.
+    painted = [frame.count(99) for frame in frames]
+    assert painted == sorted(painted)
+    [half] = [records(path)[75].event.milliseconds]
+    rest = list(Film(region, half, None, 1, 1).frames(path))
+    assert rest[-1] == canvas
+    assert 0 < rest[0].count(99) < canvas.count(99)
+    file = io.BytesIO()
+    Film(region, None, None, 1, 2).write_webp(path, file)
+    with Image.open(file) as image:
+        image.seek(image.n_frames - 1)
+        last = image.convert("RGB").resize((10, 12), Image.Resampling.NEAREST)
+    assert last.tobytes() == canvas
+    with pytest.raises(ValueError, match="no changes"):
+        list(Film(region, 5 * 10**12, None, 1, 1).frames(path))
 
 
 def test_a_follower_that_is_killed_archives_every_acknowledged_change_once(

@@ -10,6 +10,7 @@ import json
 import logging.config
 import os
 import sqlite3
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 
@@ -17,9 +18,10 @@ import msgspec
 import uvicorn
 
 from pixel import logs
-from pixel.canvas import Canvas
+from pixel.canvas import Canvas, Region
 from pixel.history import queries, settings
 from pixel.history.service import create_app, moment, parse_area, show_time
+from pixel.history.timelapse import Film
 from pixel.history.undo import Outcome, Undo
 from pixel.resp import Connection, ReplyError, Server
 from pixel.settings import Settings
@@ -90,6 +92,18 @@ def backup(arguments: argparse.Namespace, pixel: Settings, history: settings.His
         source.backup(copy)
 
 
+def timelapse(arguments: argparse.Namespace, pixel: Settings, history: settings.HistorySettings) -> None:
+    """Write a film of the canvas to standard output."""
+    region, _, since, until = _selection(arguments, pixel)
+    whole = Region(0, 0, pixel.canvas_width, pixel.canvas_height)
+    film = Film(region or whole, since, until, arguments.seconds, arguments.scale)
+    write = {"webp": film.write_webp, "mp4": film.write_mp4}[arguments.format]
+    try:
+        write(history.path, sys.stdout.buffer)
+    except ValueError as error:
+        raise SystemExit(f"timelapse: {error}") from None
+
+
 def _selection(arguments: argparse.Namespace, pixel: Settings) -> queries.Selection:
     try:
         return queries.Selection(
@@ -106,20 +120,26 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run a command."""
     parser = argparse.ArgumentParser(prog="pixel-history", description="The history of the canvas.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (serve, show, undo, backup):
+    for command in (serve, show, undo, backup, timelapse):
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(run=command)
-        if command in (show, undo):
-            sub.add_argument("--author", help="key:NAME, operator:NAME or addr:ADDRESS; several with commas")
+        if command in (show, undo, timelapse):
             sub.add_argument("--area", help="x,y,width,height")
             sub.add_argument("--since", help="as in 2026-11-21T02:31:38Z")
             sub.add_argument("--until", help="as --since; excluded")
+        if command in (show, undo):
+            sub.add_argument("--author", help="key:NAME, operator:NAME or addr:ADDRESS; several with commas")
         if command is show:
             sub.add_argument("--limit", type=int, default=100, help="most changes to print (100)")
         if command is undo:
             sub.add_argument("--apply", action="store_true", help="without it, changes are only counted")
             operator = os.environ.get("OPERATOR") or getpass.getuser()
             sub.add_argument("--user", default=operator, help="the operator who is recorded as author")
+        if command is timelapse:
+            sub.set_defaults(author=None)
+            sub.add_argument("--format", choices=("webp", "mp4"), default="webp")
+            sub.add_argument("--seconds", type=float, default=20, help="length of the film (20)")
+            sub.add_argument("--scale", type=int, choices=range(1, 17), default=1, help="size of a pixel (1)")
         if command is backup:
             sub.add_argument("file", help="the copy; it must not exist")
     arguments = parser.parse_args(words)
