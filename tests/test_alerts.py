@@ -27,7 +27,9 @@ def write_rules(directory: Path, **chosen: Any) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
-    variables = {"ansible_managed": "test", "groups": {"redis": ["c5"]}} | defaults | chosen
+    variables = (
+        {"ansible_managed": "test", "groups": {"redis": ["c5"], "history": ["c5"]}} | defaults | chosen
+    )
     path = directory / "pixel.rules.yml"
     # The first line sets the delimiters; Ansible removes it.
     template = (ROLE / "templates" / "pixel.rules.yml.j2").read_text().partition("\n")[2]
@@ -79,10 +81,17 @@ def test_every_alert_has_a_case_that_is_inactive_fires_and_resolves(rules: Path)
 
 
 def test_a_managed_redis_has_no_alerts_about_backups(rules: Path, tmp_path: Path) -> None:
-    managed = write_rules(tmp_path, groups={"pixel_app": ["c5"]})
+    managed = write_rules(tmp_path, groups={"history": ["c5"]})
     left_out = [rule["alert"] for rule in alerts(rules) if rule not in alerts(managed)]
     assert left_out == ["BackupTooOld", "BackupMissing"]
     promtool("check", "rules", managed)
+
+
+def test_a_fleet_without_a_history_has_no_alerts_about_it(rules: Path, tmp_path: Path) -> None:
+    without = write_rules(tmp_path, groups={"redis": ["c5"]})
+    left_out = [rule["alert"] for rule in alerts(rules) if rule not in alerts(without)]
+    assert left_out == ["HistoryDown", "HistoryBehind", "HistoryGap"]
+    promtool("check", "rules", without)
 
 
 def test_a_missing_redis_is_detected_with_a_scrape_interval_of_a_minute(tmp_path: Path) -> None:
@@ -116,7 +125,7 @@ def test_targets_of_a_host_share_its_host_label() -> None:
     variables = defaults | yaml.safe_load((ROLE / "vars" / "main.yml").read_text())
     text = environment.from_string((ROLE / "templates" / "prometheus.yml.j2").read_text()).render(
         variables | {"monitoring_app_port": 8000, "_monitoring_servers": ["c5"], "ansible_managed": "test"},
-        groups={"pixel_app": ["c5", "t2"], "nginx_lb": ["t2"]},
+        groups={"pixel_app": ["c5", "t2"], "nginx_lb": ["t2"], "history": ["t2"]},
         hostvars={
             "c5": {"inventory_hostname": "c5", "private_address": "10.0.0.1", "pixel_app_instances": 2},
             "t2": {"inventory_hostname": "t2", "private_address": "10.0.0.2"},
@@ -127,10 +136,10 @@ def test_targets_of_a_host_share_its_host_label() -> None:
         (job["job_name"], *each["labels"].values()) for job in jobs for each in job["static_configs"] or []
     ]
     assert found[:3] == [("pixel", "c5", "c5"), ("pixel", "c5-8001", "c5"), ("pixel", "t2", "t2")]
-    assert found[3:5] == [("node", "c5", "c5"), ("node", "t2", "t2")]
+    assert found[3:6] == [("history", "t2", "t2"), ("node", "c5", "c5"), ("node", "t2", "t2")]
     targets = [each["targets"] for job in jobs for each in job["static_configs"] or []]
-    assert targets[:5] == [
-        [f"10.0.0.{where}"] for where in ("1:8000", "1:8001", "2:8000", "1:9100", "2:9100")
+    assert targets[:6] == [
+        [f"10.0.0.{where}"] for where in ("1:8000", "1:8001", "2:8000", "2:8100", "1:9100", "2:9100")
     ]
     assert "equal: [host]" in (ROLE / "templates" / "alertmanager.yml.j2").read_text()
 

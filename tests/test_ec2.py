@@ -354,7 +354,7 @@ def check_what_was_made(operator: Operator, ec2: Any) -> None:
         )
         for rule in fleet["IpPermissions"]
     }
-    within = {(port, fleet["GroupId"]) for port in (8000, 6379, 9090, 9093, 9100, 9113, 9121)}
+    within = {(port, fleet["GroupId"]) for port in (8000, 6379, 8100, 9090, 9093, 9100, 9113, 9121)}
     assert rules == {(22, "198.51.100.7/32")} | within
     assert {(rule["FromPort"], rule["IpRanges"][0]["CidrIp"]) for rule in public["IpPermissions"]} == {
         (80, "0.0.0.0/0"),
@@ -413,7 +413,7 @@ def check_inventory(operator: Operator) -> None:
     status, output = operator.type("ansible-playbook", "site.yml", "--list-hosts")
     assert status == 0, output
     for play, there in (("Redis", "c5-1"), ("Prepare the app", "c5-1 t2-1"), ("Balancer", "c5-1")):
-        listed = re.search(rf": {play} \(\d of 9\) TAGS.*?hosts \(\d\): (.*?)(?= play #|$)", output)
+        listed = re.search(rf": {play} \(\d+ of 10\) TAGS.*?hosts \(\d\): (.*?)(?= play #|$)", output)
         assert listed
         assert sorted(listed[1].split()) == there.split()
 

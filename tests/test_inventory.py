@@ -100,7 +100,7 @@ def test_a_managed_redis_replaces_the_group(tmp_path: Path) -> None:
     assert site.returncode == 0
     hosts = {
         name: int(count)
-        for name, count in re.findall(r": (.+?) \(\d of 9\)\tTAGS[^(]*\((\d+)\):", site.stdout)
+        for name, count in re.findall(r": (.+?) \(\d+ of 10\)\tTAGS[^(]*\((\d+)\):", site.stdout)
     }
     assert hosts["Redis"] == 0
     assert hosts["Prepare the app"] == hosts["Switch the app, host by host"] == 2
@@ -122,6 +122,7 @@ def test_backups_of_a_managed_redis_are_refused(tmp_path: Path, playbook: str) -
         ({"nginx_lb": None}, "no host in group 'nginx_lb'"),
         ({"redis": {"hosts": {"a": {}, "b": {}}}}, "Group 'redis' has 2 hosts (a, b)"),
         ({"pixel_app": {"hosts": {"a": {}, "c": {}}}}, "No 'private_address' for c."),
+        ({"history": {"hosts": {"b": {}, "d": {}}}}, "Group 'history' has d, which group 'pixel_app' doesn't"),
         (
             {"pixel_app": {"hosts": {"a": {}, "b": {"private_address": "b.example"}}}},
             "'b.example' of b is not",
@@ -265,7 +266,7 @@ def test_ignored_settings_are_reported_with_a_fix(tree: Path, tmp_path: Path, el
     assert "was not found" not in output
     assert "hunter2" not in output
     output = ansible("ansible-playbook", *playbook, cwd=cwd, ANSIBLE_CONFIG=str(tree / "ansible.cfg"))
-    assert "PLAY [Validate the hosts (1 of 9)]" in output
+    assert "PLAY [Validate the hosts (1 of 10)]" in output
 
 
 def test_make_sets_ansible_config(tree: Path) -> None:

@@ -159,6 +159,9 @@ EXPENSIVE = [
     ("GET", "/canvas.png?x=1&y=1&w=9&h=9"),
     ("GET", "/canvas%2Ergb?x=1"),
     ("HEAD", "/canvas.png?scale=4"),
+    ("GET", "/history?limit=1"),
+    ("GET", "/history.csv.gz"),
+    ("GET", "/pixel/1/1/history"),
 ]
 OTHERS = [("POST", "/pixel"), ("GET", "/canvas.png"), ("GET", "/canvas.rgb"), ("GET", "/pixel/1/1?x=1")]
 
@@ -203,3 +206,31 @@ def test_expensive_requests_in_flight_are_limited(tmp_path: Path) -> None:
         statuses = list(pool.map(status, paths))
     assert sorted(statuses[:6]) == [200, 200, 429, 429, 429, 429]
     assert statuses[6:] == 6 * [200]
+
+
+@pytest.mark.parametrize(
+    "path", ["/history?limit=1", "/history/state", "/history.csv.gz", "/pixel/1/2/history"]
+)
+def test_questions_about_the_history_reach_its_hosts(tmp_path: Path, path: str) -> None:
+    """The first host that answers has the complete history. Without such hosts, the app answers."""
+
+    class History(App):
+        def do_GET(self) -> None:
+            self.send_response(204)
+            self.end_headers()
+
+    def status(port: int) -> int:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            connection.request("GET", path)
+            return connection.getresponse().status
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), History) as history:
+        Thread(target=history.serve_forever, daemon=True).start()
+        hosts = [f"127.0.0.1:{port}" for port in (free_port(), history.server_port)]
+        (tmp_path / "with").mkdir()
+        with balancer(tmp_path / "with", _nginx_lb_history=hosts) as port:
+            assert [status(port) for _ in range(5)] == [204] * 5
+        history.shutdown()
+    (tmp_path / "without").mkdir()
+    with balancer(tmp_path / "without") as port:
+        assert status(port) == 200

@@ -73,22 +73,23 @@ def test_the_systemd_template_expands_to_an_instance() -> None:
     assert replaced == {key: str(value) for key, value in further.items()}
 
 
-def test_fleet_ports_are_those_of_the_app_redis_and_exporters() -> None:
+def test_fleet_ports_are_those_of_the_app_redis_the_history_and_exporters() -> None:
     ports = pixel_fleet.fleet_ports(HOST | {"pixel_app_instances": 2, "redis_port": "6400"})
-    assert ports == [8000, 8001, 6400, 9100, 9113, 9121, 9090, 9093]
+    assert ports == [8000, 8001, 6400, 8100, 9100, 9113, 9121, 9090, 9093]
     assert pixel_fleet.fleet_ports(HOST)[:2] == [8000, 6379]
     assert pixel_fleet.exporter_port("redis") == 9121
 
 
 def test_defaults_equal_the_roles_defaults() -> None:
-    app, redis = (
+    app, redis, history = (
         yaml.safe_load((ROOT / "roles" / role / "defaults" / "main.yml").read_text())
-        for role in ("pixel_app", "redis")
+        for role in ("pixel_app", "redis", "history")
     )
     assert app["pixel_app_port"] == pixel_fleet.APP_PORT
     assert app["pixel_app_instances"] == pixel_fleet.APP_INSTANCES
     assert app["pixel_app_socket"] == pixel_fleet.APP_SOCKET
     assert redis["redis_port"] == pixel_fleet.REDIS_PORT
+    assert history["history_port"] == pixel_fleet.HISTORY_PORT
 
 
 def test_security_groups_admit_the_fleets_ports() -> None:

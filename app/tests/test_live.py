@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx2 as httpx
@@ -708,3 +709,43 @@ def test_the_page_shows_maintenance_and_heals_when_it_ends(
         sees(late, 512, 512, BLUE)
     finally:
         maintain("off")
+
+
+@pytest.mark.parametrize(
+    ("author", "ago", "text"),
+    [
+        ("key:alice", 330, "alice, 5 minutes ago"),
+        ("operator:olga", 0.2, "operator olga, now"),
+        ("anonymous", 90_000, "anonymous, yesterday"),
+        (None, 2 * 3600 + 5, "unknown, 2 hours ago"),
+    ],
+)
+def test_the_page_shows_who_painted_the_pixel_under_the_cursor(
+    canvas: str, open_page: Callable[..., Page], author: str | None, ago: float, text: str
+) -> None:
+    page = open_page(canvas)
+    when = datetime.fromtimestamp(time.time() - ago, UTC).isoformat()
+    asked = []
+
+    def answer(route: Route) -> None:
+        asked.append(route.request.url)
+        route.fulfill(json={"changes": [{"author": author, "time": when}], "next": None})
+
+    page.route("**/history?limit=1", answer)
+    page.locator("#stage").hover(position={"x": 500, "y": 300})
+    expect(page.locator("#origin")).to_have_text(text)
+    x, y = page.locator("#place").inner_text().split(", ")
+    assert asked == [f"{canvas}/pixel/{x}/{y}/history?limit=1"]
+    page.locator("#show-help").hover()
+    expect(page.locator("#origin")).to_have_text("")
+
+
+def test_the_page_asks_for_no_history_if_there_is_none(canvas: str, open_page: Callable[..., Page]) -> None:
+    page = open_page(canvas)
+    asked = []
+    page.on("request", lambda request: "history" in request.url and asked.append(request.url))
+    for x in (300, 400, 500):
+        page.locator("#stage").hover(position={"x": x, "y": 300})
+        page.wait_for_timeout(700)
+    assert len(asked) == 1
+    expect(page.locator("#origin")).to_have_text("")

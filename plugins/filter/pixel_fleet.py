@@ -21,13 +21,14 @@ import os.path
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-# Defaults of roles pixel_app and redis. hostvars contains these variables only if the inventory sets them.
+# Defaults of roles pixel_app, history and redis. hostvars contains these variables only if the inventory sets them.
 APP_PORT = 8000
 APP_INSTANCES = 1
 APP_SOCKET = "/run/pixel.sock"
 APP_START_LIMIT = 0.8
 APP_REDIS_TIMEOUT = 0.8
 REDIS_PORT = 6379
+HISTORY_PORT = 8100
 EXPORTER_PORTS = {"node": 9100, "nginx": 9113, "redis": 9121, "prometheus": 9090, "alertmanager": 9093}
 # systemd's specifier for a unit's name between `@` and the suffix.
 SPECIFIER = "%i"
@@ -81,7 +82,7 @@ def exporter_port(service: str) -> int:
 
 
 def fleet_ports(variables: Mapping[str, Any]) -> list[int]:
-    """List the TCP ports that a host opens to the fleet: the app's instances, Redis, exporters.
+    """List the TCP ports that a host opens to the fleet: the app's instances, Redis, the history, exporters.
 
     Args:
         variables: The host's variables, `hostvars[host]`.
@@ -90,7 +91,12 @@ def fleet_ports(variables: Mapping[str, Any]) -> list[int]:
         The ports, whether something listens there on this host or not.
     """
     instances = [instance["port"] for instance in pixel_instances(variables)]
-    return [*instances, int(variables.get("redis_port", REDIS_PORT)), *EXPORTER_PORTS.values()]
+    return [
+        *instances,
+        int(variables.get("redis_port", REDIS_PORT)),
+        int(variables.get("history_port", HISTORY_PORT)),
+        *EXPORTER_PORTS.values(),
+    ]
 
 
 def write_lifetime(hosts: Iterable[Mapping[str, Any]]) -> float:

@@ -87,6 +87,11 @@ def pack(changes: Iterable[Change]) -> bytes:
     return b"".join([_RECORD.pack(*change) for change in changes])
 
 
+def unpack(record: bytes) -> list[Change]:
+    """Decode the result of ``pack``."""
+    return [Change(*fields) for fields in _RECORD.iter_unpack(record)]
+
+
 def coalesce(records: Iterable[bytes]) -> list[tuple[int, int, str, int]]:
     """Return the last value of each channel in results of ``pack``: x, y, channel, value."""
     changes = b"".join(records)

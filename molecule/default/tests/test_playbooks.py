@@ -45,7 +45,7 @@ def test_a_managed_redis_needs_no_change_on_the_hosts(play: Any, tmp_path: Path)
     # Monitoring would change: a managed Redis has no exporters.
     done = play("site.yml", "--skip-tags", "monitoring", hosts=str(inventory))
     assert done.changes() == {"c5": 0, "t2": 0}
-    assert "PLAY [Redis (2 of 9)] *" in done.words
+    assert "PLAY [Redis (2 of 10)] *" in done.words
     assert "skipping: no hosts matched" in done.words
 
 

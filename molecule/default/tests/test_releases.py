@@ -144,7 +144,7 @@ def test_deploying_a_rolled_back_release_again_prints_a_warning_first(play: Any,
 
     again = play("site.yml", "--tags", "pixel_app")
     assert again.returncode == 0, again.stdout
-    before, _, _ = again.stdout.partition("PLAY [Switch the app, host by host (3 of 9)]")
+    before, _, _ = again.stdout.partition("PLAY [Switch the app, host by host (3 of 10)]")
     for host in ("c5", "t2"):
         warning = f"This run deploys release {own} to {host} again, which was rolled back to stable at"
         assert warning in " ".join(before.split())

@@ -1,6 +1,7 @@
 // The page: connects its parts.
 
 import { Board } from "./board.js";
+import { Origin } from "./origin.js";
 import { Painter } from "./painter.js";
 import { Stream } from "./stream.js";
 import { View } from "./view.js";
@@ -29,6 +30,10 @@ const number = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const stage = $("stage");
 const picker = $("picker");
 const board = new Board($("board"));
+const origin = new Origin((text) => {
+  $("origin").textContent = text;
+  $("origin").title = text;
+});
 const painter = new Painter(board, (reason) => toast(`Not painted: ${reason}`));
 
 // The colour to paint in.
@@ -101,6 +106,7 @@ function describe(cell) {
   $("place").textContent = cell ? `${cell.x}, ${cell.y}` : "–";
   $("colour").textContent = colour || "\u00a0";
   $("sample").style.backgroundColor = colour;
+  origin.ask(cell, colour);
 }
 
 let announcing = 0;
