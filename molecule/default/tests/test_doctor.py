@@ -15,7 +15,8 @@ PLANTED = {
         mount -t tmpfs -o size=256k doctor-bytes /mnt && head -c 1M /dev/zero >/mnt/full
         mount -t tmpfs -o nr_inodes=4 doctor-inodes /srv && touch /srv/a /srv/b /srv/c
         mkdir -p /etc/nginx/tls
-        openssl req -x509 -newkey ed25519 -nodes -keyout /dev/null -days 2 -subj /CN=doctor -out /etc/nginx/tls/fullchain.pem
+        openssl req -x509 -newkey ed25519 -nodes -days 2 -subj /CN=doctor \\
+            -keyout /dev/null -out /etc/nginx/tls/fullchain.pem
         worker=$(pgrep --parent "$(cat /run/nginx.pid)" | head -1)
         files=$(ls /proc/$worker/fd | wc -l)
         prlimit --pid "$worker" --nofile=$((files + 2)):
