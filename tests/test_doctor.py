@@ -198,7 +198,7 @@ def test_thresholds_are_those_of_role_monitoring(hostvars: dict[str, dict[str, A
 def test_checks_of_a_host_follow_from_its_groups(hostvars: dict[str, dict[str, Any]]) -> None:
     hostvars["t2"]["pixel_app_instances"] = 2
     first, second = (doctor.doctor_checks(hostvars, GROUPS, host) for host in ("c5", "t2"))
-    assert {80, 6379, 8000, 9090, 9093, 9100, 9113, 9121} == set(first["ports"])
+    assert {80, 6379, 8000, 9090, 9093, 9100, 9113, 9115, 9121} == set(first["ports"])
     assert second["ports"] == [8000, 8001, 9100]
     assert {"10.0.0.1:6379", "10.0.0.1:80", "10.0.0.1:8000"} <= set(second["connect"])
     assert {"10.0.0.2:8001", "10.0.0.2:9100"} <= set(first["connect"])

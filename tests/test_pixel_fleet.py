@@ -75,7 +75,7 @@ def test_the_systemd_template_expands_to_an_instance() -> None:
 
 def test_fleet_ports_are_those_of_the_app_redis_and_exporters() -> None:
     ports = pixel_fleet.fleet_ports(HOST | {"pixel_app_instances": 2, "redis_port": "6400"})
-    assert ports == [8000, 8001, 6400, 9100, 9113, 9121, 9090, 9093]
+    assert ports == [8000, 8001, 6400, 9100, 9113, 9115, 9121, 9090, 9093]
     assert pixel_fleet.fleet_ports(HOST)[:2] == [8000, 6379]
     assert pixel_fleet.exporter_port("redis") == 9121
 

@@ -51,6 +51,7 @@ EXPORTERS = {"node": "prometheus-node-exporter", "redis": "prometheus-redis-expo
     "nginx": "prometheus-nginx-exporter",
     "prometheus": "prometheus",
     "alertmanager": "prometheus-alertmanager",
+    "blackbox": "prometheus-blackbox-exporter",
 }
 # systemd itself listens on the sockets of the app, in no service.
 SYSTEMD = "init.scope"
@@ -88,7 +89,7 @@ def exporters(host: str, groups: Groups) -> list[str]:
         "node",
         *(["redis"] if host in member(groups, "redis") else []),
         *(["nginx"] if host in member(groups, "nginx_lb") else []),
-        *(["prometheus", "alertmanager"] if host in servers else []),
+        *(["prometheus", "alertmanager", "blackbox"] if host in servers else []),
     ]
 
 

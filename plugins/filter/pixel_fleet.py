@@ -28,7 +28,10 @@ APP_SOCKET = "/run/pixel.sock"
 APP_START_LIMIT = 0.8
 APP_REDIS_TIMEOUT = 0.8
 REDIS_PORT = 6379
-EXPORTER_PORTS = {"node": 9100, "nginx": 9113, "redis": 9121, "prometheus": 9090, "alertmanager": 9093}
+EXPORTER_PORTS = {"node": 9100, "nginx": 9113, "blackbox": 9115, "redis": 9121} | {
+    "prometheus": 9090,
+    "alertmanager": 9093,
+}
 # systemd's specifier for a unit's name between `@` and the suffix.
 SPECIFIER = "%i"
 
@@ -76,7 +79,7 @@ def pixel_instance_template(
 
 
 def exporter_port(service: str) -> int:
-    """Return the TCP port of `node`, `nginx`, `redis`, `prometheus` or `alertmanager`."""
+    """Return the TCP port of an exporter, of `prometheus` or of `alertmanager`."""
     return EXPORTER_PORTS[service]
 
 

@@ -25,6 +25,7 @@ testinfra_hosts = ["c5"]
 PACKAGES = {
     "prometheus-node-exporter": 9100,
     "prometheus-redis-exporter": 9121,
+    "prometheus-blackbox-exporter": 9115,
     "prometheus-nginx-exporter": 9113,
     "prometheus": 9090,
     "prometheus-alertmanager": 9093,
