@@ -112,7 +112,7 @@ def test_few_requests_use_up_no_budget(rules: Path) -> None:
         "alert_rule_test": [{"alertname": "ErrorBudgetFast", "eval_time": "2h"}],
     }
     path = rules.parent / "few.yml"
-    cases = {"rule_files": [rules.name], "evaluation_interval": "10m", "tests": [case]}
+    cases = {"rule_files": [rules.name], "group_eval_order": ["slo", "slo-alerts"], "tests": [case]}
     path.write_text(yaml.safe_dump(cases))
     promtool("test", "rules", path)
     case["input_series"] = [{"series": series, "values": "0+100x200"}]

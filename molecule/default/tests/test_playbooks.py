@@ -127,6 +127,27 @@ def test_a_redis_password_is_rotated_without_a_failed_write(play: Any, writes: A
     assert statuses[200] > 500
 
 
+def test_all_passwords_are_replaced_without_a_failed_write(
+    play: Any, writes: Any, shell: Any, password: Any, state: Path
+) -> None:
+    users = ("app", "admin", "monitor")
+    former = {user: password(user) for user in users}
+    started = shell("systemctl show -P ExecMainStartTimestamp redis-server")
+    with writes() as statuses:
+        done = play("playbooks/rotate.yml")
+    assert done.returncode == 0, done.words
+    assert set(statuses) == {200}
+    assert statuses[200] > 500
+    assert shell("systemctl show -P ExecMainStartTimestamp redis-server") == started
+    assert not list((state / "credentials").glob("*.former"))
+    for user, name in zip(users, ("pixel", "admin", "monitor"), strict=True):
+        assert password(user) != former[user]
+        for word, answer in ((former[user], "WRONGPASS"), (password(user), "PONG")):
+            ping = f"printf '%s\\n' '{word}' PING | redis-cli -h $(hostname -I) --user {name} --askpass 2>&1"
+            assert answer in shell(ping)
+    assert play("site.yml").changes() == {"c5": 0, "t2": 0}
+
+
 def test_a_host_that_leaves_a_group_is_cleaned_up_without_a_failed_write(
     play: Any, writes: Any, shell: Any, tmp_path: Path
 ) -> None:
