@@ -55,6 +55,23 @@ def test_arguments_override_the_hosts_variables(
     assert [instance["port"] for instance in instances] == ports
 
 
+@pytest.mark.parametrize(
+    ("variables", "url"),
+    [
+        ({}, "http://10.0.0.2"),
+        ({"nginx_lb_listen_port": "8080", "nginx_lb_server_names": ["a.example"]}, "http://10.0.0.2:8080"),
+        ({"nginx_lb_tls": "selfsigned", "nginx_lb_server_names": ["a.example"]}, "https://a.example"),
+        (
+            {"nginx_lb_tls": "provided", "nginx_lb_server_names": ["a.example"], "nginx_lb_tls_port": 8443},
+            "https://a.example:8443",
+        ),
+        ({"nginx_lb_tls": False, "nginx_lb_server_names": ["a.example"]}, "http://10.0.0.2"),
+    ],
+)
+def test_clients_reach_a_balancer_by_its_name_with_tls(variables: dict[str, Any], url: str) -> None:
+    assert pixel_fleet.public_url(HOST | variables) == url
+
+
 def test_socket_and_name_can_be_overridden() -> None:
     first, second = pixel_fleet.pixel_instances(HOST, count=2, socket="/srv/app.socket", name="blue")
     assert (first["name"], first["socket"]) == ("blue", "/srv/app.socket")

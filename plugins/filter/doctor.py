@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ansible_collections.pixel.endpoint.plugins.filter.pixel_fleet import (
+    LISTEN_PORT,
     REDIS_PORT,
+    TLS_PORT,
     exporter_port,
     pixel_instances,
 )
@@ -30,8 +32,6 @@ CLOCK_SECONDS = 0.5
 MEMORY_RATIO = 0.05
 OPEN_FILES_RATIO = 0.8
 
-LISTEN_PORT = 80
-TLS_PORT = 443
 CERTIFICATES = ["/etc/nginx/tls/fullchain.pem"]
 PACKAGES = {
     "redis": ["redis-server"],

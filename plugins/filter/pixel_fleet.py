@@ -4,6 +4,7 @@
     hostvars[host] | pixel_instance_template    the same for the systemd template of further instances
     hostvars[host] | fleet_ports                TCP ports that a host opens to the fleet
     hostvars.values() | write_lifetime          seconds that an attempt at a write can last on these hosts
+    hostvars[host] | public_url                 where clients reach a balancer
     hostvars[host] | host_variable(name, 0)     a variable of another host, or 0 if it isn't set
     'redis' | exporter_port                     TCP port of an exporter, of Prometheus or of Alertmanager
 
@@ -28,6 +29,8 @@ APP_SOCKET = "/run/pixel.sock"
 APP_START_LIMIT = 0.8
 APP_REDIS_TIMEOUT = 0.8
 REDIS_PORT = 6379
+LISTEN_PORT = 80
+TLS_PORT = 443
 EXPORTER_PORTS = {"node": 9100, "nginx": 9113, "blackbox": 9115, "redis": 9121} | {
     "prometheus": 9090,
     "alertmanager": 9093,
@@ -113,6 +116,22 @@ def write_lifetime(hosts: Iterable[Mapping[str, Any]]) -> float:
     return round(max(sums, default=APP_START_LIMIT + APP_REDIS_TIMEOUT), 3)
 
 
+def public_url(variables: Mapping[str, Any]) -> str:
+    """Return where clients reach a balancer: the first of its names with TLS, or else its private address.
+
+    Args:
+        variables: The host's variables, `hostvars[host]`.
+    """
+    names = variables.get("nginx_lb_server_names") or []
+    if names and str(variables.get("nginx_lb_tls", "off")) not in ("off", "False"):
+        scheme, host, port = "https", names[0], int(variables.get("nginx_lb_tls_port", TLS_PORT))
+    else:
+        scheme, host = "http", variables.get("private_address", "")
+        port = int(variables.get("nginx_lb_listen_port", LISTEN_PORT))
+    usual = {"http": LISTEN_PORT, "https": TLS_PORT}[scheme]
+    return f"{scheme}://{host}" if port == usual else f"{scheme}://{host}:{port}"
+
+
 def host_variable(variables: Mapping[str, Any], name: str, default: Any = None) -> Any:
     """Return a variable of another host.
 
@@ -159,4 +178,5 @@ class FilterModule:
             "write_lifetime": write_lifetime,
             "fleet_ports": fleet_ports,
             "host_variable": host_variable,
+            "public_url": public_url,
         }
