@@ -194,6 +194,13 @@ def test_a_proxy_in_the_hosts_environment_is_not_used_for_local_checks(play: Any
             shell(f"sed -i '\\|^{line}|d' /etc/environment", on=host)
 
 
+def test_the_documented_console_has_the_settings_of_the_service(shell: Any) -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    (command,) = re.findall(r"^sudo (systemd-run (?:.*\\\n)*.*)$", text, re.M)
+    code = "from pixel.settings import load; s = load(); print(s.redis_username, bool(s.redis_password))"
+    assert shell(f"{command.replace('--pty', '--pipe')} -c '{code}'", on="t2") == "pixel True\n"
+
+
 def test_the_error_for_an_unknown_host_repeats_its_name(play: Any) -> None:
     done = play("playbooks/drain.yml", "-e", "host=t3")
     assert done.returncode != 0
