@@ -213,7 +213,7 @@ def of_services(ports: Mapping[int, str], report: Variables) -> Iterator[str]:
 
 
 def of_network(names: Mapping[str, str], report: Variables) -> Iterator[str]:
-    for address, error in sorted(report["unreachable"].items()):
+    for address, error in sorted(report["connection_errors"].items()):
         yield (
             f"can't reach {names.get(address, 'another host')} at {address} ({error}): check that it runs"
             " there, and the firewalls and security groups between the two hosts."

@@ -95,7 +95,7 @@ open_files:
   description: By unit, C(used) and C(limit) of its process that is closest to its limit of open files.
   type: dict
   returned: always
-unreachable:
+connection_errors:
   description: By address, the error of a connection that failed.
   type: dict
   returned: always
@@ -351,7 +351,7 @@ def gather(option: dict[str, Any]) -> dict[str, Any]:
         "units": units,
         "listeners": listeners(run("ss", "-Hltnp"), option["ports"]),
         "open_files": {name: each for name, each in files.items() if each is not None},
-        "unreachable": {address: error for address, error in errors.items() if error},
+        "connection_errors": {address: error for address, error in errors.items() if error},
         "packages": package_versions(run("dpkg-query", "-W", form, *option["packages"])),
         "certificates": {path: when for path, when in expiries.items() if when is not None},
         "backup": backup_time(read(BACKUP)),
