@@ -15,7 +15,7 @@ from ansible_collections.pixel.endpoint.plugins.filter import pixel_fleet
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLE = ROOT / "roles" / "monitoring"
-CASES = ROOT / "tests" / "alerts.yml"
+CASES = [ROOT / "tests" / "alerts.yml", ROOT / "tests" / "slo.yml"]
 
 
 def write_rules(directory: Path, **chosen: Any) -> Path:
@@ -27,9 +27,10 @@ def write_rules(directory: Path, **chosen: Any) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
-    variables = (
-        {"ansible_managed": "test", "groups": {"redis": ["c5"], "history": ["c5"]}} | defaults | chosen
-    )
+    # The default refers to the inventory.
+    probes = {"monitoring_probe_urls": ["https://pixel.example.org"]}
+    groups = {"redis": ["c5"], "history": ["c5"]}
+    variables = {"ansible_managed": "test", "groups": groups} | defaults | probes | chosen
     path = directory / "pixel.rules.yml"
     # The first line sets the delimiters; Ansible removes it.
     template = (ROLE / "templates" / "pixel.rules.yml.j2").read_text().partition("\n")[2]
@@ -41,13 +42,14 @@ def write_rules(directory: Path, **chosen: Any) -> Path:
 def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rules of a fleet in which every group has a host, and the cases in the same directory."""
     path = write_rules(tmp_path_factory.mktemp("rules"))
-    shutil.copy(CASES, path.parent)
+    for cases in CASES:
+        shutil.copy(cases, path.parent)
     return path
 
 
 def alerts(rules: Path) -> list[dict[str, Any]]:
     groups = yaml.safe_load(rules.read_text())["groups"]
-    return [rule for group in groups for rule in group["rules"]]
+    return [rule for group in groups for rule in group["rules"] if "alert" in rule]
 
 
 def hours(duration: str) -> float:
@@ -62,16 +64,18 @@ def promtool(*arguments: str | Path) -> str:
 
 
 def test_prometheus_accepts_the_rules(rules: Path) -> None:
-    assert f"{len(alerts(rules))} rules found" in promtool("check", "rules", rules)
+    # Besides alerts, two ratios in five windows.
+    assert f"{len(alerts(rules)) + 10} rules found" in promtool("check", "rules", rules)
 
 
-def test_every_alert_fires_and_resolves(rules: Path) -> None:
-    promtool("test", "rules", rules.parent / CASES.name)
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
+def test_every_alert_fires_and_resolves(rules: Path, cases: Path) -> None:
+    promtool("test", "rules", rules.parent / cases.name)
 
 
 def test_every_alert_has_a_case_that_is_inactive_fires_and_resolves(rules: Path) -> None:
-    cases = yaml.safe_load(CASES.read_text())["tests"]
-    assert [case["name"] for case in cases] == [rule["alert"] for rule in alerts(rules)]
+    cases = [case for path in CASES for case in yaml.safe_load(path.read_text())["tests"]]
+    assert sorted(case["name"] for case in cases) == sorted(rule["alert"] for rule in alerts(rules))
     for case in cases:
         checks = case["alert_rule_test"]
         assert {check["alertname"] for check in checks} == {case["name"]}
@@ -96,13 +100,53 @@ def test_a_fleet_without_a_history_has_no_alerts_about_it(rules: Path, tmp_path:
 
 def test_a_missing_redis_is_detected_with_a_scrape_interval_of_a_minute(tmp_path: Path) -> None:
     write_rules(tmp_path, monitoring_scrape_seconds=60)
-    file = yaml.safe_load(CASES.read_text())
+    file = yaml.safe_load(CASES[0].read_text())
     [case] = [case for case in file["tests"] if case["name"] == "AppWithoutRedis"]
     case["interval"] = "1m"
     for check, time in zip(case["alert_rule_test"], ("10m", "18m", "38m"), strict=True):
         check["eval_time"] = time
     path = tmp_path / "cases.yml"
     path.write_text(yaml.safe_dump(file | {"tests": [case]}))
+    promtool("test", "rules", path)
+
+
+def test_errors_during_maintenance_raise_no_alert(rules: Path) -> None:
+    file = yaml.safe_load(CASES[1].read_text())
+    [case] = [case for case in file["tests"] if case["name"] == "ErrorBudgetFast"]
+    series = 'pixel_maintenance_workers{state="read-only",instance="c5"}'
+    case["input_series"].append({"series": series, "values": "0x60 4x120"})
+    del case["alert_rule_test"][1]["exp_alerts"]
+    path = rules.parent / "maintenance.yml"
+    path.write_text(yaml.safe_dump(file | {"tests": [case]}))
+    promtool("test", "rules", path)
+
+
+def test_few_requests_use_up_no_budget(rules: Path) -> None:
+    """All of them fail, but there are fewer than monitoring_slo_least_requests in the short window."""
+    series = 'pixel_edge_requests_total{instance="c5",route="/pixel",status="502",by="balancer"}'
+    case = {
+        "name": "few",
+        "interval": "1m",
+        "input_series": [{"series": series, "values": "0+10x200"}],
+        "alert_rule_test": [{"alertname": "ErrorBudgetFast", "eval_time": "2h"}],
+    }
+    path = rules.parent / "few.yml"
+    cases = {"rule_files": [rules.name], "group_eval_order": ["slo", "slo-alerts"], "tests": [case]}
+    path.write_text(yaml.safe_dump(cases))
+    promtool("test", "rules", path)
+    case["input_series"] = [{"series": series, "values": "0+100x200"}]
+    path.write_text(yaml.safe_dump(cases))
+    with pytest.raises(AssertionError, match=r"got:\[\s+0:"):
+        promtool("test", "rules", path)
+
+
+def test_the_heartbeat_fires_always_if_somebody_receives_it(tmp_path: Path) -> None:
+    rules = write_rules(tmp_path, monitoring_heartbeat_url="https://outside.example.org")
+    assert alerts(rules)[-1]["alert"] == "Heartbeat"
+    fired = {"exp_labels": {"severity": "none"}, "exp_annotations": alerts(rules)[-1]["annotations"]}
+    checks = [{"alertname": "Heartbeat", "eval_time": time, "exp_alerts": [fired]} for time in ("0m", "3h")]
+    path = tmp_path / "heartbeat.yml"
+    path.write_text(yaml.safe_dump({"rule_files": [rules.name], "tests": [{"alert_rule_test": checks}]}))
     promtool("test", "rules", path)
 
 
@@ -120,11 +164,14 @@ def test_targets_of_a_host_share_its_host_label() -> None:
         "extract": lambda key, container, name: container[key][name],
         "regex_replace": lambda text, _, end: text + end,
         "to_json": json.dumps,
+        "combine": lambda mapping, other: mapping | other,
     }
     defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
     variables = defaults | yaml.safe_load((ROLE / "vars" / "main.yml").read_text())
     text = environment.from_string((ROLE / "templates" / "prometheus.yml.j2").read_text()).render(
-        variables | {"monitoring_app_port": 8000, "_monitoring_servers": ["c5"], "ansible_managed": "test"},
+        variables
+        | {"monitoring_app_port": 8000, "_monitoring_servers": ["c5"], "ansible_managed": "test"}
+        | {"monitoring_probe_urls": ["https://a"], "monitoring_probe_pixel": {"x": 0}},
         groups={"pixel_app": ["c5", "t2"], "nginx_lb": ["t2"], "history": ["t2"]},
         hostvars={
             "c5": {"inventory_hostname": "c5", "private_address": "10.0.0.1", "pixel_app_instances": 2},
@@ -133,7 +180,10 @@ def test_targets_of_a_host_share_its_host_label() -> None:
     )
     jobs = yaml.safe_load(text)["scrape_configs"]
     found = [
-        (job["job_name"], *each["labels"].values()) for job in jobs for each in job["static_configs"] or []
+        (job["job_name"], *each["labels"].values())
+        for job in jobs
+        for each in job["static_configs"] or []
+        if "labels" in each
     ]
     assert found[:3] == [("pixel", "c5", "c5"), ("pixel", "c5-8001", "c5"), ("pixel", "t2", "t2")]
     assert found[3:6] == [("history", "t2", "t2"), ("node", "c5", "c5"), ("node", "t2", "t2")]
@@ -141,6 +191,9 @@ def test_targets_of_a_host_share_its_host_label() -> None:
     assert targets[:6] == [
         [f"10.0.0.{where}"] for where in ("1:8000", "1:8001", "2:8000", "2:8100", "1:9100", "2:9100")
     ]
+    probes = [(job["params"]["module"], job["static_configs"][0]["targets"]) for job in jobs[-2:]]
+    assert probes == [(["read"], ["https://a/ping"]), (["write"], ["https://a/pixel"])]
+    assert jobs[-1]["relabel_configs"][2]["replacement"] == "10.0.0.1:9115"
     assert "equal: [host]" in (ROLE / "templates" / "alertmanager.yml.j2").read_text()
 
 

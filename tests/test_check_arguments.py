@@ -246,7 +246,7 @@ def test_variables_of_roles_that_run_elsewhere_are_checked_if_they_are_set(tmp_p
 
 
 def test_arguments_on_the_command_line_are_text(tmp_path: Path) -> None:
-    given = ("-e", "redis_port=6380 firewall_enabled=false monitoring_p99_seconds=0.5 nginx_lb_tls=off")
+    given = ("-e", "redis_port=6380 firewall_enabled=false monitoring_slo_latency=0.95 nginx_lb_tls=off")
     assert "failed=0" in check(tmp_path, {"roles": ROLES}, *given)
     output = check(tmp_path, {"roles": ROLES}, "-e", "firewall_public_ports=80,443")
     assert "firewall_public_ports is text, not a list" in output
@@ -328,8 +328,8 @@ WRONG = [
     ("monitoring_address", "everywhere"),
     ("monitoring_scrape_seconds", 0),
     ("monitoring_retention_days", 0),
-    ("monitoring_p99_seconds", 60),
-    ("monitoring_error_ratio", 2),
+    ("monitoring_slo_least_requests", 0),
+    ("monitoring_slo_availability", 1),
     ("monitoring_least_credits", 0),
     ("monitoring_webhook_url", "example.org/hook"),
     ("monitoring_mail_to", "ops@example.org"),

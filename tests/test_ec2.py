@@ -354,7 +354,7 @@ def check_what_was_made(operator: Operator, ec2: Any) -> None:
         )
         for rule in fleet["IpPermissions"]
     }
-    within = {(port, fleet["GroupId"]) for port in (8000, 6379, 8100, 9090, 9093, 9100, 9113, 9121)}
+    within = {(port, fleet["GroupId"]) for port in (8000, 6379, 8100, 9090, 9093, 9100, 9113, 9115, 9121)}
     assert rules == {(22, "198.51.100.7/32")} | within
     assert {(rule["FromPort"], rule["IpRanges"][0]["CidrIp"]) for rule in public["IpPermissions"]} == {
         (80, "0.0.0.0/0"),

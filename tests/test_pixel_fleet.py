@@ -55,6 +55,23 @@ def test_arguments_override_the_hosts_variables(
     assert [instance["port"] for instance in instances] == ports
 
 
+@pytest.mark.parametrize(
+    ("variables", "url"),
+    [
+        ({}, "http://10.0.0.2"),
+        ({"nginx_lb_listen_port": "8080", "nginx_lb_server_names": ["a.example"]}, "http://10.0.0.2:8080"),
+        ({"nginx_lb_tls": "selfsigned", "nginx_lb_server_names": ["a.example"]}, "https://a.example"),
+        (
+            {"nginx_lb_tls": "provided", "nginx_lb_server_names": ["a.example"], "nginx_lb_tls_port": 8443},
+            "https://a.example:8443",
+        ),
+        ({"nginx_lb_tls": False, "nginx_lb_server_names": ["a.example"]}, "http://10.0.0.2"),
+    ],
+)
+def test_clients_reach_a_balancer_by_its_name_with_tls(variables: dict[str, Any], url: str) -> None:
+    assert pixel_fleet.public_url(HOST | variables) == url
+
+
 def test_socket_and_name_can_be_overridden() -> None:
     first, second = pixel_fleet.pixel_instances(HOST, count=2, socket="/srv/app.socket", name="blue")
     assert (first["name"], first["socket"]) == ("blue", "/srv/app.socket")
@@ -75,7 +92,7 @@ def test_the_systemd_template_expands_to_an_instance() -> None:
 
 def test_fleet_ports_are_those_of_the_app_redis_the_history_and_exporters() -> None:
     ports = pixel_fleet.fleet_ports(HOST | {"pixel_app_instances": 2, "redis_port": "6400"})
-    assert ports == [8000, 8001, 6400, 8100, 9100, 9113, 9121, 9090, 9093]
+    assert ports == [8000, 8001, 6400, 8100, 9100, 9113, 9115, 9121, 9090, 9093]
     assert pixel_fleet.fleet_ports(HOST)[:2] == [8000, 6379]
     assert pixel_fleet.exporter_port("redis") == 9121
 

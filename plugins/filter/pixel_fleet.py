@@ -4,6 +4,7 @@
     hostvars[host] | pixel_instance_template    the same for the systemd template of further instances
     hostvars[host] | fleet_ports                TCP ports that a host opens to the fleet
     hostvars.values() | write_lifetime          seconds that an attempt at a write can last on these hosts
+    hostvars[host] | public_url                 where clients reach a balancer
     hostvars[host] | host_variable(name, 0)     a variable of another host, or 0 if it isn't set
     'redis' | exporter_port                     TCP port of an exporter, of Prometheus or of Alertmanager
 
@@ -21,7 +22,7 @@ import os.path
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-# Defaults of roles pixel_app, history and redis. hostvars contains these variables only if the inventory sets them.
+# Defaults of roles pixel_app, history and redis. hostvars contains a variable only if the inventory sets it.
 APP_PORT = 8000
 APP_INSTANCES = 1
 APP_SOCKET = "/run/pixel.sock"
@@ -29,7 +30,12 @@ APP_START_LIMIT = 0.8
 APP_REDIS_TIMEOUT = 0.8
 REDIS_PORT = 6379
 HISTORY_PORT = 8100
-EXPORTER_PORTS = {"node": 9100, "nginx": 9113, "redis": 9121, "prometheus": 9090, "alertmanager": 9093}
+LISTEN_PORT = 80
+TLS_PORT = 443
+EXPORTER_PORTS = {"node": 9100, "nginx": 9113, "blackbox": 9115, "redis": 9121} | {
+    "prometheus": 9090,
+    "alertmanager": 9093,
+}
 # systemd's specifier for a unit's name between `@` and the suffix.
 SPECIFIER = "%i"
 
@@ -77,7 +83,7 @@ def pixel_instance_template(
 
 
 def exporter_port(service: str) -> int:
-    """Return the TCP port of `node`, `nginx`, `redis`, `prometheus` or `alertmanager`."""
+    """Return the TCP port of an exporter, of `prometheus` or of `alertmanager`."""
     return EXPORTER_PORTS[service]
 
 
@@ -114,6 +120,22 @@ def write_lifetime(hosts: Iterable[Mapping[str, Any]]) -> float:
         for variables in hosts
     ]
     return round(max(sums, default=APP_START_LIMIT + APP_REDIS_TIMEOUT), 3)
+
+
+def public_url(variables: Mapping[str, Any]) -> str:
+    """Return where clients reach a balancer: the first of its names with TLS, or else its private address.
+
+    Args:
+        variables: The host's variables, `hostvars[host]`.
+    """
+    names = variables.get("nginx_lb_server_names") or []
+    if names and str(variables.get("nginx_lb_tls", "off")) not in ("off", "False"):
+        scheme, host, port = "https", names[0], int(variables.get("nginx_lb_tls_port", TLS_PORT))
+    else:
+        scheme, host = "http", variables.get("private_address", "")
+        port = int(variables.get("nginx_lb_listen_port", LISTEN_PORT))
+    usual = {"http": LISTEN_PORT, "https": TLS_PORT}[scheme]
+    return f"{scheme}://{host}" if port == usual else f"{scheme}://{host}:{port}"
 
 
 def host_variable(variables: Mapping[str, Any], name: str, default: Any = None) -> Any:
@@ -162,4 +184,5 @@ class FilterModule:
             "write_lifetime": write_lifetime,
             "fleet_ports": fleet_ports,
             "host_variable": host_variable,
+            "public_url": public_url,
         }

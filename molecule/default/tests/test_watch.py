@@ -25,6 +25,7 @@ testinfra_hosts = ["c5"]
 PACKAGES = {
     "prometheus-node-exporter": 9100,
     "prometheus-redis-exporter": 9121,
+    "prometheus-blackbox-exporter": 9115,
     "prometheus-nginx-exporter": 9113,
     "prometheus": 9090,
     "prometheus-alertmanager": 9093,
@@ -62,7 +63,7 @@ def query(ask: Any) -> Any:
     return get
 
 
-def test_prometheus_scrapes_every_target(ask: Any) -> None:
+def test_prometheus_scrapes_every_target(ask: Any, address: str) -> None:
     def healthy() -> set[tuple[str, str]]:
         targets = ask("targets?state=active")["activeTargets"]
         return {
@@ -71,8 +72,9 @@ def test_prometheus_scrapes_every_target(ask: Any) -> None:
             if target["health"] == "up"
         }
 
-    on_c5 = {(job, "c5") for job in ("pixel", "redis", "nginx", "node", "prometheus", "alertmanager")}
-    wait_until(lambda: healthy() == on_c5 | {("pixel", "t2"), ("node", "t2")})
+    jobs = ("pixel", "redis", "nginx", "node", "prometheus", "alertmanager", "blackbox")
+    others = {("pixel", "t2"), ("node", "t2"), ("probe-read", f"http://{address}/ping")}
+    wait_until(lambda: healthy() == {(job, "c5") for job in jobs} | others)
 
 
 def test_exporters_report_values(query: Any, client: Any) -> None:
@@ -165,6 +167,29 @@ def test_exporters_are_sandboxed_and_do_not_run_as_root(host: Any) -> None:
         assert (properties["User"], properties["ProtectSystem"]) == ("prometheus", "strict"), package
 
 
+def test_what_clients_see_is_counted_at_the_balancer(client: Any, shell: Any, query: Any) -> None:
+    def count(labels: str) -> float:
+        shell("systemctl start pixel-watch.service")
+        time.sleep(6)  # A scrape.
+        found: dict[str, float] = query(f"sum by (instance) (pixel_edge_requests_total{{{labels}}})")
+        return found.get("c5", 0)
+
+    read, unknown = 'route="/pixel/{x}/{y}",status="200",by="app"', 'route="other",status="404",by="app"'
+    before = count(read), count(unknown)
+    for number in range(5):
+        assert client.ask(f"/pixel/{number}/3")[0] == 200
+        assert client.ask(f"/nothing/{number}")[0] == 404
+    time.sleep(1.2)  # The log is flushed once a second.
+    assert (count(read) - before[0], count(unknown) - before[1]) == (5, 5)
+    assert query('sum by (instance) (pixel_edge_seconds_count{route="/pixel/{x}/{y}"})')["c5"] >= 5
+
+
+def test_the_public_address_is_probed(query: Any, address: str, ask: Any) -> None:
+    assert wait_until(lambda: query("probe_success")) == {f"http://{address}/ping": 1}
+    flags = ask("status/flags")
+    assert (flags["storage.tsdb.retention.time"], flags["storage.tsdb.retention.size"]) == ("15d", "5GB")
+
+
 @pytest.fixture
 def webhook(fleet: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A webhook receiver on the test machine: its URL as the hosts reach it, and the posted alerts."""
@@ -173,7 +198,7 @@ def webhook(fleet: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]
     class Receiver(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            posted.append({"authorization": self.headers["Authorization"], **body})
+            posted.append({"path": self.path, "authorization": self.headers["Authorization"], **body})
             self.send_response(200)
             self.end_headers()
 
@@ -217,6 +242,7 @@ def test_an_alert_reaches_the_operators(
 ) -> None:
     (url, posted), (smarthost, mails) = webhook, relay
     chosen = {"monitoring_webhook_url": url, "monitoring_webhook_token": TOKEN}
+    chosen |= {"monitoring_heartbeat_url": f"{url}heartbeat"}
     chosen |= {"monitoring_mail_smarthost": smarthost, "monitoring_mail_starttls": "false"}
     chosen |= {f"monitoring_mail_{end}": f"{end}@example.org" for end in ("from", "to")}
     done = play("playbooks/monitoring.yml", "--tags", "monitoring", "--diff", **chosen)
@@ -227,14 +253,20 @@ def test_an_alert_reaches_the_operators(
 
     def firing() -> dict[str, Any]:
         """The firing alerts posted so far, by name; a slow machine may cause others."""
-        alerts = [alert for each in posted for alert in each["alerts"]]
+        alerts = [alert for each in posted for alert in each["alerts"] if each["path"] == "/"]
         return {each["labels"]["alertname"]: each for each in alerts if each["status"] == "firing"}
 
     redis_down = wait_until(lambda: firing().get("RedisDown"), 120)
     wait_until(lambda: any(re.search("^Subject: .*RedisDown", mail, re.M) for mail in mails))
     active = {(each["labels"]["alertname"], each["labels"].get("job")) for each in ask("alerts")["alerts"]}
     host.run_expect([0], "systemctl start redis-server prometheus-nginx-exporter")
-    assert {each["authorization"] for each in posted} == {f"Bearer {TOKEN}"}
+    assert {(each["path"], each["authorization"]) for each in posted} == {
+        ("/", f"Bearer {TOKEN}"),
+        ("/heartbeat", None),
+    }
+    beats = [alert["labels"] for each in posted if each["path"] == "/heartbeat" for alert in each["alerts"]]
+    assert {beat["alertname"] for beat in beats} == {"Heartbeat"}
+    assert "Heartbeat" not in firing()
     assert redis_down["labels"]["instance"] == "c5"
     assert "journalctl -u redis-server" in redis_down["annotations"]["summary"]
     assert ("ExporterDown", "nginx") in active  # pending: it fires after five minutes
@@ -272,11 +304,11 @@ def test_logs_shows_a_request_on_all_hosts(play: Any, client: Any, shell: Any) -
         output = play("playbooks/logs.yml", id=request_id).stdout
     finally:
         shell(RESTORE_LOG_LEVEL, on="t2")
-    nginx, app = re.findall(r"^ok: \[(?:c5|t2)\] => \n((?:    .*\n)+)", output, re.M)[-2:]
-    assert f"id: {request_id}" in nginx
-    assert "uri: /pixels" in nginx
-    assert f"request_id: {request_id}" in app
-    assert "POST /pixels was answered 422" in app
+    lines = dict(re.findall(r"^ +20\S+Z (\S+ \S+): (.*)$", output, re.M))
+    assert lines.keys() == {"c5 nginx", "t2 pixel"}
+    nginx, app = json.loads(lines["c5 nginx"]), json.loads(lines["t2 pixel"])
+    assert (nginx["id"], nginx["uri"]) == (request_id, "/pixels")
+    assert (app["request_id"], app["message"]) == (request_id, "POST /pixels was answered 422")
     for host in ("c5", "t2"):
         for place in ("cat /var/log/nginx/*.log", "journalctl --no-pager"):
             assert SECRET not in shell(place, on=host), (host, place)
@@ -317,6 +349,22 @@ def test_logs_reach_a_collector(host: Any, play: Any, shell: Any, fleet: dict[st
     assert play(*logs).changes() == {"c5": 0}
     assert host.service("rsyslog").is_running
     shell("systemctl stop rsyslog")
+
+
+def test_logs_reach_a_collector_over_udp(play: Any, fleet: dict[str, Any], client: Any) -> None:
+    logs = ("playbooks/monitoring.yml", "--tags", "logs", "--limit", "c5")
+    received = b""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as collector:
+        collector.bind((fleet["gateway"], 0))
+        collector.settimeout(10)
+        port = collector.getsockname()[1]
+        options = {"logs_forward_to": f"{fleet['gateway']}:{port}", "logs_forward_protocol": "udp"}
+        play(*logs, **options).changes()
+        request_id = client.ask("/ping")[1]["X-Request-ID"]
+        while f'"id":"{request_id}"'.encode() not in received:
+            received = collector.recv(65536)
+        assert received.startswith(b"<190>1 ")  # local7.info, RFC 5424
+    play(*logs).changes()
 
 
 def test_monitoring_can_be_removed(host: Any, play: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 testinfra_hosts = ["debian12", "debian13"]
 
 PUBLIC = [22, 80, 443]
-FLEET = [8000, 6379, 9100, 9113, 9121, 9090, 9093]
+FLEET = [8000, 6379, 9100, 9113, 9115, 9121, 9090, 9093]
 UNKNOWN = 5000
 
 

@@ -13,7 +13,7 @@ import yaml
 NAMES = ("debian12", "debian13")
 PUBLIC = [22, 80, 443]
 # Ports of the fleet, and one that no role uses.
-OTHERS = [8000, 6379, 9100, 9113, 9121, 9090, 9093, 5000]
+OTHERS = [8000, 6379, 9100, 9113, 9115, 9121, 9090, 9093, 5000]
 
 
 # Not the whole table: it contains a set of the clients that are connected now.
