@@ -1,6 +1,6 @@
 """Compares implementations of POST /pixel on this machine: requests, latency, CPU, memory.
 
-    python -m bench.compare                # all variants, about 12 minutes
+    python -m bench.compare                # all variants, about 14 minutes
     python -m bench.compare --quick        # one short round, to test the bench itself
 
 Every round starts every variant with its own Redis and Nginx on the same processors; the load runs on
@@ -202,7 +202,7 @@ class Bench:
         if step.workload == "viewers":
             load = run_viewers(stack.port, step.connections, step.seconds, variant.publish)
         else:
-            load = run_wrk(stack.port, step.script, step.connections, step.seconds, self._load)
+            load = run_wrk(stack.port, step.script, step.connections, step.seconds, self._load, stack.token)
         spent = {name: program.cpu_seconds() - before[name] for name, program in stack.programs.items()}
         now = os.times()
         load_cpu = sum(now[:4]) - sum(own[:4])

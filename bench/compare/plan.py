@@ -8,6 +8,8 @@ from bench.compare.variants import VARIANTS
 
 CONNECTIONS = (1, 16, 64, 256)
 MAIN_CONNECTIONS = 64
+MAIN_ONLY = {"nginx_lua_bare", "ours_keys", "ours_budgets"}
+EVERYSEC = {"usual", "ours_tcp", "ours_unix"}
 VIEWERS = 1000
 VIEWERS_SECONDS = 8
 START_AND_STOP_SECONDS = 4.0
@@ -50,7 +52,8 @@ def jobs(only: set[str], main_seconds: int, quick: bool) -> list[Job]:
     """Returns the jobs of one round, in the order of the variants.
 
     The main comparison, at 64 connections, gets most of the time. Other steps are measured with
-    `appendfsync always` only.
+    `appendfsync always` only, and the variants of MAIN_ONLY have none. Those of EVERYSEC are also
+    measured with `appendfsync everysec`.
 
     Args:
         only: names of the variants.
@@ -66,11 +69,11 @@ def jobs(only: set[str], main_seconds: int, quick: bool) -> list[Job]:
         if variant.name not in only:
             continue
         steps = [main] if "write" in variant.workloads else []
-        if steps and not quick and variant.name != "nginx_lua_bare":
+        if steps and not quick and variant.name not in MAIN_ONLY:
             steps += rest
         steps += [step for step in (batch, mix, viewers) if step.workload in variant.workloads]
         planned.append(Job(variant.name, "always" if variant.stores else "none", tuple(steps)))
-        if variant.stores and variant.name != "nginx_lua_bare":
+        if variant.name in EVERYSEC:
             planned.append(Job(variant.name, "everysec", (main,)))
     if "ours_unix" in only:
         for workers in (1, 2):

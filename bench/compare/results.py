@@ -20,6 +20,8 @@ PAIRS = [
     ("ours_unix", "nginx_lua_bare"),
     ("ours_unix", "nchan"),
     ("ours_unix", "ours_tcp"),
+    ("ours_keys", "ours_unix"),
+    ("ours_budgets", "ours_unix"),
     ("ours_direct", "floor_asgi"),
     ("ours_tcp", "literal"),
     ("ours_unix", "literal"),
@@ -162,6 +164,9 @@ class Results:
             of = self.ratio(at(ours), at(ours, "everysec"), "cpu_total")
             if of is not None:
                 yield Bar(f"{ours} always / everysec, cpu_total", 1.15, of)
+        of = self.ratio(at("ours_keys"), at("ours_unix"), "cpu_total")
+        if of is not None:
+            yield Bar("ours_keys / ours_unix, cpu_total", 1.1, of)
         mix = at("ours_unix")._replace(workload="mix90")
         of = self.ratio(mix, mix._replace(variant="nginx_lua"), "cpu_total")
         if of is not None:

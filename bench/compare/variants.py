@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ class Stack:
     """The running programs of a variant, by the group of their CPU time."""
 
     port: int = 0
+    token: str = ""  # the key of the load's clients
     programs: dict[str, Program] = field(default_factory=dict)
 
 
@@ -173,6 +175,21 @@ def ours_unix(stack: Stack, place: Place) -> None:
     start_nginx(stack, place, "site_proxy.conf", upstream=bind)
 
 
+def ours_keys(stack: Stack, place: Place, *budget: str) -> None:
+    bind = f"unix:{place.directory}/app.sock"
+    redis_port = start_redis(stack, place)
+    create = [sys.executable, "-m", "pixel.keys", "create", "bench", "--scopes=paint", *budget]
+    environment = {**os.environ, "PIXEL_REDIS_URL": f"redis://127.0.0.1:{redis_port}/0"}
+    created = subprocess.run(create, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    stack.token = created.stdout.strip()
+    start_ours(stack, place, bind, redis_port)
+    start_nginx(stack, place, "site_proxy.conf", upstream=bind)
+
+
+def ours_budgets(stack: Stack, place: Place) -> None:
+    ours_keys(stack, place, "--per-minute=10000000")
+
+
 def nginx_lua(stack: Stack, place: Place, events: bool = True) -> None:
     redis_port = start_redis(stack, place)
     start_nginx(
@@ -212,6 +229,8 @@ VARIANTS = {
         Variant("usual", "FastAPI + redis-py, Nginx over TCP", usual, workloads=EVERYTHING),
         Variant("ours_tcp", "ours, Nginx over TCP", ours_tcp),
         Variant("ours_unix", "ours, Nginx over a unix socket", ours_unix, workloads=EVERYTHING | VIEWERS),
+        Variant("ours_keys", "ours_unix, every client has a key", ours_keys),
+        Variant("ours_budgets", "ours_keys, the key has a budget", ours_budgets),
         Variant("ours_direct", "ours, without Nginx", ours_direct),
         Variant("nginx_lua", "Nginx + Lua, write and event", nginx_lua, workloads=READS),
         Variant("nginx_lua_bare", "Nginx + Lua, write without event", nginx_lua_bare),

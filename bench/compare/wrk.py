@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,8 +29,10 @@ class Load(NamedTuple):
         return self.socket_errors + self.bad_statuses
 
 
-def run_wrk(port: int, script: str, connections: int, seconds: float, processors: Iterable[int]) -> Load:
-    """Runs one thread of wrk, a closed loop, against a local port."""
+def run_wrk(
+    port: int, script: str, connections: int, seconds: float, processors: Iterable[int], token: str = ""
+) -> Load:
+    """Runs one thread of wrk, a closed loop, against a local port; ``token`` is the clients' key."""
     command = [
         "taskset",
         "--cpu-list",
@@ -42,7 +45,13 @@ def run_wrk(port: int, script: str, connections: int, seconds: float, processors
         f"--script={SCRIPTS / script}.lua",
         f"http://127.0.0.1:{port}",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "BENCH_TOKEN": token},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         output, _ = process.communicate(timeout=seconds + 30)
     except BaseException:

@@ -154,7 +154,11 @@ class Budgets:
     def exceeded(self, writer: Writer, cost: int) -> Problem | None:
         """Why a request of ``cost`` channel writes is refused; None if Redis has to be asked."""
         budget = writer.budget
-        if budget is None or (cost <= budget.burst and self._wait(writer, budget, cost) <= 0):
+        if budget is None:
+            return None
+        # The same as ``_wait(…) <= 0``, in half the time: this is asked for every write.
+        rest = self._full.get(writer.account, 0.0) - self._clock.now()
+        if cost <= budget.burst and rest * budget.per_minute <= (budget.burst - cost) * 60:
             return None
         return self.refusal(writer, budget, cost)
 
@@ -178,10 +182,11 @@ class Budgets:
         """Headers that describe a writer's budget and what is left of it; empty if it has none."""
         if writer is None or writer.budget is None:
             return {}
+        budget = writer.budget
         rest = self._until_full(writer)
-        left = int(writer.budget.burst - rest / _interval(writer.budget) + 1e-6)
+        left = int(budget.burst - rest * budget.per_minute / 60 + 1e-6)
         return {
-            "RateLimit-Policy": _policy(writer.budget),
+            "RateLimit-Policy": _policy(budget),
             "RateLimit": f'"writes";r={max(left, 0)};t={ceil(rest)}',
         }
 

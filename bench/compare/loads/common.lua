@@ -3,6 +3,8 @@
 local common = {}
 
 local random = math.random
+local token = os.getenv("BENCH_TOKEN") or ""
+local key = token ~= "" and "Authorization: Bearer " .. token .. "\r\n" or ""
 local CHANNELS = { "R", "G", "B" }
 
 function common.seed()
@@ -15,7 +17,7 @@ function common.pixel()
 end
 
 function common.post(path, body)
-    return "POST " .. path .. " HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    return "POST " .. path .. " HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n" .. key
         .. "Content-Length: " .. #body .. "\r\n\r\n" .. body
 end
 
