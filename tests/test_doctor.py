@@ -38,7 +38,7 @@ def healthy() -> dict[str, Any]:
         "units": {"nginx.service": RUNNING},
         "listeners": {"9100": [{"name": "node", "pid": "7", "unit": "prometheus-node-exporter.service"}]},
         "open_files": {"nginx.service": {"used": 10, "limit": 1024}},
-        "unreachable": {},
+        "connection_errors": {},
         "packages": {"nginx": "1.22.1-9"},
         "certificates": {"/etc/nginx/tls/fullchain.pem": NOW + 40 * 86400},
         "backup": NOW - 3600,
@@ -101,7 +101,7 @@ def test_a_healthy_fleet_has_no_finding(hostvars: dict[str, dict[str, Any]]) -> 
             "port 9100 is used by nc (process 9), not by prometheus-node-exporter.service",
         ),
         (
-            {"unreachable": {"10.0.0.2:8000": "Connection refused"}},
+            {"connection_errors": {"10.0.0.2:8000": "Connection refused"}},
             "can't reach the app on t2 at 10.0.0.2:8000",
         ),
         (

@@ -130,6 +130,10 @@ current:
   description: The release that C(current) points to; empty if there is none.
   type: str
   returned: success
+release:
+  description: O(release), as it was given.
+  type: str
+  returned: success
 previous:
   description: The newest other release in the history that is still on the host; the target of a rollback.
   type: str
@@ -943,7 +947,7 @@ def carry_out(manager: Manager, option: dict[str, Any], dry: bool) -> dict[str, 
         Failure: the action failed.
     """
     release, fingerprint = option["release"], option["deployment"]
-    result: dict[str, Any] = {"changed": False}
+    result: dict[str, Any] = {"changed": False, "release": release}
     match option["action"]:
         case "status":
             result |= manager.status(option["urls"])

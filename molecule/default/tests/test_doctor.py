@@ -19,7 +19,7 @@ PLANTED = {
             -keyout /dev/null -out /etc/nginx/tls/fullchain.pem
         worker=$(pgrep --parent "$(cat /run/nginx.pid)" | head -1)
         files=$(ls /proc/$worker/fd | wc -l)
-        prlimit --pid "$worker" --nofile=$((files + 2)):
+        prlimit --pid "$worker" --nofile=$files:
         cp -p /var/lib/pixel-metrics/pixel_backup.prom /run/doctor.prom
         echo 'pixel_backup_timestamp_seconds 1700000000' >/var/lib/pixel-metrics/pixel_backup.prom
         touch /run/reboot-required
