@@ -92,10 +92,10 @@ class Access:
         authorization = headers.get(b"authorization")
         holder = None if authorization is None else self._holder(authorization)
         if holder is None:
+            if self._anonymous != "paint" or scope == "moderate":
+                raise _unauthorized("This request needs a key", "no_key")
             if self._is_open:
                 return None
-            if self._anonymous != "paint":
-                raise _unauthorized("This request needs a key", "no_key")
             # The balancer replaces a client's own header. A Unix socket is used by this host only.
             if forwarded := headers.get(b"x-forwarded-for"):
                 return self._client(forwarded)
