@@ -77,6 +77,8 @@ REFUSALS = Counter(
     "Requests refused by reason: no_key, bad_key, scope (of the key) or budget.",
     ["reason"],
 )
+for reason in ("no_key", "bad_key", "scope", "budget"):
+    REFUSALS.labels(reason)
 COMMIT_SECONDS = Histogram("pixel_commit_seconds", "Time until Redis acknowledged a batch.", buckets=_SECONDS)
 READ_SECONDS = Histogram("pixel_read_seconds", "Time until Redis answered a read.", buckets=_SECONDS)
 REDIS_ERRORS = Counter("pixel_redis_errors", "Operations that Redis refused or didn't answer.", ["operation"])
