@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
 from typing import Any
 
 import httpx2 as httpx
@@ -12,7 +13,9 @@ from conftest import RedisServer, Service, wait_until
 from test_protocol import GOOD, Answer, Client, Served, head, serving
 
 from pixel import access, keys
+from pixel.problems import STAMP, Problem
 from pixel.resp import Server
+from pixel.store import Store
 from pixel.stream import EVENTS
 
 BUDGET = json.dumps({"per_minute": 1, "burst": 4})
@@ -59,6 +62,13 @@ def header(answer: Answer, name: str) -> str:
 def authors(server: RedisServer) -> list[Any]:
     with server.admin() as admin:
         return [json.loads(fields.get(b"a", b"null")) for _, fields in admin.xrange(EVENTS)]
+
+
+@pytest.fixture
+async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
+    store = Store(redis_server.settings())
+    yield store
+    store.close()
 
 
 @pytest.fixture
@@ -153,6 +163,7 @@ async def test_what_anonymous_clients_may_do_is_set(redis_server: RedisServer, a
                     assert answer.status == (200 if allowed else 401), target
                 elif anonymous == "none":
                     assert answer.status == 401
+                assert b'"written"' not in answer.body
                 client.writer.close()
         client = await served.connect()
         for target in OPEN:
@@ -233,14 +244,18 @@ async def test_a_budget_is_counted_in_channels_on_every_route(redis_server: Redi
         assert (answer.status, header(answer, "retry-after")) == (429, "180")
         assert header(answer, "ratelimit") == '"writes";r=1;t=480'
         assert json.loads(answer.body)["written"] == "no"
-        # A retry, after an attempt that may have been made.
-        answer = await ask(client, "POST /pixels", line, "X-Request-Start: 1 127.0.0.1:1 maybe", body=batch)
-        assert answer.status in (429, 503)
         assert (await ask(client, "POST /pixel", line, body=GOOD)).status == 200
         assert (await write_both_ways(served, line)).status == 429
         assert (await write_both_ways(served, "X-Forwarded-For: 192.0.2.8")).status == 200
         exposition = (await ask(client, "GET /metrics")).body.decode()
     assert 'pixel_refusals_total{reason="budget"}' in exposition
+
+
+def test_the_refusal_of_a_retry_does_not_deny_the_attempt_before_it() -> None:
+    problem = Problem(HTTPStatus.TOO_MANY_REQUESTS, "The budget is spent", written="no")
+    answer = problem.response([(STAMP, b"1795776690.753 127.0.0.1:80 maybe")])
+    assert json.loads(bytes(answer.body))["written"] == "maybe"
+    assert "x-accel-redirect" not in answer.headers
 
 
 async def test_a_key_has_its_own_budget_and_not_its_address_one(redis_server: RedisServer) -> None:
@@ -255,6 +270,30 @@ async def test_a_key_has_its_own_budget_and_not_its_address_one(redis_server: Re
         assert [(await write_both_ways(served, line)).status for _ in range(3)] == [200, 200, 429]
         answers = [(await write_both_ways(served, line, bearer(counted))).status for _ in range(3)]
         assert answers == [200, 200, 429]
+
+
+async def test_a_key_that_this_release_cannot_read_is_left_out(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = await run(redis_server, "create", "alice", "--scopes", "paint")
+    with redis_server.admin() as admin:
+        admin.hset(keys.KEYS, "broken", '{"hash": 1}')
+    async with serving(redis_server.settings()) as served:
+        assert (await write_both_ways(served, bearer(token))).status == 200
+    assert caplog.text.count("key broken can't be read") == 1
+
+
+async def test_moderation_needs_a_key_on_every_canvas(store: Store, redis_server: RedisServer) -> None:
+    token = await run(redis_server, "create", "mod", "--scopes", "moderate")
+    rules = access.Access(store, redis_server.settings())
+    await rules.start()
+    with pytest.raises(access.Refusal, match="needs a key"):
+        rules.writer({}, None, "moderate")
+    assert rules.writer({}, None, "paint") is None
+    moderator = rules.writer({b"authorization": bearer(token).partition(" ")[2].encode()}, None, "moderate")
+    assert moderator is not None
+    assert moderator.author == "key:mod"
+    rules.close()
 
 
 async def test_a_worker_that_cannot_read_the_keys_accepts_none(

@@ -42,7 +42,7 @@ class Refusal(Problem):
 
     def __init__(self, status: HTTPStatus, detail: str, challenge: str, reason: str) -> None:
         headers = {"WWW-Authenticate": f'Bearer realm="pixel"{challenge}'}
-        super().__init__(status, detail, headers=headers, written="no")
+        super().__init__(status, detail, headers=headers)
         self.reason = reason
 
 
@@ -92,10 +92,10 @@ class Access:
         authorization = headers.get(b"authorization")
         holder = None if authorization is None else self._holder(authorization)
         if holder is None:
+            if self._anonymous != "paint" or scope == "moderate":
+                raise _unauthorized("This request needs a key.", "no_key")
             if self._is_open:
                 return None
-            if self._anonymous != "paint":
-                raise _unauthorized("This request needs a key", "no_key")
             # The balancer replaces a client's own header. A Unix socket is used by this host only.
             if forwarded := headers.get(b"x-forwarded-for"):
                 return self._client(forwarded)
@@ -103,7 +103,7 @@ class Access:
         if scope not in holder.key.scopes:
             raise Refusal(
                 HTTPStatus.FORBIDDEN,
-                f"This request needs a key with scope {scope}",
+                f"This request needs a key with scope {scope}.",
                 f', error="insufficient_scope", scope="{scope}"',
                 "scope",
             )
@@ -112,7 +112,7 @@ class Access:
     def check_reader(self, headers: Mapping[bytes, bytes]) -> None:
         """Raise a ``Problem`` unless a request may read; a key of any scope may."""
         if self.is_private and self._holder(headers.get(b"authorization", b"")) is None:
-            raise _unauthorized("Reading needs a key", "no_key")
+            raise _unauthorized("Reading needs a key.", "no_key")
 
     def _holder(self, authorization: bytes) -> _Holder | None:
         """The holder of the key in this header; None if the header is for somebody else."""
@@ -129,7 +129,7 @@ class Access:
         holder = self._holders.get(hash_token(token))
         state = holder.key.state(self._store.now()) if holder else "unknown"
         if holder is None or state != "valid":
-            raise _unauthorized(f"The key is {state}", "bad_key", ', error="invalid_token"')
+            raise _unauthorized(f"The key is {state}.", "bad_key", ', error="invalid_token"')
         if holder.key.expires is not None:
             until = min(until, now + holder.key.expires - self._store.now())
         self._accepted[authorization] = holder, until

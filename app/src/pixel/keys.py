@@ -7,6 +7,7 @@ in the history keep its name.
 
 import argparse
 import asyncio
+import logging
 import re
 import secrets
 import sys
@@ -34,6 +35,8 @@ SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
 
 TIMEOUT = 5.0
 """Seconds that Redis has to answer a command."""
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _PERIOD = re.compile(r"([1-9][0-9]{0,5})([mhd])")
@@ -69,9 +72,15 @@ def hash_token(token: bytes) -> str:
 
 
 def decode(pairs: Sequence[bytes]) -> dict[str, Key]:
-    """The keys by name, from Redis's reply to HGETALL."""
+    """The keys by name, from Redis's reply to HGETALL; without those that this release can't read."""
     decoder = msgspec.json.Decoder(Key)
-    return {name.decode(): decoder.decode(value) for name, value in zip(pairs[::2], pairs[1::2], strict=True)}
+    keys = {}
+    for name, value in zip(pairs[::2], pairs[1::2], strict=True):
+        try:
+            keys[name.decode()] = decoder.decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            log.warning("key %s can't be read: %s", name.decode(errors="replace"), error)
+    return keys
 
 
 def create(arguments: argparse.Namespace, keys: dict[str, Key], now: int) -> tuple[Key, str]:

@@ -20,6 +20,7 @@ class Health:
             "read": "reading from Redis",
             "write": "writing to Redis",
             "budget": "charging budgets in Redis",
+            "keys": "reading keys from Redis",
         }[operation]
         self._failing = False
         self._errors = metrics.REDIS_ERRORS.labels(operation)
@@ -49,12 +50,19 @@ class _Connection(Connection):
 
 
 class Link:
-    """A connection for reads: opened at the first one, and again after it was lost."""
+    """A connection for reads: opened at the first one, and again after it was lost.
 
-    def __init__(self, server: Server, timeout: float) -> None:
+    Args:
+        server: where it connects to.
+        timeout: seconds that Redis has to answer.
+        operation: the reads' name in logs and metrics (see ``Health``).
+    """
+
+    def __init__(self, server: Server, timeout: float, operation: str = "read") -> None:
         self._server = server
         self._timeout = timeout
-        self._health = Health("read")
+        self._is_timed = operation == "read"
+        self._health = Health(operation)
         self._connection: _Connection | None = None
         self._opening = asyncio.Lock()
         self._closed = False
@@ -85,7 +93,7 @@ class Link:
             self._drop(started, error)
             self._health.fails(error)
             raise Problem.unavailable("Redis can't be read.", elsewhere=True) from error
-        if not blocking:
+        if self._is_timed and not blocking:
             metrics.READ_SECONDS.observe(perf_counter() - started)
         refusal = next((reply for reply in replies if isinstance(reply, ReplyError)), None)
         if refusal is None:

@@ -77,6 +77,8 @@ REFUSALS = Counter(
     "Requests refused by reason: no_key, bad_key, scope (of the key) or budget.",
     ["reason"],
 )
+for reason in ("no_key", "bad_key", "scope", "budget"):
+    REFUSALS.labels(reason)
 MAINTENANCE_WORKERS = Gauge(
     "pixel_maintenance_workers",
     "Workers that refuse requests because of maintenance, by its state.",

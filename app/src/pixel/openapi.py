@@ -33,7 +33,7 @@ _PROBLEM = {
 
 _DETAILS = {
     400: "The body is not JSON: Expecting ',' delimiter at line 1 column 8.",
-    401: "The key is revoked; nothing was written.",
+    401: "The key is revoked.",
     403: "This request needs a key with scope batch; nothing was written.",
     404: "There is no such pixel.",
     408: "The body took too long to arrive.",

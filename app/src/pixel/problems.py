@@ -44,7 +44,9 @@ class Problem(Exception):
         self.elsewhere = False
 
     def __str__(self) -> str:
-        return self.detail if self.written is None else f"{self.detail}; {_OUTCOMES[self.written]}."
+        if self.written is None:
+            return self.detail
+        return f"{self.detail.removesuffix('.')}; {_OUTCOMES[self.written]}."
 
     @classmethod
     def invalid(cls, field: str, reason: str) -> "Problem":

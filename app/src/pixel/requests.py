@@ -105,6 +105,7 @@ def find_writer(request: Request, scope: KeyScope) -> Writer | None:
         return state_of(request)["access"].writer(headers, peer, scope)
     except Refusal as refusal:
         metrics.REFUSALS.labels(refusal.reason).inc()
+        refusal.written = "no"
         raise
 
 

@@ -73,8 +73,9 @@ class Store:
         self._clock = RedisClock()
         self._commits = GroupCommit(server, settings, self._clock, self._worker)
         # Separate connections keep large and blocking reads from delaying small ones.
-        self._questions, self._pictures, self._following, self._replays = self._links = [
-            Link(server, settings.redis_timeout) for _ in range(4)
+        self._questions, self._pictures, self._following, self._replays, self._keys = self._links = [
+            *(Link(server, settings.redis_timeout) for _ in range(4)),
+            Link(server, settings.redis_timeout, "keys"),
         ]
         self.commit = self._commits.write
         self.write: Write = self.commit
@@ -120,12 +121,12 @@ class Store:
 
     async def keys_version(self) -> bytes | None:
         """A value that differs after each change of a key; None if there never was a key."""
-        [version] = await self._questions.ask(("GET", KEYS_VERSION))
+        [version] = await self._keys.ask(("GET", KEYS_VERSION))
         return version  # type: ignore[no-any-return]
 
     async def keys(self) -> tuple[bytes | None, dict[str, Key]]:
         """The keys by name, and their version."""
-        version, pairs = await self._questions.ask_at_once(("GET", KEYS_VERSION), ("HGETALL", KEYS))
+        version, pairs = await self._keys.ask_at_once(("GET", KEYS_VERSION), ("HGETALL", KEYS))
         return version, decode(pairs)
 
     async def last_event(self) -> EventId:
