@@ -233,8 +233,8 @@ def test_an_unknown_request_id_is_reported_in_one_line(play: Any) -> None:
     assert "[]" not in done.words
 
 
-# Playbooks that need AWS, minutes of load, or a backup; other tests run them.
-TESTED_ELSEWHERE = {"provision", "teardown", "loadtest", "calibrate", "restore"}
+# Playbooks that need AWS, minutes of load, a backup, or several arguments; other tests run them.
+TESTED_ELSEWHERE = {"provision", "teardown", "loadtest", "calibrate", "restore", "undo"}
 PLACEHOLDERS = {"<X-Request-ID>": "0123456789abcdef"}
 
 
