@@ -87,6 +87,13 @@ def test_a_healthy_fleet_has_no_finding(play: Any) -> None:
     assert "No fault was found on c5, t2." in done.words
 
 
+def test_hosts_that_do_not_answer_are_findings(play: Any) -> None:
+    done = play("playbooks/doctor.yml", ansible_port=9, ansible_ssh_retries=0)
+    assert done.returncode != 0
+    assert "2 finding(s): c5: can't be checked: " in done.words
+    assert "t2: can't be checked: " in done.words
+
+
 def test_planted_faults_are_found_one_line_each(play: Any, faults: None) -> None:
     done = play("playbooks/doctor.yml")
     assert done.returncode != 0
