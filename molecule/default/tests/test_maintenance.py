@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -15,34 +16,34 @@ def test_read_only_refuses_writes_and_nothing_else_and_off_ends_it(
     client: Any, play: Any, requests: Any, shell: Any, watched: Any
 ) -> None:
     with watched() as viewer, requests(strict=False) as report:
-        started = play("playbooks/maintenance.yml", "-e", "state=read-only", message="New disks until 22:00.")
-        assert started.returncode == 0, started.words
-        event = client.ask("/canvas.rgb?after=0-1")[1]["X-Pixel-Event"]
-        for instance in ("c5", "t2"):
-            status, headers, body = client.ask(f"/cluster/{instance}/pixel", PIXEL)
-            assert (status, headers["Retry-After"]) == (503, "10")
-            assert json.loads(body)["detail"] == "New disks until 22:00; nothing was written."
-            client.read_from(instance, "/pixel/1/2")
-        # A worker that starts obeys too, and the host stays in the balancer.
-        shell("systemctl restart pixel", on="t2")
-        time.sleep(3)
-        assert client.ask("/cluster/t2/pixel", PIXEL)[0] == 503
-        status = play("playbooks/status.yml")
-        assert "MAINTENANCE read-only since 20" in status.words
-        assert ": New disks until 22:00." in status.words
-        assert status.words.count(" active up ") == 2
-        assert client.ask("/canvas.rgb?after=0-2")[1]["X-Pixel-Event"] == event
-        assert play("playbooks/maintenance.yml", "-e", "state=off").returncode == 0
+        try:
+            started = play("playbooks/maintenance.yml", "-e", "state=read-only", message="Back at 22:00.")
+            assert started.returncode == 0, started.words
+            time.sleep(1)
+            event = viewer.event
+            for instance in ("c5", "t2"):
+                status, headers, body = client.ask(f"/cluster/{instance}/pixel", PIXEL)
+                assert (status, headers["Retry-After"]) == (503, "10")
+                assert json.loads(body)["detail"] == "Back at 22:00; nothing was written."
+                client.read_from(instance, "/pixel/1/2")
+            # A worker that starts obeys too, and the host stays in the balancer.
+            shell("systemctl restart pixel", on="t2")
+            time.sleep(3)
+            assert client.ask("/cluster/t2/pixel", PIXEL)[0] == 503
+            status = play("playbooks/status.yml")
+            assert "MAINTENANCE read-only since 20" in status.words
+            assert ": Back at 22:00." in status.words
+            assert len(re.findall(r" active +up ", status.stdout)) == 2
+            assert viewer.event == event
+        finally:
+            ended = play("playbooks/maintenance.yml", "-e", "state=off")
+        assert ended.returncode == 0, ended.words
         assert client.ask("/pixel", PIXEL)[0] == 200
-        count = len(viewer.instances)
-    assert count <= 2  # only the restarted host ended streams
     assert set(report["errors"]) == {"status 503"}
     assert "MAINTENANCE" not in play("playbooks/status.yml").words
 
 
-def test_on_refuses_the_api_but_not_health_checks_and_releases_can_be_deployed(
-    client: Any, play: Any
-) -> None:
+def test_on_refuses_the_api_but_not_health_checks(client: Any, play: Any) -> None:
     assert play("playbooks/maintenance.yml", "-e", "state=on").returncode == 0
     try:
         assert play("playbooks/maintenance.yml", "-e", "state=on").changes() == {"c5": 0, "t2": 0}
@@ -51,13 +52,9 @@ def test_on_refuses_the_api_but_not_health_checks_and_releases_can_be_deployed(
             assert (status, json.loads(body)["maintenance"]) == (503, "on")
         for path in ("/", "/readyz", "/healthz", "/ping"):
             assert client.ask(path)[0] == 200
-        deployed = play("playbooks/pixel_app.yml", "-e", "pixel_app_log_level=error")
-        assert deployed.returncode == 0, deployed.words
-        assert client.ask("/pixel/1/2")[0] == 503
     finally:
         assert play("playbooks/maintenance.yml", "-e", "state=off").returncode == 0
     assert client.ask("/pixel/1/2")[0] == 200
-    assert play("playbooks/pixel_app.yml").returncode == 0
 
 
 def test_an_unknown_state_is_refused(play: Any) -> None:
