@@ -122,7 +122,7 @@ def test_backups_of_a_managed_redis_are_refused(tmp_path: Path, playbook: str) -
         ({"nginx_lb": None}, "no host in group 'nginx_lb'"),
         ({"redis": {"hosts": {"a": {}, "b": {}}}}, "Group 'redis' has 2 hosts (a, b)"),
         ({"pixel_app": {"hosts": {"a": {}, "c": {}}}}, "No 'private_address' for c."),
-        ({"history": {"hosts": {"b": {}, "d": {}}}}, "Group 'history' has d, which group 'pixel_app' doesn't"),
+        ({"history": {"hosts": {"b": {}, "d": {}}}}, "Group 'history' has d, which group 'pixel_app'"),
         (
             {"pixel_app": {"hosts": {"a": {}, "b": {"private_address": "b.example"}}}},
             "'b.example' of b is not",

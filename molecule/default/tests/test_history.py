@@ -104,7 +104,7 @@ def test_addresses_are_shown_to_operators_only(host: Any, client: Any) -> None:
 def test_a_history_that_is_killed_again_and_again_misses_nothing(host: Any, client: Any, kills: int) -> None:
     """Each acknowledged change is in the history once."""
     stop = threading.Event()
-    written = []
+    written: list[tuple[int, int, int]] = []
 
     def write() -> None:
         while not stop.is_set():
@@ -124,7 +124,7 @@ def test_a_history_that_is_killed_again_and_again_misses_nothing(host: Any, clie
     state = history(client, STATE)
     assert state["changes"] == started["changes"] + len(written)
     assert state["gaps"] == started["gaps"]
-    found = []
+    found: list[tuple[int, int, int]] = []
     after = ""
     while len(found) < len(written):
         page = history(client, f"/history?limit=1000{after}")
