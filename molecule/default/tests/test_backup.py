@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,16 @@ def backup(folder: Path, play: Any, client: Any) -> Path:
     [made] = backups(folder)
     made.with_suffix(".log").write_text(done.stdout)
     return made
+
+
+def test_the_history_is_part_of_the_backup(backup: Path, folder: Path, tmp_path: Path) -> None:
+    [made] = folder.glob("history-*.sqlite.gz")
+    assert made.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "history").write_bytes(gzip.decompress(made.read_bytes()))
+    with closing(sqlite3.connect(tmp_path / "history")) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        [changes] = database.execute("SELECT count(*) FROM changes").fetchone()
+    assert changes > 0
 
 
 def test_a_backup_is_complete_and_readable_by_its_owner_only(backup: Path, folder: Path) -> None:

@@ -93,13 +93,12 @@ def backup(arguments: argparse.Namespace, pixel: Settings, history: settings.His
 
 
 def timelapse(arguments: argparse.Namespace, pixel: Settings, history: settings.HistorySettings) -> None:
-    """Write a film of the canvas to standard output."""
+    """Write a film of the canvas, an animated WebP, to standard output."""
     region, _, since, until = _selection(arguments, pixel)
     whole = Region(0, 0, pixel.canvas_width, pixel.canvas_height)
     film = Film(region or whole, since, until, arguments.seconds, arguments.scale)
-    write = {"webp": film.write_webp, "mp4": film.write_mp4}[arguments.format]
     try:
-        write(history.path, sys.stdout.buffer)
+        film.write_webp(history.path, sys.stdout.buffer)
     except ValueError as error:
         raise SystemExit(f"timelapse: {error}") from None
 
@@ -137,7 +136,6 @@ def main(words: Sequence[str] | None = None) -> None:
             sub.add_argument("--user", default=operator, help="the operator who is recorded as author")
         if command is timelapse:
             sub.set_defaults(author=None)
-            sub.add_argument("--format", choices=("webp", "mp4"), default="webp")
             sub.add_argument("--seconds", type=float, default=20, help="length of the film (20)")
             sub.add_argument("--scale", type=int, choices=range(1, 17), default=1, help="size of a pixel (1)")
         if command is backup:

@@ -1,8 +1,6 @@
-"""The history as a film: the canvas at regular times, as an animated WebP or an MP4."""
+"""The history as a film: the canvas at regular times, as an animated WebP."""
 
-import shutil
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -85,44 +83,6 @@ class Film(NamedTuple):
             lossless=True,
             method=0,
         )
-
-    def write_mp4(self, path: Path, file: BinaryIO) -> None:
-        """Write the film as an MP4, with Debian's package ffmpeg.
-
-        Raises ValueError if ffmpeg is missing.
-        """
-        program = shutil.which("ffmpeg")
-        if program is None:
-            raise ValueError("the program ffmpeg is missing: apt-get install ffmpeg")
-        size = f"{self.region.w * self.scale}x{self.region.h * self.scale}"
-        # H.264 in 4:2:0 has even sizes only.
-        even = "pad=ceil(iw/2)*2:ceil(ih/2)*2"
-        command = [
-            *(program, "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size),
-            *(
-                "-r",
-                str(FRAME_RATE),
-                "-i",
-                "-",
-                "-vf",
-                even,
-                "-c:v",
-                "libx264",
-                "-crf",
-                "12",
-                "-pix_fmt",
-                "yuv420p",
-            ),
-            *("-movflags", "frag_keyframe+empty_moov", "-f", "mp4", "-"),
-        ]
-        images = self._images(path)
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file) as ffmpeg:
-            assert ffmpeg.stdin is not None
-            for image in images:
-                ffmpeg.stdin.write(image.tobytes())
-            ffmpeg.stdin.close()
-            if ffmpeg.wait():
-                raise ValueError("ffmpeg failed, see above")
 
     def _images(self, path: Path) -> Iterator[Image.Image]:
         size = self.region.w, self.region.h
