@@ -93,9 +93,9 @@ def arguments(command_line: Mapping[str, Any], variables: Mapping[str, Any]) -> 
 
 
 def inventory_name(sources: Sequence[str]) -> str:
-    """Return the name of the first inventory's directory; `none` for a list of hosts."""
-    first = Path(sources[0]) if sources else Path()
-    return (first.name if first.is_dir() else first.parent.name) or "none"
+    """Return the name of the last inventory's directory; `none` for a list of hosts."""
+    last = Path(sources[-1]) if sources else Path()
+    return (last.name if last.is_dir() else last.parent.name) or "none"
 
 
 def append(path: Path, line: str) -> None:
@@ -172,7 +172,8 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
 
     def _record(self, failed: list[str], outcome: str, stats: Any) -> None:
         self._is_recorded = True
-        if not self._changed or self._play is None or not self._playbook.is_relative_to(ROOT):
+        is_ours = self._playbook.parent in (ROOT, ROOT / "playbooks")
+        if not self._changed or self._play is None or not is_ours:
             return
         manager = self._play.get_variable_manager()
         inventory = inventory_name(manager._inventory._sources or [])

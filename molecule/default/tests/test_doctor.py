@@ -17,9 +17,10 @@ PLANTED = {
         mkdir -p /etc/nginx/tls
         openssl req -x509 -newkey ed25519 -nodes -days 2 -subj /CN=doctor \\
             -keyout /dev/null -out /etc/nginx/tls/fullchain.pem
-        worker=$(pgrep --parent "$(cat /run/nginx.pid)" | head -1)
-        files=$(ls /proc/$worker/fd | wc -l)
-        prlimit --pid "$worker" --nofile=$files:
+        process=$(systemctl show -P MainPID prometheus)
+        prlimit --pid "$process" --nofile --output SOFT --noheadings >/run/doctor.files
+        files=$(ls /proc/$process/fd | wc -l)
+        prlimit --pid "$process" --nofile=$((files + files / 10)):
         cp -p /var/lib/pixel-metrics/pixel_backup.prom /run/doctor.prom
         echo 'pixel_backup_timestamp_seconds 1700000000' >/var/lib/pixel-metrics/pixel_backup.prom
         touch /run/reboot-required
@@ -28,10 +29,9 @@ PLANTED = {
         """
         umount /mnt /srv
         rm -f /etc/nginx/tls/fullchain.pem /run/reboot-required /var/lib/pixel-metrics/pixel_backup.prom
-        rmdir /etc/nginx/tls
         ! [ -e /run/doctor.prom ] || mv /run/doctor.prom /var/lib/pixel-metrics/pixel_backup.prom
         pixel-lb undrain t2
-        systemctl reload nginx
+        prlimit --pid "$(systemctl show -P MainPID prometheus)" --nofile="$(tr -d ' ' </run/doctor.files):"
         """,
     ),
     "t2": (
@@ -58,7 +58,7 @@ FINDINGS = [
     "c5: 0 % of the bytes of /mnt are free.",
     "c5: 0 % of the inodes of /srv are free.",
     "c5: the certificate /etc/nginx/tls/fullchain.pem expires in 2 days",
-    "c5: a process of nginx.service has ",
+    "c5: a process of prometheus.service has ",
     "c5: an upgrade takes effect only after a reboot",
     "c5: t2 is drained and gets no requests: playbooks/undrain.yml -e host=t2",
     "fleet: the newest backup is ",
