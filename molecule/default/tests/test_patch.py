@@ -28,7 +28,7 @@ echo 'deb [trusted=yes] file:/srv/updates ./' >/etc/apt/sources.list.d/updates.l
 touch /run/reboot-required
 """
 REMOVE = """
-rm -rf /etc/apt/sources.list.d/updates.list /srv/updates /var/lib/pixel-patch /run/reboot-required
+rm -rf /etc/apt/sources.list.d/updates.list /srv/updates /run/reboot-required
 apt-get purge --yes pixel-patched
 """
 BOOTED = "cut -d' ' -f22 /proc/1/stat"
