@@ -188,13 +188,11 @@ class State(NamedTuple):
 def state(path: Path) -> State:
     """The state of the history."""
     with reading(path) as database:
-        return State(
-            *database.execute(
-                "SELECT ifnull(max(id) - min(id) + 1, 0), (SELECT count(*) FROM gaps),"
-                " (SELECT time FROM changes WHERE id = (SELECT min(id) FROM changes)) FROM changes"
-            ).fetchone(),
-            content_bytes(database),
-        )
+        row = database.execute(
+            "SELECT ifnull(max(id) - min(id) + 1, 0), (SELECT count(*) FROM gaps),"
+            " (SELECT time FROM changes WHERE id = (SELECT min(id) FROM changes)) FROM changes"
+        ).fetchone()
+        return State(*row[:3], size=content_bytes(database))
 
 
 def _before(database: sqlite3.Connection, after: str | None) -> int:
