@@ -188,11 +188,11 @@ class State(NamedTuple):
 def state(path: Path) -> State:
     """The state of the history."""
     with reading(path) as database:
-        row = database.execute(
+        changes, gap_count, oldest = database.execute(
             "SELECT ifnull(max(id) - min(id) + 1, 0), (SELECT count(*) FROM gaps),"
             " (SELECT time FROM changes WHERE id = (SELECT min(id) FROM changes)) FROM changes"
         ).fetchone()
-        return State(*row[:3], size=content_bytes(database))
+        return State(changes, gap_count, oldest, content_bytes(database))
 
 
 def _before(database: sqlite3.Connection, after: str | None) -> int:
