@@ -47,6 +47,12 @@ class App(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
+class Server(ThreadingHTTPServer):
+    """Accepts many connections at once."""
+
+    request_queue_size = 128
+
+
 def render(folder: Path, **chosen: Any) -> None:
     """Write the configuration as the role does, with its defaults and the given variables."""
     loader = DataLoader()
@@ -88,7 +94,7 @@ def balancer(folder: Path, **chosen: Any) -> Iterator[int]:
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     paths = "".join(f"{kind}_temp_path {folder / kind};" for kind in kinds)
     main.write_text(text.replace("http {", f"http {{ {paths}"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), App) as app:
+    with Server(("127.0.0.1", 0), App) as app:
         Thread(target=app.serve_forever, daemon=True).start()
         upstreams = f"upstream pixel {{ server 127.0.0.1:{app.server_port}; }}\n"
         upstreams += "map $upstream_addr $pixel_other { default pixel; }\n"
@@ -224,7 +230,7 @@ def test_questions_about_the_history_reach_its_hosts(tmp_path: Path, path: str) 
             connection.request("GET", path)
             return connection.getresponse().status
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), History) as history:
+    with Server(("127.0.0.1", 0), History) as history:
         Thread(target=history.serve_forever, daemon=True).start()
         hosts = [f"127.0.0.1:{port}" for port in (free_port(), history.server_port)]
         (tmp_path / "with").mkdir()

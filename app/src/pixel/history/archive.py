@@ -95,6 +95,15 @@ def read_position(database: sqlite3.Connection) -> Position:
     return Position(EventId(row[0], row[1]), row[2], row[3], bool(row[4]))
 
 
+def content_bytes(database: sqlite3.Connection) -> int:
+    """Bytes that the content of a history file occupies in it."""
+    pages, free, size = (
+        database.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)
+
+
 def first_from(database: sqlite3.Connection, event: tuple[int, ...]) -> int:
     """ID of the first change at or after (milliseconds[, sequence[, number]]); may be the next ID."""
     first, last = database.execute(
@@ -127,15 +136,12 @@ class Archive:
         if version == 0:
             self._database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
         self._authors: dict[str, int] = {}
+        self.position = read_position(self._database)
+        """How much of the stream is archived."""
 
     def close(self) -> None:
         """Close the file."""
         self._database.close()
-
-    @property
-    def position(self) -> Position:
-        """How much of the stream is archived."""
-        return read_position(self._database)
 
     def append(self, entries: Iterable[Entry], position: EventId, count: int) -> int:
         """Add events and the new position in one transaction; returns the number of changes."""
@@ -195,7 +201,7 @@ class Archive:
         if first is None:
             return 0
         until = first_from(self._database, (before,))
-        if self.content_bytes() > most_bytes:
+        if content_bytes(self._database) > most_bytes:
             until = max(until, first + TRIMMED_AT_ONCE)
         until = min(until, first + TRIMMED_AT_ONCE, self.position.next)
         if until > first:
@@ -203,20 +209,13 @@ class Archive:
                 self._remove(first, until)
         return int(until - first)
 
-    def content_bytes(self) -> int:
-        """Bytes that the content occupies in the file."""
-        pages, free, size = (
-            self._database.execute(f"PRAGMA {name}").fetchone()[0]
-            for name in ("page_count", "freelist_count", "page_size")
-        )
-        return int((pages - free) * size)
-
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._database.execute("COMMIT")
+            self.position = read_position(self._database)
         except BaseException:
             self._database.execute("ROLLBACK")
             self._authors.clear()  # some may have been added in this transaction

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pixel.canvas import CHANNELS, Region
-from pixel.history.archive import first_from, read_position
+from pixel.history.archive import content_bytes, first_from, read_position
 from pixel.stream import EventId
 
 SCANNED = 100_000
@@ -177,22 +177,22 @@ def gaps(path: Path) -> list[Gap]:
 
 
 class State(NamedTuple):
-    """How much there is: changes, gaps, bytes of the file, and the time of the oldest change."""
+    """How much there is: changes, gaps, the time of the oldest change, and the size in bytes."""
 
     changes: int
     gaps: int
     oldest: int | None
+    size: int
 
 
 def state(path: Path) -> State:
     """The state of the history."""
     with reading(path) as database:
-        return State(
-            *database.execute(
-                "SELECT ifnull(max(id) - min(id) + 1, 0), (SELECT count(*) FROM gaps),"
-                " (SELECT time FROM changes WHERE id = (SELECT min(id) FROM changes)) FROM changes"
-            ).fetchone()
-        )
+        changes, gap_count, oldest = database.execute(
+            "SELECT ifnull(max(id) - min(id) + 1, 0), (SELECT count(*) FROM gaps),"
+            " (SELECT time FROM changes WHERE id = (SELECT min(id) FROM changes)) FROM changes"
+        ).fetchone()
+        return State(changes, gap_count, oldest, content_bytes(database))
 
 
 def _before(database: sqlite3.Connection, after: str | None) -> int:

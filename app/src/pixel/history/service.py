@@ -141,8 +141,8 @@ class Slots:
 class _Metrics(Collector):
     """The state of the history, for Prometheus."""
 
-    def __init__(self, settings: HistorySettings, archive: Archive, follower: Follower) -> None:
-        self._settings, self._archive, self._follower = settings, archive, follower
+    def __init__(self, settings: HistorySettings, follower: Follower) -> None:
+        self._settings, self._follower = settings, follower
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """Read the state of the file."""
@@ -151,7 +151,7 @@ class _Metrics(Collector):
             ("lag_seconds", "Seconds since the history was last up to date.", self._follower.lag),
             ("changes", "Changes in the history.", state.changes),
             ("oldest_timestamp_seconds", "Time of the oldest change.", (state.oldest or 0) / 1000),
-            ("bytes", "Size of the content of the history.", self._archive.content_bytes()),
+            ("bytes", "Size of the content of the history.", state.size),
         ):
             yield GaugeMetricFamily(f"pixel_history_{name}", text, value)
         yield CounterMetricFamily("pixel_history_archived", "Changes archived.", self._follower.changes)
@@ -257,7 +257,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
         link = Link(Server.of(settings), settings.redis_timeout)
         follower = Follower(archive, link, Region(0, 0, canvas.width, canvas.height))
         followers.append(follower)
-        registry.register(_Metrics(history, archive, follower))
+        registry.register(_Metrics(history, follower))
         tasks = [
             asyncio.create_task(follower.run()),
             asyncio.create_task(follower.keep_size(history.days, history.max_mb * 1_000_000)),

@@ -32,7 +32,7 @@ const picker = $("picker");
 const board = new Board($("board"));
 const origin = new Origin((text) => {
   $("origin").textContent = text;
-  $("origin").title = text;
+  $("origin").hidden = !text;
 });
 const painter = new Painter(board, (reason) => toast(`Not painted: ${reason}`));
 
