@@ -47,7 +47,8 @@ check-bench: tools
 	cd bench && pytest -q
 
 scenarios: tools  ## tests of the roles and the fleet, on hosts with systemd
-	$(MAKE) $(TWO) $(SCENARIOS)
+	$(MAKE) default
+	$(MAKE) $(TWO) $(filter-out default,$(SCENARIOS))
 
 $(SCENARIOS): tools
 	molecule test --scenario-name $@

@@ -129,7 +129,8 @@ def test_a_restart_ends_streams_cleanly_and_they_resume_on_the_other_host(
             restart = subprocess.Popen(
                 ["ssh", "-F", str(state / "ssh_config"), name, "sudo systemctl restart pixel"]
             )
-            while restart.poll() is None:
+            # Until the host serves, as a deploy does.
+            while restart.poll() is None or client.ask(f"/cluster/{name}/readyz")[0] != 200:
                 number += 1
                 batch = [PIXEL | {"x": number % 1024, "y": y, "value": number % 256} for y in range(50)]
                 assert client.ask("/pixels", json.dumps(batch).encode())[0] == 200
