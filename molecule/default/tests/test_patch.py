@@ -35,12 +35,12 @@ BOOTED = "cut -d' ' -f22 /proc/1/stat"
 
 
 def test_a_host_is_upgraded_and_rebooted_without_a_failed_write(
-    client: Any, host: Any, play: Any, requests: Any, shell: Any, watched: Any
+    client: Any, host: Any, play: Any, requests: Any, shell: Any
 ) -> None:
     shell(REPOSITORY)
     booted = shell(BOOTED)
     try:
-        with watched(), requests():
+        with requests():
             done = play("playbooks/patch.yml")
         assert done.returncode == 0, done.words
         assert (
