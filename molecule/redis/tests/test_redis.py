@@ -66,12 +66,20 @@ def test_the_apps_user_may_use_its_keys(redis: Any) -> None:
         ("config", "get", "*"),
         ("acl", "list"),
         ("shutdown",),
-        ("eval", "return 1", "0"),
+        ("eval", "return redis.call('get', KEYS[1])", "1", "other"),
+        ("evalsha", 40 * "0", "0"),
         ("publish", "channel", "x"),
     ],
 )
 def test_the_apps_user_may_run_no_other_command(redis: Any, command: tuple[str, ...]) -> None:
     assert redis("app", *command).startswith("NOPERM")
+
+
+def test_a_script_of_the_apps_user_has_no_further_rights(redis: Any) -> None:
+    assert redis("app", "eval", "return 1", "0") == "1"
+    answer = redis("app", "eval", "return redis.call('flushall')", "0")
+    # The words of Redis 7 and of Redis 8.
+    assert "can't run this command" in answer or "NOPERM" in answer
 
 
 def test_acknowledged_writes_are_configured_to_be_on_disk(redis: Any) -> None:
