@@ -77,7 +77,7 @@ def test_the_apps_user_may_run_no_other_command(redis: Any, command: tuple[str, 
 
 def test_a_script_of_the_apps_user_has_no_further_rights(redis: Any) -> None:
     assert redis("app", "eval", "return 1", "0") == "1"
-    answer = redis("app", "eval", "return redis.call('flushall')", "0")
+    answer = redis("app", "eval", 'return redis.call("flushall")', "0")
     # The words of Redis 7 and of Redis 8.
     assert "can't run this command" in answer or "NOPERM" in answer
 
