@@ -117,7 +117,9 @@ def test_a_release_that_becomes_worse_later_is_switched_back_by_itself(
     assert "was restored and serves. Hosts after it were not touched." in deployed.words
     assert deployed.returncode != 0
     assert after == before
-    assert play("playbooks/pixel_app.yml").changes() == {"c5": 0, "t2": 0}
+    # The next run removes what was staged on the hosts that were not touched.
+    assert play("playbooks/pixel_app.yml").changes()["c5"] == 0
+    assert releases() == before
 
 
 def test_a_good_release_is_watched_on_the_first_host_only(play: Any, releases: Any, requests: Any) -> None:
