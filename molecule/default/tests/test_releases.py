@@ -98,11 +98,11 @@ def bad_after(folder: Path, fault: str, seconds: float) -> Path:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_release_that_becomes_worse_later_is_switched_back_by_itself(
-    fault: str, play: Any, releases: Any, requests: Any, watched: Any, tmp_path: Path
+    fault: str, play: Any, releases: Any, requests: Any, tmp_path: Path
 ) -> None:
     before = releases()
     source = bad_after(tmp_path, fault, 10)
-    with watched(), requests():
+    with requests():
         deployed = play(
             "playbooks/pixel_app.yml",
             *("-e", f"pixel_app_source={source}", "-e", "pixel_app_release=worse", "-e", "pixel_app_bake=60"),

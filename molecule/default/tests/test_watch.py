@@ -72,7 +72,7 @@ def test_prometheus_scrapes_every_target(ask: Any, address: str) -> None:
             if target["health"] == "up"
         }
 
-    jobs = ("pixel", "redis", "nginx", "node", "prometheus", "alertmanager", "blackbox")
+    jobs = ("pixel", "redis", "nginx", "node", "prometheus", "alertmanager", "blackbox", "history")
     others = {("pixel", "t2"), ("node", "t2"), ("probe-read", f"http://{address}/ping")}
     wait_until(lambda: healthy() == {(job, "c5") for job in jobs} | others)
 
