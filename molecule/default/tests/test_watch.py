@@ -126,8 +126,10 @@ def metrics(query: str) -> set[str]:
 
 
 def test_the_alert_rules_are_loaded_and_healthy(ask: Any) -> None:
-    names = {rule["name"] for group in ask("rules")["groups"] for rule in group["rules"]}
-    cases = yaml.safe_load((ROOT / "tests" / "alerts.yml").read_text())["tests"]
+    rules = [rule for group in ask("rules")["groups"] for rule in group["rules"]]
+    names = {rule["name"] for rule in rules if rule["type"] == "alerting"}
+    files = [ROOT / "tests" / name for name in ("alerts.yml", "slo.yml")]
+    cases = [case for file in files for case in yaml.safe_load(file.read_text())["tests"]]
     assert names == {case["name"] for case in cases}
     wait_until(lambda: all(r["health"] == "ok" for g in ask("rules")["groups"] for r in g["rules"]))
 
@@ -187,7 +189,7 @@ def test_what_clients_see_is_counted_at_the_balancer(client: Any, shell: Any, qu
 def test_the_public_address_is_probed(query: Any, address: str, ask: Any) -> None:
     assert wait_until(lambda: query("probe_success")) == {f"http://{address}/ping": 1}
     flags = ask("status/flags")
-    assert (flags["storage.tsdb.retention.time"], flags["storage.tsdb.retention.size"]) == ("15d", "5GB")
+    assert (flags["storage.tsdb.retention.time"], flags["storage.tsdb.retention.size"]) == ("15d", "5GiB")
 
 
 @pytest.fixture
@@ -260,6 +262,7 @@ def test_an_alert_reaches_the_operators(
     wait_until(lambda: any(re.search("^Subject: .*RedisDown", mail, re.M) for mail in mails))
     active = {(each["labels"]["alertname"], each["labels"].get("job")) for each in ask("alerts")["alerts"]}
     host.run_expect([0], "systemctl start redis-server prometheus-nginx-exporter")
+    wait_until(lambda: any(each["path"] == "/heartbeat" for each in posted), 120)
     assert {(each["path"], each["authorization"]) for each in posted} == {
         ("/", f"Bearer {TOKEN}"),
         ("/heartbeat", None),
