@@ -13,7 +13,6 @@ from starlette.types import ASGIApp
 from pixel import metrics
 from pixel.access import Access
 from pixel.canvas import Canvas
-from pixel.errors import HANDLERS
 from pixel.events import Hub
 from pixel.maintenance import Gate
 from pixel.middleware import MetricsMiddleware
@@ -70,13 +69,7 @@ def create_api(settings: Settings) -> FastAPI:
         title="Pixel Endpoint",
         summary="A durable shared canvas over HTTP.",
         version=settings.release,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-        generate_unique_id_function=lambda route: route.name,
         lifespan=lifespan,
-        telemetry={"tracing": False, "metrics": False, "logs": False},
-        exception_handlers=HANDLERS,
     )
     api.state.routers = ROUTERS
     for router in ROUTERS:

@@ -7,6 +7,7 @@ import msgspec
 from fastapi import FastAPI
 
 from pixel.canvas import Canvas
+from pixel.errors import HANDLERS
 
 _REF = "#/components/schemas/{name}"
 
@@ -150,10 +151,18 @@ def _schema(kind: Any) -> Any:
 
 
 class DescribedAPI(FastAPI):
-    """FastAPI whose description contains the msgspec types, the size of the canvas, and the use of keys."""
+    """FastAPI with our answers to exceptions; describes the msgspec types, the canvas and the use of keys."""
 
     def __init__(self, canvas: Canvas, anonymous: Literal["paint", "read", "none"], **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+            generate_unique_id_function=lambda route: route.name,
+            telemetry={"tracing": False, "metrics": False, "logs": False},
+            exception_handlers=HANDLERS,
+            **options,
+        )
         # The methods that need a key.
         self._closed = {"paint": (), "read": ("post", "put"), "none": ("get", "post", "put")}[anonymous]
         self._most = {

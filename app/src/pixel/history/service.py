@@ -31,7 +31,6 @@ from starlette.types import ASGIApp
 from pixel import openapi
 from pixel.access import Access
 from pixel.canvas import Canvas, Region
-from pixel.errors import HANDLERS
 from pixel.history import queries
 from pixel.history.archive import Archive
 from pixel.history.follower import Follower
@@ -278,13 +277,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
         settings.anonymous,
         title="Pixel Endpoint: history",
         version=settings.release,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-        generate_unique_id_function=lambda route: route.name,
         lifespan=lifespan,
-        telemetry={"tracing": False, "metrics": False, "logs": False},
-        exception_handlers=HANDLERS,
     )
     api.state.routers = ()
     reader = [Depends(check_reader)]
