@@ -223,6 +223,14 @@ def start_service() -> Iterator[Callable[..., Service]]:
         service.remove()
 
 
+@pytest.fixture
+async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
+    """A store on the shared Redis, emptied."""
+    store = Store(redis_server.settings())
+    yield store
+    store.close()
+
+
 @pytest.fixture(scope="module")
 def service(shared_redis: RedisServer) -> Iterator[Service]:
     """A service with two workers, which is ready."""

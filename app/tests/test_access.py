@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -62,13 +62,6 @@ def header(answer: Answer, name: str) -> str:
 def authors(server: RedisServer) -> list[Any]:
     with server.admin() as admin:
         return [json.loads(fields.get(b"a", b"null")) for _, fields in admin.xrange(EVENTS)]
-
-
-@pytest.fixture
-async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
-    store = Store(redis_server.settings())
-    yield store
-    store.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
 from itertools import pairwise
 
 import pytest
@@ -29,13 +28,6 @@ SLOW = 1
 
 def writer(name: str, burst: int, per_minute: int = SLOW) -> Writer:
     return Writer(f"key:{name}", f"pixel:budget:key:{name}", Budget(per_minute, burst))
-
-
-@pytest.fixture
-async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
-    store = Store(redis_server.settings())
-    yield store
-    store.close()
 
 
 async def outcome(written: asyncio.Future[EventId]) -> int:

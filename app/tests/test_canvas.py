@@ -1,7 +1,6 @@
 """Geometry, and the canvas as bytes and as a picture."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from io import BytesIO
 
 import pytest
@@ -143,13 +142,6 @@ def test_head_is_get_without_the_body(client: TestClient) -> None:
         assert head.status_code == 200
         assert head.content == b""
         assert {**head.headers} == {**got.headers}
-
-
-@pytest.fixture
-async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
-    store = Store(redis_server.settings())
-    yield store
-    store.close()
 
 
 async def test_a_picture_is_read_and_encoded_once_for_all_requests(

@@ -25,13 +25,6 @@ SETTINGS = Settings(instance="c5", release="r1")
 
 
 @pytest.fixture
-async def store(redis_server: RedisServer) -> AsyncIterator[Store]:
-    store = Store(redis_server.settings())
-    yield store
-    store.close()
-
-
-@pytest.fixture
 async def hub(store: Store) -> AsyncIterator[Hub]:
     hub = Hub(store, SETTINGS)
     yield hub
