@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,28 @@ def test_old_lines_of_a_file_are_left_out() -> None:
     lines = [access_line(10), access_line(30), access_line(40, 503), "not JSON"]
     found = read_logs.access_entries(lines, start, lambda _: True)
     assert [each["text"] for each in found] == [access_line(30), access_line(40, 503)]
+
+
+def test_a_run_that_follows_late_reads_what_was_logged_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A follower's `since` is a second; on a busy host its runs lie further apart."""
+    commands: list[list[str]] = []
+
+    def journalctl(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="")
+
+    log = tmp_path / "access.log"
+    monkeypatch.setattr(read_logs, "ACCESS_LOG", log)
+    monkeypatch.setattr(read_logs.subprocess, "run", journalctl)
+    begin = read_logs.oldest("2026-11-27T20:00:00+00:00", 0)
+    log.write_text("")
+    first = read_logs.read(OPTIONS, begin)
+    log.write_text(access_line(1) + "\n")
+    second = read_logs.read(OPTIONS | {"position": first["position"]}, begin + 30)
+    assert [each["text"] for each in second["entries"]] == [access_line(1)]
+    assert f"--since=@{begin:.0f}" in commands[1]  # the journal had nothing yet: there is no cursor
 
 
 def test_a_line_begins_with_its_time_host_and_unit() -> None:

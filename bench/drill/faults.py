@@ -28,7 +28,7 @@ NEVER_READY = f'''
 _ready_app = app
 
 
-async def app(scope: Scope, receive: Receive, send: Send) -> None:
+async def app(scope, receive, send):
     """A release that its gate must refuse."""
     if scope.get("path") != "/readyz":
         await _ready_app(scope, receive, send)

@@ -209,13 +209,15 @@ def read(option: dict[str, Any], start: float) -> dict[str, Any]:
 
     Args:
         option: The module's options.
-        start: Time of the oldest line, in seconds since 1970.
+        start: Time of the oldest line, in seconds since 1970. That of the first run holds for those that
+            follow it, or lines would be lost between two runs that lie further apart than `since`.
     """
     matches = matcher(option)
     position = option["position"]
+    start = position.get("start", start)
     done = subprocess.run(journal_command(option, start), text=True, capture_output=True, check=False)
     entries, cursor = journal_entries(done.stdout.splitlines(), matches)
-    result = {"cursor": cursor or position.get("cursor", "")}
+    result = {"start": start, "cursor": cursor or position.get("cursor", "")}
     if option["unit"] in ("", "nginx"):
         lines, end = access_lines(ACCESS_LOG, start, position.get("access", {}))
         latest = deque(access_entries(lines, start, matches), maxlen=option["lines"])
