@@ -61,6 +61,7 @@ def jobs(only: set[str], main_seconds: int, quick: bool) -> list[Job]:
         quick: measure only the main number of connections.
     """
     main = _write(MAIN_CONNECTIONS, main_seconds)
+    browser = Step("browser", "browser", MAIN_CONNECTIONS, main_seconds)
     batch, mix = Step("batch100", "batch", 16, 1), Step("mix90", "mix", MAIN_CONNECTIONS, 1)
     viewers = Step("viewers", "", VIEWERS, VIEWERS_SECONDS)
     rest = [_write(count, 1) for count in CONNECTIONS if count != MAIN_CONNECTIONS]
@@ -71,7 +72,7 @@ def jobs(only: set[str], main_seconds: int, quick: bool) -> list[Job]:
         steps = [main] if "write" in variant.workloads else []
         if steps and not quick and variant.name not in MAIN_ONLY:
             steps += rest
-        steps += [step for step in (batch, mix, viewers) if step.workload in variant.workloads]
+        steps += [step for step in (browser, batch, mix, viewers) if step.workload in variant.workloads]
         planned.append(Job(variant.name, "always" if variant.stores else "none", tuple(steps)))
         if variant.name in EVERYSEC:
             planned.append(Job(variant.name, "everysec", (main,)))

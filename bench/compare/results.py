@@ -134,9 +134,9 @@ class Results:
             if key.fsync == "always":
                 lazier = key._replace(fsync="everysec")
                 yield from self._all_figures(key, lazier, "always/everysec")
-            if key.workload == "scaling_2w":
-                single = key._replace(workload="scaling_1w")
-                yield from self._all_figures(key, single, key.fsync)
+            former = {"scaling_2w": "scaling_1w", "browser": "write"}.get(key.workload)
+            if former is not None:
+                yield from self._all_figures(key, key._replace(workload=former), key.fsync)
 
     def _all_figures(self, a: Key, b: Key, fsync: str) -> Iterator[Ratio]:
         for name in RATIO_FIGURES:
@@ -167,6 +167,9 @@ class Results:
         of = self.ratio(at("ours_keys"), at("ours_unix"), "cpu_total")
         if of is not None:
             yield Bar("ours_keys / ours_unix, cpu_total", 1.1, of)
+        of = self.ratio(at("ours_unix")._replace(workload="browser"), at("ours_unix"), "cpu_total")
+        if of is not None:
+            yield Bar("ours_unix, a browser's headers / without", 1.15, of)
         mix = at("ours_unix")._replace(workload="mix90")
         of = self.ratio(mix, mix._replace(variant="nginx_lua"), "cpu_total")
         if of is not None:

@@ -69,7 +69,7 @@ def bars(results: Results) -> str:
 
 
 def _rank(workload: str) -> int:
-    order = ["write", "batch100", "mix90", "viewers", "scaling_1w", "scaling_2w"]
+    order = ["write", "browser", "batch100", "mix90", "viewers", "scaling_1w", "scaling_2w"]
     return order.index(workload)
 
 

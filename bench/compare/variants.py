@@ -219,6 +219,7 @@ def floor_asgi(stack: Stack, place: Place) -> None:
 
 
 EVERYTHING = frozenset({"write", "batch100", "mix90"})
+OURS = EVERYTHING | {"browser", "viewers"}
 READS = frozenset({"write", "mix90"})
 VIEWERS = frozenset({"viewers"})
 
@@ -228,7 +229,7 @@ VARIANTS = {
         Variant("literal", "FastAPI, stores nothing, Nginx over TCP", literal, stores=False),
         Variant("usual", "FastAPI + redis-py, Nginx over TCP", usual, workloads=EVERYTHING),
         Variant("ours_tcp", "ours, Nginx over TCP", ours_tcp),
-        Variant("ours_unix", "ours, Nginx over a unix socket", ours_unix, workloads=EVERYTHING | VIEWERS),
+        Variant("ours_unix", "ours, Nginx over a unix socket", ours_unix, workloads=OURS),
         Variant("ours_keys", "ours_unix, every client has a key", ours_keys),
         Variant("ours_budgets", "ours_keys, the key has a budget", ours_budgets),
         Variant("ours_direct", "ours, without Nginx", ours_direct),

@@ -18,8 +18,8 @@ from pixel_lb.files import Paths
 # The user of Nginx's workers.
 WORKERS_USER = "www-data"
 RELOAD_SECONDS = 10.0
-# Longer than the time that a busy client leaves a connection idle.
-ANNOUNCE_SECONDS = 2.0
+# Longer than the time that a busy client leaves a connection idle. Nginx looks for the file once a second.
+ANNOUNCE_SECONDS = 2.5
 
 
 class Nginx:

@@ -16,9 +16,9 @@ function common.pixel()
         .. ',"channel":"' .. CHANNELS[random(3)] .. '","value":' .. random(0, 255) .. "}"
 end
 
-function common.post(path, body)
+function common.post(path, body, headers)
     return "POST " .. path .. " HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n" .. key
-        .. "Content-Length: " .. #body .. "\r\n\r\n" .. body
+        .. (headers or "") .. "Content-Length: " .. #body .. "\r\n\r\n" .. body
 end
 
 function common.get_pixel()

@@ -265,12 +265,14 @@ def test_files_that_nginx_has_not_loaded_yet_are_loaded(host: Any, shell: Any) -
 def test_a_reload_is_announced_to_writers(host: Any, shell: Any, curl: Any) -> None:
     assert curl("/pixel", "POST", "a body")[1]["connection"] == "keep-alive"
     shell("touch /run/pixel-lb/closing")
+    time.sleep(1.1)  # Workers look for the file once a second.
     status, headers, body = curl("/pixel", "POST", "a body")
     assert (status, headers["connection"], json.loads(body)["body"]) == (200, "close", "a body")
     before = {worker.pid for worker in host.process.filter(ppid=int(master(host)))}
     shell("systemctl reload nginx")
     assert not host.file("/run/pixel-lb/closing").exists
     assert {worker.pid for worker in host.process.filter(ppid=int(master(host)))} - before
+    time.sleep(1.1)
     assert curl("/pixel", "POST", "a body")[1]["connection"] == "keep-alive"
 
 
