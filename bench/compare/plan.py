@@ -61,7 +61,7 @@ def jobs(only: set[str], main_seconds: int, quick: bool) -> list[Job]:
         quick: measure only the main number of connections.
     """
     main = _write(MAIN_CONNECTIONS, main_seconds)
-    browser = Step("browser", "browser", MAIN_CONNECTIONS, main_seconds)
+    browser = Step("browser", "browser", MAIN_CONNECTIONS, 2)
     batch, mix = Step("batch100", "batch", 16, 1), Step("mix90", "mix", MAIN_CONNECTIONS, 1)
     viewers = Step("viewers", "", VIEWERS, VIEWERS_SECONDS)
     rest = [_write(count, 1) for count in CONNECTIONS if count != MAIN_CONNECTIONS]
