@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import socket
 import subprocess
 import time
@@ -19,6 +20,8 @@ from typing import Any
 import pytest
 from ansible.parsing.dataloader import DataLoader  # type: ignore[import-untyped]
 from ansible.template import Templar, trust_as_template  # type: ignore[import-untyped]
+from playwright.sync_api import Error as PlaywrightError
+from playwright.sync_api import sync_playwright
 
 ROLE = Path(__file__).resolve().parents[1] / "roles" / "nginx_lb"
 RECEIVED: list[int] = []
@@ -263,3 +266,71 @@ def test_a_write_carries_only_the_headers_that_the_app_reads(tmp_path: Path) -> 
         assert read.items() <= whole.items()
         assert received("/pixel", others).keys() == added
         assert (others | read).items() <= received("/pixels", others | read).items()
+
+
+OWN = "https://game.example.org"
+FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "accepted"),
+    [
+        ([OWN], OWN, True),
+        ([OWN], "https://other.example.org", False),
+        (["*"], "http://a:1", True),
+        ([], OWN, False),
+    ],
+)
+def test_pages_of_named_origins_may_use_the_api(
+    tmp_path: Path, allowed: list[str], origin: str, accepted: bool
+) -> None:
+    ask = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+
+    def answer(method: str, path: str, sent: dict[str, str]) -> tuple[int, Any]:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            connection.request(method, path, headers=sent)
+            found = connection.getresponse()
+            return found.status, found.headers
+
+    with balancer(tmp_path, nginx_lb_cors_origins=allowed) as port:
+        status, headers = answer("OPTIONS", "/pixel", ask)
+        assert headers["Access-Control-Allow-Origin"] == (origin if accepted else None)
+        if accepted:
+            assert status == 204
+            assert "PUT" in headers["Access-Control-Allow-Methods"]
+            assert "Authorization" in headers["Access-Control-Allow-Headers"]
+        # The balancer's own errors too, or a page could not read their reasons.
+        for extra, expected in ({}, 200), ({"Content-Length": "99999999"}, 413):
+            status, headers = answer("GET", "/ping", {"Origin": origin} | extra)
+            assert status == expected
+            assert headers["Access-Control-Allow-Origin"] == (origin if accepted else None)
+            assert headers["Vary"] == ("Origin" if allowed else None)
+            assert ("Retry-After" in (headers["Access-Control-Expose-Headers"] or "")) is accepted
+        assert answer("GET", "/ping", {})[1]["Access-Control-Allow-Origin"] is None
+
+
+def test_a_page_of_another_origin_paints_in_a_browser(tmp_path: Path) -> None:
+    """The browser asks first, because of the content type and the key."""
+    script = """async (url) => {
+        const headers = {"Content-Type": "application/json", Authorization: "Bearer a"};
+        const answer = await fetch(url, {method: "POST", headers, body: "{}"});
+        return [answer.status, answer.headers.get("X-Request-ID")?.length];
+    }"""
+    with Server(("127.0.0.1", 0), App) as site, sync_playwright() as playwright:
+        Thread(target=site.serve_forever, daemon=True).start()
+        origin = f"http://127.0.0.1:{site.server_port}"
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        page = browser.new_page()
+        page.goto(origin)
+        for number, allowed in enumerate(([origin], ["https://game.example.org"])):
+            (tmp_path / str(number)).mkdir()
+            with balancer(tmp_path / str(number), nginx_lb_cors_origins=allowed) as port:
+                painting = f"http://127.0.0.1:{port}/pixel"
+                if allowed == [origin]:
+                    assert page.evaluate(script, painting) == [200, 32]
+                    assert HEADERS[-1]["Authorization"] == "Bearer a"
+                else:
+                    with pytest.raises(PlaywrightError, match="Failed to fetch"):
+                        page.evaluate(script, painting)
+        browser.close()
+        site.shutdown()
