@@ -129,7 +129,7 @@ def test_a_run_that_follows_late_reads_what_was_logged_meanwhile(
 
     log = tmp_path / "access.log"
     monkeypatch.setattr(read_logs, "ACCESS_LOG", log)
-    monkeypatch.setattr(read_logs.subprocess, "run", journalctl)
+    monkeypatch.setattr(subprocess, "run", journalctl)
     begin = read_logs.oldest("2026-11-27T20:00:00+00:00", 0)
     log.write_text("")
     first = read_logs.read(OPTIONS, begin)
