@@ -1,7 +1,7 @@
 """The fault drill: the effect of deploys, faults and power cuts on users of the local fleet.
 
     python -m bench.drill                      # everything, in the order of the table
-    python -m bench.drill --quick              # five events, once each
+    python -m bench.drill --quick              # three events, once each
     python -m bench.drill --events "t2 frozen,redis killed" --runs 5
 
 Each event happens during writes at a constant rate and by sequential writers. All acknowledged

@@ -347,7 +347,7 @@ EVENTS = (
     Event("redis killed", kill_redis, runs=10, excused=AWAY, grace=2),
     Event("c5 power cut", cut_power, excused=ANYTHING, grace=10, patience=120),
 )
-QUICK = ("deploy", "bad deploy", "rollback", "worker killed", "redis killed")
+QUICK = ("worker killed", "t2 worker stopped", "redis killed")
 
 
 def clear_cache(label: str) -> None:
