@@ -30,7 +30,7 @@ from bench.attack import attacks
 from bench.attack.attacks import ATTACKS, HALF_SENT, QUICK, Attack
 from bench.attack.workers import LocalFleet, Memory, OneInstance, Service
 from bench.compare.machine import describe
-from bench.drill.hosts import ROOT, Fleet, FleetError
+from bench.drill.hosts import BALANCER, ROOT, Fleet, FleetError
 from bench.load.disk import behind_a_flush
 from bench.load.figures import Spread
 from bench.load.http1 import Target
@@ -202,7 +202,9 @@ async def attack_all(options: argparse.Namespace, results: list[Result]) -> None
         service, url = OneInstance(options.master), options.url
     else:
         fleet = Fleet.load()
-        service, ours, url = LocalFleet(fleet), tuple(fleet.addresses.values()), options.url or fleet.url
+        # Docker's published port hides the client's address.
+        own = f"http://{fleet.addresses[BALANCER]}" if options.source else fleet.url
+        service, ours, url = LocalFleet(fleet), tuple(fleet.addresses.values()), options.url or own
     must_be_ours(url, ours)
     bench = Bench(url, service, options)
     for attack in options.attacks:

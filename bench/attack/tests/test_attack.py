@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -156,7 +157,10 @@ def test_all_that_is_made_is_written_down(
 
 def test_the_workers_of_an_instance_are_its_masters_children() -> None:
     async def look() -> Memory:
-        child = await asyncio.create_subprocess_exec("sleep", "60")
+        command = (sys.executable, "-c", "print(flush=True); import time; time.sleep(60)")
+        child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        assert child.stdout is not None
+        await child.stdout.readline()  # A program that has just been started has no memory yet.
         try:
             memory = await OneInstance(os.getpid()).memory()
             assert str(child.pid) in memory
