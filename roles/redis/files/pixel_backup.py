@@ -2,7 +2,7 @@
 """Back up the canvas to a restic repository, and restore every backup once to verify it.
 
     pixel-backup run                   make a backup, verify it, remove old ones
-    pixel-backup list                  list the backups
+    pixel-backup list [BACKUP]         list all backups, or one
     pixel-backup dump BACKUP FILE      write a file of a backup to standard output
     pixel-backup status                print the results of the last run as JSON
     pixel-backup restic ARGUMENT...    run restic on the repository
@@ -326,8 +326,8 @@ class Repository:
             return output or ""
         if "wrong password" in errors:
             raise Problem(
-                f"redis_backup_password is not the password of the repository {self.address}. Use the one with"
-                " which it was created: without it, nobody can read the backups."
+                f"redis_backup_password is not the password of the repository {self.address}. Use the one that"
+                " it was created with: without it, nobody can read the backups."
             )
         reason = " ".join(errors.replace(self._settings.repository, self.address).split())
         raise Problem(f"restic {arguments[0]} failed on {self.address}: {reason.removeprefix('Fatal: ')}")
@@ -335,6 +335,12 @@ class Repository:
     def open(self, status: Status) -> None:
         """Open the repository, or create it in a place that has not been used before."""
         digest = hashlib.sha256(self._settings.repository.encode()).hexdigest()
+        if self.address.startswith("/") and not os.access(self.address, os.W_OK, effective_ids=True):
+            owner = pwd.getpwuid(os.geteuid()).pw_name
+            raise Problem(
+                f"{self.address} is not a directory that user {owner} can write to. Mount the disk of the"
+                f" repository, then type: install -d -o {owner} -g {owner} -m 0700 {self.address}"
+            )
         try:
             # Removes the locks of processes that no longer exist.
             self._run("unlock", timeout=PATIENCE)
@@ -343,8 +349,8 @@ class Repository:
                 raise
             if status.repository == digest:
                 raise Problem(
-                    f"the repository {self.address} is no longer there. Is its disk mounted? To begin a new one,"
-                    f" remove {self._settings.home / 'status.json'}. ({problem})"
+                    f"the repository {self.address} is no longer there. Is its disk mounted? To begin a new"
+                    f" one, remove {self._settings.home / 'status.json'}. ({problem})"
                 ) from None
             self._run("init", timeout=PATIENCE)
         status.repository = digest
@@ -354,8 +360,8 @@ class Repository:
         output = self._run("snapshots", "--json", *self._ours, timeout=PATIENCE)
         return sorted(json.loads(output), key=lambda snapshot: str(snapshot["time"]))
 
-    def find(self, name: str) -> str:
-        """Return the ID of a snapshot."""
+    def find(self, name: str) -> dict[str, Any]:
+        """Return a snapshot by the beginning of its ID, or the newest verified one."""
         known = self.snapshots()
         if name == "latest":
             matching = [one for one in known if VERIFIED in one["tags"]][-1:]
@@ -365,7 +371,7 @@ class Repository:
             fault = "several backups match" if matching else "no backup matches"
             listing = "\n".join(describe(known)) if known else f"nothing of '{self._settings.fleet}'"
             raise Problem(f"{fault} '{name}'. {self.address} has:\n{listing}")
-        return str(matching[0]["id"])
+        return matching[0]
 
     def save(self, directory: Path) -> str:
         """Back up the files of a directory; return the snapshot's ID."""
@@ -570,11 +576,13 @@ def main(arguments: list[str], path: Path = SETTINGS) -> int:
         match arguments:
             case ["run"]:
                 run(settings)
-            case ["list"]:
-                print("\n".join(describe(Repository(settings).snapshots())))
+            case ["list", *names]:
+                repository = Repository(settings)
+                found = [repository.find(name) for name in names] if names else repository.snapshots()
+                print("\n".join(describe(found)))
             case ["dump", name, file]:
                 repository = Repository(settings)
-                repository.dump(repository.find(name), file, sys.stdout)
+                repository.dump(str(repository.find(name)["id"]), file, sys.stdout)
             case ["status"]:
                 print(json.dumps(dataclasses.asdict(Status.read(settings.home))))
             case ["restic", *rest]:
