@@ -326,8 +326,8 @@ class Repository:
             return output or ""
         if "wrong password" in errors:
             raise Problem(
-                f"redis_backup_password is not the password of the repository {self.address}. Use the one that"
-                " it was created with: without it, nobody can read the backups."
+                f"redis_backup_password is not the password of the repository {self.address}. Use the one"
+                " that it was created with: without it, nobody can read the backups."
             )
         reason = " ".join(errors.replace(self._settings.repository, self.address).split())
         raise Problem(f"restic {arguments[0]} failed on {self.address}: {reason.removeprefix('Fatal: ')}")
