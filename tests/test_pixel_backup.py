@@ -177,14 +177,11 @@ def test_no_secret_is_in_a_command(made: list[tuple[str, ...]]) -> None:
 def test_the_latest_backup_is_the_canvas(
     made: Any, place: Place, redis: Server, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    for name in ("canvas.rdb", "history.sqlite"):
-        assert pixel_backup.main(["dump", "latest", name], place.write()) == 0
-        (tmp_path / name).write_bytes(capfdbinary.readouterr().out)
+    assert pixel_backup.main(["dump", "latest", "canvas.rdb"], place.write()) == 0
+    (tmp_path / "canvas.rdb").write_bytes(capfdbinary.readouterr().out)
     with Server(place.settings, tmp_path) as restored:
         assert restored.digests() == redis.digests()
         assert restored.run("GETRANGE", "pixel:0:0", "1000", "-1") == "abc"
-    with contextlib.closing(sqlite3.connect(tmp_path / "history.sqlite")) as database:
-        assert database.execute("SELECT count(*) FROM changes").fetchone() == (0,)
 
 
 def test_a_wrong_password_is_named(made: Any, fails: Any, place: Place) -> None:
@@ -272,12 +269,12 @@ def test_a_restored_canvas_with_other_content_is_not_verified(
         backup.verify(Repository(place.settings), "")
 
 
-def test_an_unreachable_repository_is_named(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixel_backup, "PATIENCE", 1)
-    message = fails("run", repository="s3:http://user:secret@127.0.0.1:1/bucket")
-    assert (
-        "the repository s3:http://127.0.0.1:1/bucket didn't answer within 1 s: check the address" in message
-    )
+def test_a_repository_that_does_not_answer_is_named(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixel_backup, "PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}/bucket"
+        message = fails("run", repository=f"s3:http://user:secret@{address}")
+    assert f"the repository s3:http://{address} didn't answer within 0.5 s: check the address" in message
 
 
 def test_a_directory_that_is_not_mounted_is_not_filled(
@@ -294,9 +291,7 @@ def test_a_directory_that_is_not_mounted_is_not_filled(
     shutil.rmtree(tmp_path / "disk")
     (tmp_path / "disk").mkdir()
     used.write(Settings.read(place.write(**values)))
-    assert f"the repository {tmp_path}/disk is no longer there. Is its disk mounted?" in fails(
-        "run", **values
-    )
+    assert f"the repository {tmp_path}/disk can't be opened. Can this host reach it" in fails("run", **values)
     assert list((tmp_path / "disk").iterdir()) == []
 
 
@@ -313,7 +308,7 @@ def test_two_backups_are_not_made_at_once(place: Place, fails: Any) -> None:
 
 
 def test_a_damaged_log_is_reported(place: Place, tmp_path: Path) -> None:
-    log = tmp_path / "log"
+    log = tmp_path / "appendonlydir"
     log.mkdir()
     settings = Settings.read(place.write(log=str(log)))
     with pytest.raises(Problem, match="has no complete log: does Redis run"):

@@ -349,8 +349,8 @@ class Repository:
                 raise
             if status.repository == digest:
                 raise Problem(
-                    f"the repository {self.address} is no longer there. Is its disk mounted? To begin a new"
-                    f" one, remove {self._settings.home / 'status.json'}. ({problem})"
+                    f"the repository {self.address} can't be opened. Can this host reach it, and is its disk"
+                    f" mounted? To begin a new one, remove {self._settings.home / 'status.json'}. ({problem})"
                 ) from None
             self._run("init", timeout=PATIENCE)
         status.repository = digest
