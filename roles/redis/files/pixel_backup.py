@@ -554,11 +554,8 @@ def run(settings: Settings) -> None:
     try:
         make_backup(settings, status)
         status.error = ""
-    except OSError as error:
-        status.error = f"{error.strerror}: {error.filename}"
-        raise
-    except Problem as problem:
-        status.error = str(problem)
+    except (OSError, Problem) as error:
+        status.error = str(error)
         raise
     finally:
         status.write(settings)
@@ -569,6 +566,10 @@ def main(arguments: list[str], path: Path = SETTINGS) -> int:
     os.umask(0o077)
     try:
         settings = Settings.read(path)
+    except PermissionError:
+        print("pixel-backup: only root can read its settings: use sudo.", file=sys.stderr)
+        return 1
+    try:
         if settings.user:
             user = pwd.getpwnam(settings.user)
             os.setgroups([])
@@ -590,14 +591,8 @@ def main(arguments: list[str], path: Path = SETTINGS) -> int:
             case _:
                 print(__doc__)
                 return 2
-    except PermissionError as error:
-        print(f"pixel-backup: {error.filename} can't be read: run it as root, with sudo.", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"pixel-backup: {error.strerror}: {error.filename}", file=sys.stderr)
-        return 1
-    except Problem as problem:
-        print(f"pixel-backup: {problem}", file=sys.stderr)
+    except (OSError, Problem) as error:
+        print(f"pixel-backup: {error}", file=sys.stderr)
         return 1
     return 0
 
