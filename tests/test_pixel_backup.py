@@ -277,6 +277,27 @@ def test_a_repository_that_does_not_answer_is_named(fails: Any, monkeypatch: pyt
     assert f"the repository s3:http://{address} didn't answer within 0.5 s: check the address" in message
 
 
+def test_a_history_that_fails_does_not_keep_the_canvas_from_being_backed_up(
+    place: Place, redis: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pixel-history").write_text("#!/bin/sh\necho no release >&2; exit 1\n")
+    (tmp_path / "pixel-history").chmod(0o755)
+    monkeypatch.setattr(pixel_backup, "PIXEL_HISTORY", str(tmp_path / "pixel-history"))
+    backup = Backup(Settings.read(place.write(history=str(tmp_path))), tmp_path)
+    backup.take(may_be_empty=False)
+    assert str(backup.history_problem) == "pixel-history backup failed: no release"
+    assert [path.name for path in backup.files.iterdir()] == ["canvas.rdb"]
+
+
+def test_a_command_that_fails_is_not_taken_for_a_digest(place: Place, tmp_path: Path) -> None:
+    scripts = place.values["scripts"] | {"digests": "return redis.error_reply('no')"}
+    with (
+        Server(Settings.read(place.write(scripts=scripts)), tmp_path) as server,
+        pytest.raises(Problem, match="answered EVAL with an error: "),
+    ):
+        server.digests()
+
+
 def test_a_directory_that_is_not_mounted_is_not_filled(
     place: Place, tmp_path: Path, fails: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

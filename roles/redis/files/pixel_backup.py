@@ -236,7 +236,8 @@ class Server:
 
     def __enter__(self) -> Server:
         try:
-            while self._ask("PING") != "PONG":
+            # While it loads the data, every command fails.
+            while self._ask("PING")[0] != 0:
                 if self._process.poll() is not None:
                     raise Problem(self._failure())
                 time.sleep(0.05)
@@ -252,14 +253,15 @@ class Server:
         self._process.kill()
         self._process.wait()
 
-    def _ask(self, *command: str) -> str:
+    def _ask(self, *command: str) -> tuple[int, str]:
         asking = self._settings.start(
-            *("redis-cli", "-s", "socket", *command),
+            *("redis-cli", "-e", "-s", "socket", *command),
             cwd=self._directory,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        return asking.communicate()[0].strip()
+        answer = asking.communicate()[0].strip()
+        return asking.returncode, answer
 
     def _failure(self) -> str:
         if self._process.returncode == -9:
@@ -269,9 +271,11 @@ class Server:
 
     def run(self, *command: str) -> str:
         """Return the answer to a command."""
-        answer = self._ask(*command)
+        status, answer = self._ask(*command)
         if self._process.poll() is not None:
             raise Problem(self._failure())
+        if status != 0:
+            raise Problem(f"the second Redis answered {command[0]} with an error: {answer}")
         return answer
 
     def digests(self) -> list[str]:
@@ -284,8 +288,7 @@ class Server:
 
     def save(self) -> None:
         """Write all keys to the file CANVAS."""
-        if self.run("SAVE") != "OK":
-            raise Problem(self._failure())
+        self.run("SAVE")
 
 
 class Repository:
@@ -430,6 +433,8 @@ class Backup:
         self._digests: list[str] = []
         # Digest of the history's file, if there is one.
         self._history = ""
+        # Why there is no backup of the history. That of the canvas is made nevertheless.
+        self.history_problem: Problem | None = None
         self.files = self._directory("files")
 
     def _directory(self, name: str) -> Path:
@@ -446,7 +451,10 @@ class Backup:
         """Write the files to back up, and remember their digests."""
         settings = self._settings
         if settings.history:
-            self._take_history(settings.history)
+            try:
+                self._take_history(settings.history)
+            except Problem as problem:
+                self.history_problem = problem
         with contextlib.ExitStack() as stack:
             with rights_of_owner(settings.log):
                 log = open_log(settings.log)
@@ -503,9 +511,13 @@ class Backup:
         if self._history:
             if digest_of(directory / HISTORY) != self._history:
                 raise Problem("the restored history differs from the one that was backed up.")
-            with contextlib.closing(sqlite3.connect(directory / HISTORY)) as database:
-                if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
-                    raise Problem("the history's database is damaged: see `journalctl -u pixel-history`.")
+            try:
+                with contextlib.closing(sqlite3.connect(directory / HISTORY)) as database:
+                    [(result,)] = database.execute("PRAGMA quick_check(1)")
+            except sqlite3.DatabaseError as error:
+                result = str(error)
+            if result != "ok":
+                raise Problem(f"the history's database is damaged: {result}")
 
 
 @contextlib.contextmanager
@@ -544,6 +556,8 @@ def make_backup(settings: Settings, status: Status) -> None:
     repository.remove([str(one["id"]) for one in former if VERIFIED not in one["tags"]])
     repository.remove_old()
     status.seconds = round(time.monotonic() - began, 1)
+    if backup.history_problem:
+        raise backup.history_problem
     print(f"{settings.fleet}: {status.size} bytes backed up and verified in {status.seconds} s.")
 
 
