@@ -131,7 +131,7 @@ def test_a_backup_that_was_not_verified_does_not_count(rules: Path) -> None:
     # A new backup every five minutes.
     case["input_series"] = [series | {"values": "0+300x500"}, verified]
     path = rules.parent / "verified.yml"
-    path.write_text(yaml.safe_dump(file | {"tests": [case]}))
+    path.write_text(yaml.safe_dump(file | {"evaluation_interval": "15m", "tests": [case]}))
     promtool("test", "rules", path)
 
 

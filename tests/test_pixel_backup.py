@@ -61,7 +61,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     output = tmp_path_factory.mktemp("moto") / "output"
     with output.open("w") as log:
-        command = [Path(sys.prefix, "bin", "moto_server"), "--host", "127.0.0.1", "--port", str(port)]
+        command = [f"{sys.prefix}/bin/moto_server", "--host", "127.0.0.1", "--port", str(port)]
         moto = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(200):

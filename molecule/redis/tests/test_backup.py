@@ -54,7 +54,7 @@ def everywhere(state: Path, fleet: dict[str, Any], password: Any) -> Callable[[s
 def s3(fleet: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The S3 server of debian12, at an address of this machine that the hosts reach."""
     with (tmp_path_factory.mktemp("moto") / "output").open("w") as output:
-        command = [Path(sys.prefix, "bin", "moto_server"), "--host", fleet["gateway"], "--port", "9000"]
+        command = [f"{sys.prefix}/bin/moto_server", "--host", fleet["gateway"], "--port", "9000"]
         moto = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     yield
     moto.terminate()
