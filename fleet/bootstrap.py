@@ -40,6 +40,7 @@ TEST_COMMANDS = {
     "npm": "npm",
     "promtool": "prometheus",
     "redis-server": "redis-server",
+    "restic": "restic",
     "wrk": "wrk",
 }
 # In Ubuntu chromium is only a snap. Without a browser only the tests that open a page fail.

@@ -121,6 +121,20 @@ def test_errors_during_maintenance_raise_no_alert(rules: Path) -> None:
     promtool("test", "rules", path)
 
 
+def test_a_backup_that_was_not_verified_does_not_count(rules: Path) -> None:
+    file = yaml.safe_load(CASES[0].read_text())
+    [case] = [case for case in file["tests"] if case["name"] == "BackupTooOld"]
+    [series] = case["input_series"]
+    verified = {"series": series["series"].replace("backup_", "backup_verified_")} | {
+        "values": series["values"]
+    }
+    # A new backup every five minutes.
+    case["input_series"] = [series | {"values": "0+300x500"}, verified]
+    path = rules.parent / "verified.yml"
+    path.write_text(yaml.safe_dump(file | {"evaluation_interval": "15m", "tests": [case]}))
+    promtool("test", "rules", path)
+
+
 def test_few_requests_use_up_no_budget(rules: Path) -> None:
     """All of them fail, but there are fewer than monitoring_slo_least_requests in the short window."""
     series = 'pixel_edge_requests_total{instance="c5",route="/pixel",status="502",by="balancer"}'

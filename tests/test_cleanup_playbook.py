@@ -111,7 +111,7 @@ def test_a_redis_that_the_app_uses_is_left_alone(cleanup: Run, name: str) -> Non
     words, disabled = cleanup(groups, pixel_app_redis_url=f"redis://{name}:6379/0")
     assert "b has left redis" in words
     assert "a has left" not in words
-    assert disabled == ["redis-server.service", "prometheus-redis-exporter.service"]
+    assert disabled == ["pixel-backup.timer", "redis-server.service", "prometheus-redis-exporter.service"]
 
 
 @pytest.mark.parametrize(

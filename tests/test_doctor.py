@@ -308,5 +308,9 @@ def test_texts_of_programs_are_parsed() -> None:
     }
     assert host_checkup.package_versions("ii  nginx 1.22.1-9\nrc  redis 7\nun  x \n") == {"nginx": "1.22.1-9"}
     assert host_checkup.backup_time("# HELP x\npixel_backup_timestamp_seconds 1800000000\n") == 1_800_000_000
+    verified = (
+        "pixel_backup_timestamp_seconds 1800000000\npixel_backup_verified_timestamp_seconds 1700000000\n"
+    )
+    assert host_checkup.backup_time(verified) == 1_700_000_000
     assert host_checkup.backup_time("") is None
     assert host_checkup.memory_share("MemTotal:  200 kB\nMemFree: 1 kB\nMemAvailable:   50 kB\n") == 0.25
