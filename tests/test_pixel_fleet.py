@@ -66,10 +66,19 @@ def test_arguments_override_the_hosts_variables(
             "https://a.example:8443",
         ),
         ({"nginx_lb_tls": False, "nginx_lb_server_names": ["a.example"]}, "http://10.0.0.2"),
+        ({"nginx_lb_address": "10.0.0.100/24"}, "http://10.0.0.100"),
     ],
 )
 def test_clients_reach_a_balancer_by_its_name_with_tls(variables: dict[str, Any], url: str) -> None:
     assert pixel_fleet.public_url(HOST | variables) == url
+
+
+def test_vrrp_is_exchanged_between_the_balancers_only() -> None:
+    balancers = [{"private_address": f"10.0.0.{number}"} for number in (1, 2, 3)]
+    moving = {"nginx_lb_address": "10.0.0.100/24"}
+    assert pixel_fleet.vrrp_peers(HOST | moving, balancers) == ["10.0.0.1", "10.0.0.3"]
+    assert pixel_fleet.vrrp_peers(HOST, balancers) == []
+    assert pixel_fleet.vrrp_peers(HOST | {"private_address": "10.0.0.9"} | moving, balancers) == []
 
 
 def test_socket_and_name_can_be_overridden() -> None:

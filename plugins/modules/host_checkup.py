@@ -127,6 +127,7 @@ time:
 """
 
 import http.client
+import json
 import os
 import re
 import socket
@@ -144,7 +145,7 @@ SAMPLE = 1.0
 # File systems that use a disk or memory. Others, such as proc, have no free space.
 SPACES = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "nfs", "nfs4", "overlay", "tmpfs", "xfs", "zfs"}
 BACKUP = Path("/var/lib/pixel-metrics/pixel_backup.prom")
-DRAINED = Path("/var/lib/pixel-lb/drained")
+DRAINS = Path("/var/lib/pixel-lb/drains.json")
 REBOOT_REQUIRED = Path("/run/reboot-required")
 UNIT_PROPERTIES = ("Id", "LoadState", "ActiveState", "UnitFileState", "Result", "MainPID")
 
@@ -164,6 +165,12 @@ def read(path: str | Path) -> str:
         return Path(path).read_text(errors="replace")
     except OSError:
         return ""
+
+
+def drained_hosts() -> list[str]:
+    """Return the app hosts that this balancer sends no requests to, because an operator has drained them."""
+    drains = json.loads(read(DRAINS) or "{}")
+    return sorted(host for host, drain in drains.items() if drain["drained"])
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -355,7 +362,7 @@ def gather(option: dict[str, Any]) -> dict[str, Any]:
         "packages": package_versions(run("dpkg-query", "-W", form, *option["packages"])),
         "certificates": {path: when for path, when in expiries.items() if when is not None},
         "backup": backup_time(read(BACKUP)),
-        "drained": sorted(path.name for path in DRAINED.glob("*")),
+        "drained": drained_hosts(),
         "reboot_required": REBOOT_REQUIRED.exists(),
     }
     time.sleep(max(0.0, started + SAMPLE - time.monotonic()))
