@@ -77,9 +77,7 @@ def state_directory(name: str) -> Path:
     return ROOT / ".fleet" / name
 
 
-def plan(
-    name: str, host_specs: list[str], environ: Mapping[str, str], inventory: str = "local"
-) -> Fleet:
+def plan(name: str, host_specs: list[str], environ: Mapping[str, str], inventory: str = "local") -> Fleet:
     """Derive a fleet from its name. The same name gives the same ports, so a second run finds the fleet."""
     if not re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", name):
         raise Problem(

@@ -77,7 +77,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def balancer(folder: Path, **chosen: Any) -> Iterator[int]:
+def balancer(folder: Path, *, drained: bool = False, **chosen: Any) -> Iterator[int]:
     """The port of an Nginx with the role's configuration and the given variables."""
     port, log = free_port(), folder / "error.log"
     render(
@@ -98,6 +98,7 @@ def balancer(folder: Path, **chosen: Any) -> Iterator[int]:
         Thread(target=app.serve_forever, daemon=True).start()
         upstreams = f"upstream pixel {{ server 127.0.0.1:{app.server_port}; }}\n"
         upstreams += "map $upstream_addr $pixel_other { default pixel; }\n"
+        upstreams += f"geo $pixel_drained {{ default {int(drained)}; }}\n"
         (folder / "pixel" / "upstreams.conf").write_text(upstreams)
         nginx = subprocess.Popen(["nginx", "-c", main, "-e", log, "-g", "daemon off;"])
         try:
@@ -240,3 +241,11 @@ def test_questions_about_the_history_reach_its_hosts(tmp_path: Path, path: str) 
     (tmp_path / "without").mkdir()
     with balancer(tmp_path / "without") as port:
         assert status(port) == 200
+
+
+@pytest.mark.parametrize(("drained", "status"), [(False, 200), (True, 503)])
+def test_a_balancer_on_a_drained_host_is_not_ready(tmp_path: Path, *, drained: bool, status: int) -> None:
+    with balancer(tmp_path, drained=drained) as port:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            connection.request("GET", "/lb/ready")
+            assert connection.getresponse().status == status

@@ -98,7 +98,9 @@ def adopt(paths: Paths, nginx: Nginx, others: Iterable[Mapping[str, Drain]]) -> 
     former = state.drains()
     drains = latest([former, *others])
     fleet, shares = Fleet.load(paths.facts), state.shares()
-    changed = sorted(host for host, drain in drains.items() if drain.drained != former.get(host, NEVER).drained)
+    changed = sorted(
+        host for host, drain in drains.items() if drain.drained != former.get(host, NEVER).drained
+    )
     if (
         changed
         and receiving(fleet, _drained(former), shares)

@@ -31,7 +31,9 @@ class State:
         """Return the latest command about each host that was ever drained."""
         content = read(self._paths.drains)
         if content is None:
-            return {path.name: Drain(True, path.stat().st_mtime) for path in self._paths.former_drains.glob("*")}
+            return {
+                path.name: Drain(True, path.stat().st_mtime) for path in self._paths.former_drains.glob("*")
+            }
         return self.decode_drains(content)
 
     def drained(self) -> set[str]:
