@@ -74,11 +74,14 @@ def test_clients_reach_a_balancer_by_its_name_with_tls(variables: dict[str, Any]
 
 
 def test_vrrp_is_exchanged_between_the_balancers_only() -> None:
-    balancers = [{"private_address": f"10.0.0.{number}"} for number in (1, 2, 3)]
     moving = {"nginx_lb_address": "10.0.0.100/24"}
-    assert pixel_fleet.vrrp_peers(HOST | moving, balancers) == ["10.0.0.1", "10.0.0.3"]
-    assert pixel_fleet.vrrp_peers(HOST, balancers) == []
-    assert pixel_fleet.vrrp_peers(HOST | {"private_address": "10.0.0.9"} | moving, balancers) == []
+    balancers = [
+        {"inventory_hostname": name, "private_address": f"10.0.0.{number}"}
+        for number, name in enumerate(("c5", "t2", "m5"))
+    ]
+    assert pixel_fleet.vrrp_peers([each | moving for each in balancers], "t2") == ["10.0.0.0", "10.0.0.2"]
+    assert pixel_fleet.vrrp_peers([each | moving for each in balancers], "app") == []
+    assert pixel_fleet.vrrp_peers(balancers, "t2") == []
 
 
 def test_socket_and_name_can_be_overridden() -> None:

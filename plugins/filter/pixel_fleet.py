@@ -4,7 +4,7 @@
     hostvars[host] | pixel_instance_template    the same for the systemd template of further instances
     hostvars[host] | fleet_ports                TCP ports that a host opens to the fleet
     hostvars.values() | write_lifetime          seconds that an attempt at a write can last on these hosts
-    hostvars[host] | vrrp_peers(balancers)      addresses of the balancers that exchange VRRP with a host
+    hostvars.values() | vrrp_peers(host)        addresses of the balancers that exchange VRRP with a host
     hostvars[host] | public_url                 where clients reach a balancer
     hostvars[host] | host_variable(name, 0)     a variable of another host, or 0 if it isn't set
     'redis' | exporter_port                     TCP port of an exporter, of Prometheus or of Alertmanager
@@ -123,20 +123,20 @@ def write_lifetime(hosts: Iterable[Mapping[str, Any]]) -> float:
     return round(max(sums, default=APP_START_LIMIT + APP_REDIS_TIMEOUT), 3)
 
 
-def vrrp_peers(variables: Mapping[str, Any], balancers: Iterable[Mapping[str, Any]]) -> list[str]:
+def vrrp_peers(balancers: Iterable[Mapping[str, Any]], name: str) -> list[str]:
     """List the balancers that exchange VRRP with a host.
 
     Args:
-        variables: The host's variables, `hostvars[host]`.
         balancers: The variables of all balancers.
+        name: The host.
 
     Returns:
-        The addresses of the other balancers; empty if the host is no balancer or no address moves.
+        The addresses of the other balancers; empty if the host is no balancer or has no `nginx_lb_address`.
     """
-    addresses = [balancer["private_address"] for balancer in balancers]
-    own = variables["private_address"]
-    is_moving = variables.get("nginx_lb_address") and own in addresses
-    return [address for address in addresses if address != own] if is_moving else []
+    hosts = {variables["inventory_hostname"]: variables for variables in balancers}
+    if name not in hosts or not hosts[name].get("nginx_lb_address"):
+        return []
+    return [variables["private_address"] for host, variables in hosts.items() if host != name]
 
 
 def public_url(variables: Mapping[str, Any]) -> str:
