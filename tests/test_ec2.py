@@ -90,8 +90,14 @@ class MotoProxy(BaseHTTPRequestHandler):
         if refusal := self.server.refuse(action):
             status, answer = 400, refusal.encode()
         else:
+            # moto fails without the ports of a protocol that has none, such as VRRP.
+            for word, [value] in words.items():
+                if word.endswith(".IpProtocol") and value == "112":
+                    body += b"&%b.FromPort=-1&%b.ToPort=-1" % (
+                        (word.removesuffix(".IpProtocol").encode(),) * 2
+                    )
             moto = http.client.HTTPConnection("127.0.0.1", self.server.moto_port)
-            moto.request("POST", self.path, body, dict(self.headers))
+            moto.request("POST", self.path, body, dict(self.headers) | {"Content-Length": str(len(body))})
             response = moto.getresponse()
             status, answer = response.status, response.read()
             headers = {each: value for each, value in response.headers.items() if each in KEPT_HEADERS}
@@ -358,9 +364,9 @@ def check_what_was_made(operator: Operator, ec2: Any) -> None:
     within = {(port, fleet["GroupId"]) for port in (8000, 6379, 8100, 9090, 9093, 9100, 9113, 9115, 9121)}
     assert rules == {(22, "198.51.100.7/32")} | within
     assert {
-        (rule["IpProtocol"], rule.get("FromPort"), *(r["CidrIp"] for r in rule["IpRanges"]))
+        (rule["IpProtocol"], rule["FromPort"], *(r["CidrIp"] for r in rule["IpRanges"]))
         for rule in public["IpPermissions"]
-    } == {("tcp", 80, "0.0.0.0/0"), ("tcp", 443, "0.0.0.0/0"), ("112", None)}
+    } == {("tcp", 80, "0.0.0.0/0"), ("tcp", 443, "0.0.0.0/0"), ("112", -1)}
 
     instances = hosts(ec2)
     assert {name: (host["InstanceType"], tagged(host)["Role"]) for name, host in instances.items()} == {

@@ -245,7 +245,9 @@ def test_questions_about_the_history_reach_its_hosts(tmp_path: Path, path: str) 
 
 @pytest.mark.parametrize(("drained", "status"), [(False, 200), (True, 503)])
 def test_a_balancer_on_a_drained_host_is_not_ready(tmp_path: Path, *, drained: bool, status: int) -> None:
-    with balancer(tmp_path, drained=drained) as port:
-        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
-            connection.request("GET", "/lb/ready")
-            assert connection.getresponse().status == status
+    with (
+        balancer(tmp_path, drained=drained) as port,
+        closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection,
+    ):
+        connection.request("GET", "/lb/ready")
+        assert connection.getresponse().status == status

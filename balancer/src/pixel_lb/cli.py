@@ -14,8 +14,8 @@
     pixel-lb status         print the state of backends, controller and Nginx as JSON
     pixel-lb loaded         record that Nginx has loaded the current files (run by nginx.service)
 
-install, certificate, drain, undrain and sync print `changed` or `unchanged`. Exit status: 0 done, 1 refused and
-nothing changed, 3 refused because it is the last backend, 4 changed but the wait timed out.
+install, certificate, drain, undrain and sync print `changed` or `unchanged`. Exit status: 0 done, 1 refused
+and nothing changed, 3 refused because it is the last backend, 4 changed but the wait timed out.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m pixel_lb.elastic_ip REGION ALLOCATION INSTANCE ADDRESS
 
-keepalived starts it when this host takes ADDRESS. It tries again while AWS refuses or does not answer, as long
-as the host holds ADDRESS. Messages go to the journal. The credentials come from the balancer's instance profile,
-which must allow the action `ec2:AssociateAddress` (docs/aws-address-policy.json).
+keepalived starts it when this host takes ADDRESS. It tries again while AWS refuses or does not answer, as
+long as the host holds ADDRESS. Messages go to the journal. The credentials come from the balancer's instance
+profile, which must allow the action `ec2:AssociateAddress` (docs/aws-address-policy.json).
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ RETRY_SECONDS = 1.0
 
 
 def associate(region: str, allocation: str, instance: str) -> None:
-    """Associate the Elastic IP with an instance, and so take it from another one. Repeating it changes nothing.
+    """Associate the Elastic IP with an instance, and so take it from another one.
+
+    Repeating it changes nothing.
 
     Raises:
         BotoCoreError, ClientError: AWS is unreachable or refuses the request.

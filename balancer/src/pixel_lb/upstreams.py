@@ -18,7 +18,7 @@ def render(fleet: Fleet, drained: Collection[str], shares: Mapping[str, Share]) 
         shares: The controller's share of each server; a server without one has its full weight.
 
     Returns:
-        A configuration for Nginx' `http` block, with `$pixel_drained`: whether the balancer's own host is drained.
+        A configuration for Nginx' `http` block. `$pixel_drained` is 1 if the balancer's own host is drained.
     """
     parts = ["# Written by pixel-lb from backends.json; drained and unready servers are marked down.\n"]
     parts += [_render_one(fleet, upstream, drained, shares) for upstream in fleet.upstreams]

@@ -18,11 +18,13 @@ while time.time() < end:
         pass
 print(*seen)
 """
+# Advertisements with the highest priority.
 SEND = """
 import socket, sys, time
+sender = socket.socket(socket.AF_INET, socket.SOCK_RAW, 112)
 for _ in range(25):
     for target in sys.argv[1:]:
-        socket.socket(socket.AF_INET, socket.SOCK_RAW, 112).sendto(bytes.fromhex("3150ff01003200000a000001"), (target, 0))
+        sender.sendto(bytes.fromhex("3150ff01003200000a000001"), (target, 0))
     time.sleep(0.2)
 """
 
