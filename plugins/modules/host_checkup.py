@@ -116,6 +116,10 @@ drained:
   type: list
   elements: str
   returned: always
+backends:
+  description: Hash of the backends and weights of this balancer, empty if it is none. All balancers have the same.
+  type: str
+  returned: always
 reboot_required:
   description: Whether an upgrade takes effect only after a reboot.
   type: bool
@@ -126,6 +130,7 @@ time:
   returned: always
 """
 
+import hashlib
 import http.client
 import json
 import os
@@ -146,6 +151,7 @@ SAMPLE = 1.0
 SPACES = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "nfs", "nfs4", "overlay", "tmpfs", "xfs", "zfs"}
 BACKUP = Path("/var/lib/pixel-metrics/pixel_backup.prom")
 DRAINS = Path("/var/lib/pixel-lb/drains.json")
+BACKENDS = Path("/etc/nginx/pixel/backends.json")
 REBOOT_REQUIRED = Path("/run/reboot-required")
 UNIT_PROPERTIES = ("Id", "LoadState", "ActiveState", "UnitFileState", "Result", "MainPID")
 
@@ -171,6 +177,13 @@ def drained_hosts() -> list[str]:
     """Return the app hosts that this balancer sends no requests to, because an operator has drained them."""
     drains = json.loads(read(DRAINS) or "{}")
     return sorted(host for host, drain in drains.items() if drain["drained"])
+
+
+def backends_hash() -> str:
+    """Return a hash of the backends and weights of this balancer; empty if it is none."""
+    facts = json.loads(read(BACKENDS) or "{}")
+    common = {name: value for name, value in facts.items() if name not in ("balancer", "peers", "probe_url")}
+    return hashlib.sha256(json.dumps(common).encode()).hexdigest()[:12] if facts else ""
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -363,6 +376,7 @@ def gather(option: dict[str, Any]) -> dict[str, Any]:
         "certificates": {path: when for path, when in expiries.items() if when is not None},
         "backup": backup_time(read(BACKUP)),
         "drained": drained_hosts(),
+        "backends": backends_hash(),
         "reboot_required": REBOOT_REQUIRED.exists(),
     }
     time.sleep(max(0.0, started + SAMPLE - time.monotonic()))

@@ -1,8 +1,9 @@
 """The controller's loop: probe the backends, decide, apply.
 
 Every `interval` seconds the drains that other balancers know are adopted, and each backend is probed:
-`/readyz`, and `/metrics` for its host's CPU counters. Latencies come from Nginx's access log, and CPU credits from CloudWatch if configured. The report contains the
-measurements of each backend and the reason for its share; Nginx serves it as `/lb/status`.
+`/readyz`, and `/metrics` for its host's CPU counters. Latencies come from Nginx's access log, and CPU credits
+from CloudWatch if configured. The report contains the measurements of each backend and the reason for its
+share; Nginx serves it as `/lb/status`.
 
 If anything fails here, Nginx keeps the last valid configuration.
 """
