@@ -36,10 +36,10 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.2)
 
 
-def test_the_first_balancer_of_the_group_holds_the_address_and_the_unit_is_enabled(
+def test_one_balancer_holds_the_address_and_keepalived_starts_at_boot(
     holders: Any, hosts: dict[str, Any]
 ) -> None:
-    assert holders() == ["debian12"]
+    assert len(holders()) == 1
     for name in ("debian12", "debian13"):
         assert hosts[name].service("keepalived").is_enabled
 
