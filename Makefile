@@ -14,8 +14,8 @@ export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-up: control  ## create the local fleet, deploy to it, post a pixel and read it back
-	$(PYTHON) fleet/fleet.py up
+up: control  ## create the local fleet, deploy to it, post a pixel and read it back; FLEET=ha: three hosts
+	$(PYTHON) fleet/fleet.py up $(FLEET)
 
 down:  ## remove the local fleet
 	$(PYTHON) fleet/fleet.py down

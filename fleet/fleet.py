@@ -4,7 +4,8 @@
 `make up` and every Molecule scenario create their hosts with this program. It needs only the standard
 library and the `docker` command, so it runs before anything is installed.
 
-    fleet.py up                      install Docker, build the image, create c5 and t2, deploy, test one pixel
+    fleet.py up [local|ha]           install Docker, build the image, create the hosts of this inventory (the
+                                     default is that of the existing fleet, or local), deploy, test one pixel
     fleet.py create HOST[:SUITE]...  install Docker, build the image, create these hosts
     fleet.py images SUITE...         install Docker, build the images of these Debian suites
     fleet.py power HOST on|off|reboot
@@ -21,7 +22,7 @@ Environment:
     PIXEL_HOST_IMAGE    an image to use instead of building one
 
 A fleet keeps its port and subnet until it is removed. Changing them replaces its hosts and their data.
-State is in `.fleet/<name>/`: SSH key, `ssh_config`, and `fleet.json`, which `inventory/local` reads.
+State is in `.fleet/<name>/`: SSH key, `ssh_config`, and `fleet.json`, which the inventories read.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import state
 from bootstrap import ROOT, VENV, Problem, find, say
 from engine import Docker
 from image import ensure_image, remove_images
-from layout import Fleet, plan
+from layout import HOSTS, Fleet, plan
 
 
 def deploy(fleet: Fleet) -> None:
@@ -50,7 +51,8 @@ def deploy(fleet: Fleet) -> None:
     # Ansible ignores an ansible.cfg in a world-writable directory unless ANSIBLE_CONFIG names it.
     environment = os.environ | {"PIXEL_FLEET": fleet.name, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
     playbook = VENV / "bin" / "ansible-playbook"
-    done = subprocess.run([playbook, "site.yml"], cwd=ROOT, env=environment)
+    command = [playbook, f"--inventory=inventory/{fleet.inventory}", "site.yml"]
+    done = subprocess.run(command, cwd=ROOT, env=environment)
     if done.returncode != 0:
         raise Problem("site.yml failed; fix the error above and run `make up` again.")
 
@@ -102,6 +104,7 @@ def up(docker: Docker, fleet: Fleet) -> None:
         if result:
             say(f"      {result}")
     prefix = "" if fleet.name == "pixel" else f"PIXEL_FLEET={fleet.name} "
+    option = "" if fleet.inventory == "local" else f"-i inventory/{fleet.inventory} "
     hosts = "\n".join(
         f"  {host.name}   {host.address}   ssh -F .fleet/{fleet.name}/ssh_config {host.name}"
         for host in fleet.hosts
@@ -116,7 +119,7 @@ Try:
   curl -X POST {fleet.url}/pixel -H 'Content-Type: application/json' \\
        -d '{{"x":10,"y":20,"channel":"R","value":255}}'
   curl {fleet.url}/pixel/10/20
-  {prefix}.venv/bin/ansible-playbook site.yml     deploy again
+  {prefix}.venv/bin/ansible-playbook {option}site.yml     deploy again
   {prefix}make down                               remove the fleet
 """)
 
@@ -124,7 +127,8 @@ Try:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The local fleet of test hosts.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("up", help="create the default hosts, deploy, and test one pixel")
+    raising = commands.add_parser("up", help="create the hosts, deploy, and test one pixel")
+    raising.add_argument("inventory", nargs="?", choices=HOSTS, help="default: the fleet's own, or local")
     creating = commands.add_parser("create", help="create these hosts")
     creating.add_argument("hosts", nargs="+", metavar="HOST[:SUITE]")
     building = commands.add_parser("images", help="build the images of these Debian suites")
@@ -154,8 +158,8 @@ def _execute(args: argparse.Namespace) -> None:
             say(ensure_image(docker, suite))
         return
     name = os.environ.get("PIXEL_FLEET") or "pixel"
-    hosts, environ = state.remembered(name, os.environ)
-    fleet = plan(name, getattr(args, "hosts", None) or hosts, environ)
+    inventory, hosts, environ = state.remembered(name, os.environ, getattr(args, "inventory", None))
+    fleet = plan(name, getattr(args, "hosts", None) or hosts, environ, inventory)
     with state.exclusive(fleet):
         if args.command == "up":
             up(docker, fleet)

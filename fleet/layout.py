@@ -11,7 +11,8 @@ from pathlib import Path
 
 from bootstrap import ROOT, Problem
 
-DEFAULT_HOSTS = ["c5", "t2"]
+# Hosts by inventory: inventory/local and inventory/ha.
+HOSTS = {"local": ["c5", "t2"], "ha": ["c5", "t2", "m5"]}
 DEFAULT_SUITE = "bookworm"
 # The ratio of the clock speeds of c5.xlarge and t2.xlarge.
 CPU_SHARES = {"c5": 1536, "t2": 1024}
@@ -37,6 +38,7 @@ class Fleet:
     name: str
     subnet: ipaddress.IPv4Network
     hosts: tuple[Host, ...]
+    inventory: str = "local"
     data: str = ""  # directory of this machine for Redis data; empty: the data is in the containers
 
     @property
@@ -48,7 +50,14 @@ class Fleet:
         return f"pixel.fleet={self.name}"
 
     @property
+    def address(self) -> str:
+        """An address for the balancers of `inventory/ha`, which no host has as its own, with its prefix."""
+        return f"{self.subnet[-2]}/{self.subnet.prefixlen}"
+
+    @property
     def url(self) -> str | None:
+        if self.inventory == "ha":
+            return f"http://{self.subnet[-2]}"
         ports = [host.http_port for host in self.hosts if host.http_port]
         return f"http://127.0.0.1:{ports[0]}" if ports else None
 
@@ -68,7 +77,7 @@ def state_directory(name: str) -> Path:
     return ROOT / ".fleet" / name
 
 
-def plan(name: str, host_specs: list[str], environ: Mapping[str, str]) -> Fleet:
+def plan(name: str, host_specs: list[str], environ: Mapping[str, str], inventory: str = "local") -> Fleet:
     """Derive a fleet from its name. The same name gives the same ports, so a second run finds the fleet."""
     if not re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", name):
         raise Problem(
@@ -106,4 +115,4 @@ def plan(name: str, host_specs: list[str], environ: Mapping[str, str]) -> Fleet:
                 cpu_shares=CPU_SHARES.get(host, 1024),
             )
         )
-    return Fleet(name=name, subnet=subnet, hosts=tuple(hosts), data=data)
+    return Fleet(name=name, subnet=subnet, hosts=tuple(hosts), inventory=inventory, data=data)

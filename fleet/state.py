@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bootstrap import Problem, run
 from engine import Docker
-from layout import DEFAULT_HOSTS, Fleet, state_directory
+from layout import HOSTS, Fleet, state_directory
 
 LOGIN = "ops"
 
@@ -30,16 +30,30 @@ def exclusive(fleet: Fleet) -> Iterator[None]:
         yield
 
 
-def remembered(name: str, environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Return the hosts that a fleet was created with, and the environment with its port and subnet added."""
+def remembered(
+    name: str, environ: Mapping[str, str], inventory: str | None = None
+) -> tuple[str, list[str], dict[str, str]]:
+    """Return what a fleet was created with.
+
+    Args:
+        name: The fleet's name.
+        environ: The environment.
+        inventory: `local` or `ha` for a fleet with the hosts of this inventory; by default it keeps its own.
+
+    Returns:
+        Its inventory and its hosts, and the environment with its port and subnet added.
+    """
     path = state_directory(name) / "fleet.json"
     facts = json.loads(path.read_text()) if path.exists() else {}
     created = {
-        "PIXEL_FLEET_PORT": (facts.get("url") or "").rpartition(":")[2],
+        "PIXEL_FLEET_PORT": facts.get("port", (facts.get("url") or "").rpartition(":")[2]),
         "PIXEL_FLEET_SUBNET": facts.get("subnet", ""),
     }
     given = {variable: value for variable, value in environ.items() if value}
-    return facts.get("specs", DEFAULT_HOSTS), created | given
+    former = facts.get("inventory", "local")
+    inventory = inventory or former
+    specs = facts.get("specs") if inventory == former else None
+    return inventory, specs or HOSTS[inventory], created | given
 
 
 def ensure_key(fleet: Fleet) -> str:
@@ -77,7 +91,10 @@ def write(docker: Docker, fleet: Fleet) -> None:
         ]
     facts = {
         "name": fleet.name,
+        "inventory": fleet.inventory,
         "url": fleet.url,
+        "port": next((str(host.http_port) for host in fleet.hosts if host.http_port), ""),
+        "address": fleet.address,
         "subnet": str(fleet.subnet),
         # Source address of connections from this machine: Docker assigns itself the network's first address.
         "gateway": str(fleet.subnet[1]),

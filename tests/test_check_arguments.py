@@ -270,6 +270,17 @@ T2_ALONE = {"nginx_lb_backup": "{{ inventory_hostname == 't2' }}"}
         ),
         (T2_ALONE | {"nginx_lb_sticky": True}, "nginx_lb_sticky supports no backups"),
         ({"nginx_lb_backup": True}, "at least one host must not be a backup"),
+        ({"nginx_lb_address": "10.0.0.100"}, "is not an IPv4 address with its prefix such as 10.0.0.100/24"),
+        (
+            {"nginx_lb_address": "10.0.0.100/24"},
+            "needs another balancer that can take it over: group nginx_lb has c5.",
+        ),
+        ({"nginx_lb_address": "10.0.0.11/24"}, "is the private_address of c5, t2"),
+        ({"nginx_lb_address": "10.0.0.100/24", "nginx_lb_health_checks": False}, "needs the controller"),
+        (
+            {"nginx_lb_address": "10.0.0.100/32", "nginx_lb_address_allocation": "eipalloc-1"},
+            "nginx_lb_address_allocation needs the instance_id of c5",
+        ),
     ],
 )
 def test_a_balancer_whose_variables_contradict_each_other_is_refused(
@@ -329,6 +340,9 @@ WRONG = [
     ("nginx_lb_admin_networks", ["10.0.0.0/33"]),
     ("nginx_lb_trusted_proxies", ["0.0.0.0/0"]),
     ("nginx_lb_status_port", 80),
+    ("nginx_lb_address", "10.0.0.100"),
+    ("nginx_lb_address_allocation", "eipalloc-1"),  # without an address
+    ("nginx_lb_address_region", "Frankfurt"),
     ("redis_monitor_password", "short"),
     ("redis_monitor_user", "admin"),
     ("monitoring_group", "nobody"),
@@ -346,6 +360,7 @@ WRONG = [
     ("firewall_ssh_networks", ["everywhere"]),
     ("firewall_fleet_udp_ports", [0]),
     ("firewall_fleet_protocols", ["VRRP"]),
+    ("firewall_vrrp_peers", ["c5"]),
     ("firewall_connections", 5),
     ("firewall_rollback", 1),
     ("logs_journal_max_mb", 1),

@@ -43,6 +43,7 @@ def healthy() -> dict[str, Any]:
         "certificates": {"/etc/nginx/tls/fullchain.pem": NOW + 40 * 86400},
         "backup": NOW - 3600,
         "drained": [],
+        "backends": "",
         "reboot_required": False,
         "time": NOW,
     }
@@ -73,6 +74,15 @@ def judge(hostvars: dict[str, dict[str, Any]]) -> list[str]:
 
 def test_a_healthy_fleet_has_no_finding(hostvars: dict[str, dict[str, Any]]) -> None:
     assert judge(hostvars) == []
+
+
+def test_balancers_with_different_weights_are_found(hostvars: dict[str, dict[str, Any]]) -> None:
+    for report in (hostvars[host]["__doctor"] for host in ("c5", "t2")):
+        report["backends"] = "a"
+    assert judge(hostvars) == []
+    hostvars["t2"]["__doctor"]["backends"] = "b"
+    (found,) = judge(hostvars)
+    assert found.startswith("fleet: c5, t2 do not balance by the same backends and weights")
 
 
 @pytest.mark.parametrize(

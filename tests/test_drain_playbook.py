@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -54,14 +55,43 @@ def drain(tmp_path: Path) -> Callable[..., Played]:
 def test_a_balancer_that_is_down_is_reported_without_an_error(drain: Callable[..., Played]) -> None:
     status, words = drain("-e", "host=t2")
     assert status == 0
-    assert "t2: drain is in force on b1. b0 is down and was not changed" in words
+    assert "t2: drain is in force on b1. b0 is down and was not changed: it adopts it" in words
+
+
+class Peer(BaseHTTPRequestHandler):
+    """A balancer that knows nothing at first, and has adopted the drain at the second request."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        Peer.asked += 1
+        content = json.dumps({"t2": {"drained": True, "time": 7.0}} if Peer.asked > 1 else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
+    """Serve on loopback; yield the port."""
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_an_unreachable_balancer_that_has_adopted_the_drain_is_no_error(drain: Callable[..., Played]) -> None:
+    with serving(Peer) as port:
+        status, words = drain("-e", "host=t2", port=port)
+    assert status == 0
+    assert "t2: drain is in force on b1, b0." in words
 
 
 def test_an_unreachable_balancer_that_still_serves_is_an_error(drain: Callable[..., Played]) -> None:
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        status, words = drain("-e", "host=t2", port=server.server_port)
-        server.shutdown()
+    with serving(BaseHTTPRequestHandler) as port:
+        status, words = drain("-e", "host=t2", port=port)
     assert status != 0
     assert "t2: drain is in force on b1. b0 serves requests, can" in words
 

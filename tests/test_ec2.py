@@ -25,6 +25,7 @@ from urllib.parse import parse_qs
 import boto3
 import pytest
 import yaml
+from pixel_lb import elastic_ip
 from pixel_lb.controller import Settings
 from pixel_lb.credits import CreditMonitor
 from pixel_lb.files import Paths
@@ -89,8 +90,14 @@ class MotoProxy(BaseHTTPRequestHandler):
         if refusal := self.server.refuse(action):
             status, answer = 400, refusal.encode()
         else:
+            # moto fails without the ports of a protocol that has none, such as VRRP.
+            for word, [value] in words.items():
+                if word.endswith(".IpProtocol") and value == "112":
+                    body += b"&%b.FromPort=-1&%b.ToPort=-1" % (
+                        (word.removesuffix(".IpProtocol").encode(),) * 2
+                    )
             moto = http.client.HTTPConnection("127.0.0.1", self.server.moto_port)
-            moto.request("POST", self.path, body, dict(self.headers))
+            moto.request("POST", self.path, body, dict(self.headers) | {"Content-Length": str(len(body))})
             response = moto.getresponse()
             status, answer = response.status, response.read()
             headers = {each: value for each, value in response.headers.items() if each in KEPT_HEADERS}
@@ -356,10 +363,10 @@ def check_what_was_made(operator: Operator, ec2: Any) -> None:
     }
     within = {(port, fleet["GroupId"]) for port in (8000, 6379, 8100, 9090, 9093, 9100, 9113, 9115, 9121)}
     assert rules == {(22, "198.51.100.7/32")} | within
-    assert {(rule["FromPort"], rule["IpRanges"][0]["CidrIp"]) for rule in public["IpPermissions"]} == {
-        (80, "0.0.0.0/0"),
-        (443, "0.0.0.0/0"),
-    }
+    assert {
+        (rule["IpProtocol"], rule["FromPort"], *(r["CidrIp"] for r in rule["IpRanges"]))
+        for rule in public["IpPermissions"]
+    } == {("tcp", 80, "0.0.0.0/0"), ("tcp", 443, "0.0.0.0/0"), ("112", -1)}
 
     instances = hosts(ec2)
     assert {name: (host["InstanceType"], tagged(host)["Role"]) for name, host in instances.items()} == {
@@ -536,12 +543,50 @@ def test_missing_credentials_and_an_unknown_region_are_reported(operator: Operat
     assert set(operator.went_outside().split()) == {"ec2.nowhere-1.amazonaws.com"}
 
 
-def test_the_controller_reads_cpu_credits_from_cloudwatch(
-    aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def balancer_account(aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let boto3 in this process use the simulated account, as on a balancer."""
     for name, value in Operator(aws, tmp_path).environment.items():
         if name.startswith("AWS_"):
             monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("balancer_account")
+def test_the_elastic_ip_follows_the_holder_of_the_address(aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elastic_ip, "RETRY_SECONDS", 0.05)
+    ec2 = aws.client("ec2")
+    first, second = (launch(ec2, "c5.xlarge", Name=name) for name in ("first", "second"))
+    allocation, other = (ec2.allocate_address(Domain="vpc")["AllocationId"] for _ in range(2))
+
+    def holders() -> dict[str, str]:
+        addresses = ec2.describe_addresses()["Addresses"]
+        return {each["AllocationId"]: each.get("InstanceId", "") for each in addresses}
+
+    assert elastic_ip.claim(REGION, allocation, first, "127.0.0.1")
+    assert holders() == {allocation: first, other: ""}
+    assert elastic_ip.claim(REGION, allocation, second, "127.0.0.1")
+    assert elastic_ip.claim(REGION, allocation, second, "127.0.0.1")
+    assert holders() == {allocation: second, other: ""}
+    check_policy("aws-address-policy.json", set(aws.actions))
+    # A host that has lost the address does not take the Elastic IP.
+    assert not elastic_ip.claim(REGION, allocation, first, "192.0.2.1")
+    # A refused request is repeated.
+    aws.quota["ec2:AssociateAddress"] = 0
+    aws.actions.clear()
+    with ThreadPoolExecutor(1) as pool:
+        claimed = pool.submit(elastic_ip.claim, REGION, allocation, first, "127.0.0.1")
+        while len(aws.actions) < 2:
+            time.sleep(0.01)
+        assert holders() == {allocation: second, other: ""}
+        aws.quota.clear()
+        assert claimed.result(10)
+    assert holders() == {allocation: first, other: ""}
+
+
+@pytest.mark.usefixtures("balancer_account")
+def test_the_controller_reads_cpu_credits_from_cloudwatch(
+    aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ec2, cloudwatch = aws.client("ec2"), aws.client("cloudwatch")
     instances = {name: launch(ec2, "t2.xlarge", Name=name) for name in ("low", "full", "unlimited", "silent")}
     aws.unlimited = instances["unlimited"]

@@ -19,6 +19,7 @@ import image
 import layout
 import pytest
 import state
+import yaml
 from bootstrap import Problem
 
 import fleet
@@ -170,16 +171,40 @@ def test_port_and_subnet_are_kept_until_the_environment_changes_them(
     monkeypatch.setattr(layout, "ROOT", tmp_path)
     named = {"PIXEL_FLEET_PORT": "8081", "PIXEL_FLEET_SUBNET": "172.29.200.0/24"}
     empty = {"PIXEL_FLEET_PORT": "", "PIXEL_FLEET_SUBNET": ""}
-    assert state.remembered("pixel", empty)[0] == ["c5", "t2"]
-    assert plan(**state.remembered("pixel", empty)[1]) == plan()
+    assert state.remembered("pixel", empty)[:2] == ("local", ["c5", "t2"])
+    assert plan(**state.remembered("pixel", empty)[2]) == plan()
     made = plan(**named)
     made.state.mkdir(parents=True)
     state.write(Engine(), made)
     for environ in ({}, empty):
-        specs, defaults = state.remembered("pixel", environ)
-        assert layout.plan("pixel", specs, defaults) == made
-    _, other = state.remembered("pixel", {"PIXEL_FLEET_PORT": "8082"})
+        inventory, specs, defaults = state.remembered("pixel", environ)
+        assert layout.plan("pixel", specs, defaults, inventory) == made
+    *_, other = state.remembered("pixel", {"PIXEL_FLEET_PORT": "8082"})
     assert (plan(**other).url, plan(**other).subnet) == ("http://127.0.0.1:8082", made.subnet)
+
+
+def test_a_fleet_keeps_its_inventory_and_its_hosts_until_another_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(layout, "ROOT", tmp_path)
+    inventory, hosts, environ = state.remembered("pixel", {"PIXEL_FLEET_PORT": "8081"}, "ha")
+    made = layout.plan("pixel", hosts, environ, inventory)
+    assert [host.name for host in made.hosts] == ["c5", "t2", "m5"]
+    assert made.url == "http://172.29.0.254"
+    # Hosts that inventory/local has too are the same there, so a fleet grows without losing its canvas.
+    assert made.hosts[:2] == layout.plan("pixel", ["c5", "t2"], {"PIXEL_FLEET_PORT": "8081"}).hosts
+    made.state.mkdir(parents=True)
+    state.write(Engine(), made)
+    assert json.loads((made.state / "fleet.json").read_text())["address"] == "172.29.0.254/24"
+    inventory, hosts, environ = state.remembered("pixel", {})
+    assert layout.plan("pixel", hosts, environ, inventory) == made
+    assert state.remembered("pixel", {}, "local")[:2] == ("local", ["c5", "t2"])
+
+
+@pytest.mark.parametrize("name", layout.HOSTS)
+def test_an_inventory_has_the_hosts_that_make_up_creates(name: str) -> None:
+    hosts = yaml.safe_load((layout.ROOT / "inventory" / name / "hosts.yml").read_text())
+    assert list(hosts["fleet"]["hosts"]) == layout.HOSTS[name]
 
 
 @pytest.mark.parametrize(

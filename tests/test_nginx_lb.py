@@ -83,7 +83,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def balancer(folder: Path, **chosen: Any) -> Iterator[int]:
+def balancer(folder: Path, *, drained: bool = False, **chosen: Any) -> Iterator[int]:
     """The port of an Nginx with the role's configuration and the given variables."""
     port, log = free_port(), folder / "error.log"
     render(
@@ -104,6 +104,7 @@ def balancer(folder: Path, **chosen: Any) -> Iterator[int]:
         Thread(target=app.serve_forever, daemon=True).start()
         upstreams = f"upstream pixel {{ server 127.0.0.1:{app.server_port}; }}\n"
         upstreams += "map $upstream_addr $pixel_other { default pixel; }\n"
+        upstreams += f"geo $pixel_drained {{ default {int(drained)}; }}\n"
         (folder / "pixel" / "upstreams.conf").write_text(upstreams)
         nginx = subprocess.Popen(["nginx", "-c", main, "-e", log, "-g", "daemon off;"])
         try:
@@ -334,3 +335,13 @@ def test_a_page_of_another_origin_paints_in_a_browser(tmp_path: Path) -> None:
                         page.evaluate(script, painting)
         browser.close()
         site.shutdown()
+
+
+@pytest.mark.parametrize(("drained", "status"), [(False, 200), (True, 503)])
+def test_a_balancer_on_a_drained_host_is_not_ready(tmp_path: Path, *, drained: bool, status: int) -> None:
+    with (
+        balancer(tmp_path, drained=drained) as port,
+        closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection,
+    ):
+        connection.request("GET", "/lb/ready")
+        assert connection.getresponse().status == status

@@ -66,10 +66,22 @@ def test_arguments_override_the_hosts_variables(
             "https://a.example:8443",
         ),
         ({"nginx_lb_tls": False, "nginx_lb_server_names": ["a.example"]}, "http://10.0.0.2"),
+        ({"nginx_lb_address": "10.0.0.100/24"}, "http://10.0.0.100"),
     ],
 )
 def test_clients_reach_a_balancer_by_its_name_with_tls(variables: dict[str, Any], url: str) -> None:
     assert pixel_fleet.public_url(HOST | variables) == url
+
+
+def test_vrrp_is_exchanged_between_the_balancers_only() -> None:
+    moving = {"nginx_lb_address": "10.0.0.100/24"}
+    balancers = [
+        {"inventory_hostname": name, "private_address": f"10.0.0.{number}"}
+        for number, name in enumerate(("c5", "t2", "m5"))
+    ]
+    assert pixel_fleet.vrrp_peers([each | moving for each in balancers], "t2") == ["10.0.0.0", "10.0.0.2"]
+    assert pixel_fleet.vrrp_peers([each | moving for each in balancers], "app") == []
+    assert pixel_fleet.vrrp_peers(balancers, "t2") == []
 
 
 def test_socket_and_name_can_be_overridden() -> None:

@@ -24,9 +24,11 @@ def test_a_backend_that_is_not_up_still_has_a_weight() -> None:
         "t2": {"weight": 2, "state": "drained", "share": 0.25, "cpu_credits": 12.5},
         "t2-8001": {"weight": 2, "state": "down", "share": 1.0, "cpu_credits": 0.0},
     }
-    lines = pixel_watch.balancer({"loaded": True, "backends": backends})
+    address = {"ip": "10.0.0.100", "held": True}
+    lines = pixel_watch.balancer({"loaded": True, "address": address, "backends": backends})
     assert lines == [
         "pixel_lb_loaded 1",
+        "pixel_lb_address_held 1",
         'pixel_lb_backend_weight{backend="c5"} 3',
         'pixel_lb_backend_up{backend="c5"} 1',
         'pixel_lb_backend_share{backend="c5"} 1.0',
@@ -39,6 +41,11 @@ def test_a_backend_that_is_not_up_still_has_a_weight() -> None:
         'pixel_lb_backend_share{backend="t2-8001"} 1.0',
         'pixel_lb_backend_cpu_credits{backend="t2-8001"} 0.0',
     ]
+
+
+def test_a_balancer_without_an_address_that_moves_has_no_metric_of_it() -> None:
+    status = {"loaded": True, "address": None, "backends": {}}
+    assert pixel_watch.balancer(status) == ["pixel_lb_loaded 1"]
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def fleet_facts(*hosts: dict[str, Any], **facts: Any) -> dict[str, Any]:
     }
     return {
         "balancer": "elsewhere",
+        "peers": {},
+        "address": "",
         "probe_url": "http://127.0.0.1:9/ping",
         "access_log": "",
         "max_fails": 3,
@@ -81,7 +83,7 @@ class Balancer:
         self.paths = Paths(root / "nginx", root / "state", root / "run")
         self.nginx = Nginx(self.paths)
         self.state = State(self.paths)
-        for directory in (self.paths.facts.parent, self.paths.drained, self.paths.run):
+        for directory in (self.paths.facts.parent, self.paths.state, self.paths.run):
             directory.mkdir(parents=True)
         (self.paths.nginx / "nginx.conf").write_text("")
         self.facts = fleet_facts(host_facts("a", weight=3), host_facts("b", "10.0.0.2", weight=2))

@@ -102,7 +102,6 @@ def test_a_drain_that_nginx_rejects_leaves_no_mark(balancer: Any, monkeypatch: p
 def test_a_drain_on_a_full_disk_leaves_no_mark(
     balancer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Empty files can still be created, and the mark of a drained host is an empty file."""
     monkeypatch.setattr(cli, "Paths", lambda: balancer.paths)
     balancer.undrain("b")
     before = {path: path.read_bytes() for path in balancer.paths.nginx.parent.rglob("*") if path.is_file()}
@@ -113,11 +112,19 @@ def test_a_drain_on_a_full_disk_leaves_no_mark(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert status == 1
-    assert capsys.readouterr().err == f"pixel-lb: {balancer.paths.upstreams}: File too large\n"
+    assert capsys.readouterr().err == f"pixel-lb: {balancer.paths.drains}: File too large\n"
     lock = balancer.paths.lock
     after = {path: path.read_bytes() for path in balancer.paths.nginx.parent.rglob("*") if path.is_file()}
     assert after == before | {lock: b""}
     assert balancer.drain("b")
+
+
+def test_hosts_that_an_earlier_release_has_drained_stay_drained(balancer: Any) -> None:
+    balancer.paths.former_drains.mkdir()
+    (balancer.paths.former_drains / "b").touch()
+    assert balancer.state.drained() == {"b"}
+    assert balancer.undrain("b")
+    assert balancer.state.drained() == set()
 
 
 @pytest.mark.parametrize(

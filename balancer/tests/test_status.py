@@ -89,10 +89,18 @@ def test_weight_and_share_are_those_in_force(balancer: Any) -> None:
     assert (backend["state"], backend["why"]) == ("drained", "drained by an operator")
 
 
+def test_the_holder_of_the_address_is_shown(balancer: Any) -> None:
+    assert balancer.status()["address"] is None
+    balancer.write_facts(address="127.0.0.1")
+    assert balancer.status()["address"] == {"ip": "127.0.0.1", "held": True}
+    balancer.write_facts(address="192.0.2.1")
+    assert balancer.status()["address"] == {"ip": "192.0.2.1", "held": False}
+
+
 def test_every_field_is_documented(balancer: Any) -> None:
     documented = set(re.findall(r"^\| `([a-z_.<>]+)` \|", README.read_text().partition("## Status")[2], re.M))
     status = balancer.status()
-    fields = {"running", "loaded"}
+    fields = {"running", "loaded", "address"}
     fields |= {f"controller.{name}" for name in status["controller"]}
     fields |= {f"backends.<name>.{name}" for name in status["backends"]["a"]}
     assert documented == fields

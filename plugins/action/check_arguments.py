@@ -60,6 +60,12 @@ def is_ipv4(text: str) -> bool:
     return True
 
 
+def is_ipv4_with_prefix(text: str) -> bool:
+    """Tell whether a text is an IPv4 address with a prefix length."""
+    address, _, prefix = text.partition("/")
+    return is_ipv4(address) and prefix.isdecimal() and int(prefix) in range(8, 33)
+
+
 def is_network(text: str) -> bool:
     """Tell whether a text is an IPv4 or IPv6 address or network. Bits of the host may be set."""
     try:
@@ -71,6 +77,10 @@ def is_network(text: str) -> bool:
 
 FORMATS = {
     "ipv4": (is_ipv4, "an IPv4 address such as 10.0.0.11"),
+    "ipv4_with_prefix": (
+        lambda text: not text or is_ipv4_with_prefix(text),
+        "an IPv4 address with its prefix such as 10.0.0.100/24, or empty",
+    ),
     "network": (is_network, "a network such as 10.0.0.0/8"),
     "user": (lambda text: bool(_USER.fullmatch(text)), "a name of lower-case letters, digits, _ and -"),
 }

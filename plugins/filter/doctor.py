@@ -42,6 +42,7 @@ PACKAGES = {
 # Units that may be off on purpose: reported only if they are enabled and don't run.
 OPTIONAL = {
     "certbot.timer",
+    "keepalived.service",
     "logrotate.timer",
     "pixel-firewall.service",
     "pixel-lb.service",
@@ -274,6 +275,16 @@ def of_versions(reports: Mapping[str, Variables], current: Mapping[str, str]) ->
         yield f"fleet: hosts serve different releases ({listed}): playbooks/pixel_app.yml deploys one to all."
 
 
+def of_balancers(reports: Mapping[str, Variables]) -> Iterator[str]:
+    """Compare the balancers: one may have been off when weights were changed with --limit."""
+    hosts = [host for host, report in reports.items() if report["backends"]]
+    if len({reports[host]["backends"] for host in hosts}) > 1:
+        yield (
+            f"fleet: {', '.join(hosts)} do not balance by the same backends and weights:"
+            " playbooks/nginx_lb.yml gives all of them those of the inventory."
+        )
+
+
 def served_at(entry: Mapping[str, str]) -> float:
     """Return when a release of the history began to serve, in seconds since 1970."""
     return datetime.datetime.fromisoformat(entry["time"]).timestamp()
@@ -336,7 +347,11 @@ def doctor_findings(hostvars: Mapping[str, Variables], groups: Groups, hosts: Se
         found += [f"{host}: {line}" for part in lines for line in part]
     staged = {host: hostvars[host].get("__pixel_app_stage", {}) for host in reports}
     current = {host: stage["current"] for host, stage in staged.items() if "current" in stage}
-    found += [*of_versions(reports, current), *of_backup(hostvars, reports, member(groups, "redis"))]
+    found += [
+        *of_versions(reports, current),
+        *of_balancers(reports),
+        *of_backup(hostvars, reports, member(groups, "redis")),
+    ]
     return found
 
 

@@ -4,6 +4,7 @@
     hostvars[host] | pixel_instance_template    the same for the systemd template of further instances
     hostvars[host] | fleet_ports                TCP ports that a host opens to the fleet
     hostvars.values() | write_lifetime          seconds that an attempt at a write can last on these hosts
+    hostvars.values() | vrrp_peers(host)        addresses of the balancers that exchange VRRP with a host
     hostvars[host] | public_url                 where clients reach a balancer
     hostvars[host] | host_variable(name, 0)     a variable of another host, or 0 if it isn't set
     'redis' | exporter_port                     TCP port of an exporter, of Prometheus or of Alertmanager
@@ -122,8 +123,27 @@ def write_lifetime(hosts: Iterable[Mapping[str, Any]]) -> float:
     return round(max(sums, default=APP_START_LIMIT + APP_REDIS_TIMEOUT), 3)
 
 
+def vrrp_peers(balancers: Iterable[Mapping[str, Any]], name: str) -> list[str]:
+    """List the balancers that exchange VRRP with a host.
+
+    Args:
+        balancers: The variables of all balancers.
+        name: The host.
+
+    Returns:
+        The addresses of the other balancers; empty if the host is no balancer or has no `nginx_lb_address`.
+    """
+    hosts = {variables["inventory_hostname"]: variables for variables in balancers}
+    if name not in hosts or not hosts[name].get("nginx_lb_address"):
+        return []
+    return [variables["private_address"] for host, variables in hosts.items() if host != name]
+
+
 def public_url(variables: Mapping[str, Any]) -> str:
-    """Return where clients reach a balancer: the first of its names with TLS, or else its private address.
+    """Return where clients reach a balancer.
+
+    That is the first of its names with TLS, or else the address that moves between the balancers, or else its
+    private address.
 
     Args:
         variables: The host's variables, `hostvars[host]`.
@@ -132,10 +152,15 @@ def public_url(variables: Mapping[str, Any]) -> str:
     if names and str(variables.get("nginx_lb_tls", "off")) not in ("off", "False"):
         scheme, host, port = "https", names[0], int(variables.get("nginx_lb_tls_port", TLS_PORT))
     else:
-        scheme, host = "http", variables.get("private_address", "")
+        scheme, host = "http", _public_address(variables)
         port = int(variables.get("nginx_lb_listen_port", LISTEN_PORT))
     usual = {"http": LISTEN_PORT, "https": TLS_PORT}[scheme]
     return f"{scheme}://{host}" if port == usual else f"{scheme}://{host}:{port}"
+
+
+def _public_address(variables: Mapping[str, Any]) -> str:
+    moving = str(variables.get("nginx_lb_address") or "").partition("/")[0]
+    return moving or str(variables.get("private_address", ""))
 
 
 def host_variable(variables: Mapping[str, Any], name: str, default: Any = None) -> Any:
@@ -185,4 +210,5 @@ class FilterModule:
             "fleet_ports": fleet_ports,
             "host_variable": host_variable,
             "public_url": public_url,
+            "vrrp_peers": vrrp_peers,
         }

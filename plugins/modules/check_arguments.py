@@ -36,7 +36,9 @@ notes:
   - >-
     C(ranges) are phrases that the variable's description repeats: V(1 to 60 seconds), V(at least 2),
     V(1 to 9, or 0), V(above 0, at most 1), V(above 0, below 1).
-  - C(formats) are V(ipv4), V(network) and V(user). For a list, ranges and formats apply to each element.
+  - >-
+    C(formats) are V(ipv4), V(ipv4_with_prefix) (or empty), V(network) and V(user). For a list, ranges and
+    formats apply to each element.
   - >-
     A rule consists of C(that), a condition, and C(message). With C(each), an expression, it is checked for
     every C(item). Values are converted to their types first.

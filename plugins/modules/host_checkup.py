@@ -116,6 +116,10 @@ drained:
   type: list
   elements: str
   returned: always
+backends:
+  description: Hash of the backends and weights of this balancer, which all balancers share; empty if it is none.
+  type: str
+  returned: always
 reboot_required:
   description: Whether an upgrade takes effect only after a reboot.
   type: bool
@@ -126,7 +130,9 @@ time:
   returned: always
 """
 
+import hashlib
 import http.client
+import json
 import os
 import re
 import socket
@@ -144,7 +150,8 @@ SAMPLE = 1.0
 # File systems that use a disk or memory. Others, such as proc, have no free space.
 SPACES = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "nfs", "nfs4", "overlay", "tmpfs", "xfs", "zfs"}
 BACKUP = Path("/var/lib/pixel-metrics/pixel_backup.prom")
-DRAINED = Path("/var/lib/pixel-lb/drained")
+DRAINS = Path("/var/lib/pixel-lb/drains.json")
+BACKENDS = Path("/etc/nginx/pixel/backends.json")
 REBOOT_REQUIRED = Path("/run/reboot-required")
 UNIT_PROPERTIES = ("Id", "LoadState", "ActiveState", "UnitFileState", "Result", "MainPID")
 
@@ -164,6 +171,19 @@ def read(path: str | Path) -> str:
         return Path(path).read_text(errors="replace")
     except OSError:
         return ""
+
+
+def drained_hosts() -> list[str]:
+    """Return the app hosts that this balancer sends no requests to, because an operator has drained them."""
+    drains = json.loads(read(DRAINS) or "{}")
+    return sorted(host for host, drain in drains.items() if drain["drained"])
+
+
+def backends_hash() -> str:
+    """Return a hash of the backends and weights of this balancer; empty if it is none."""
+    facts = json.loads(read(BACKENDS) or "{}")
+    common = {name: value for name, value in facts.items() if name not in ("balancer", "peers", "probe_url")}
+    return hashlib.sha256(json.dumps(common).encode()).hexdigest()[:12] if facts else ""
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -358,7 +378,8 @@ def gather(option: dict[str, Any]) -> dict[str, Any]:
         "packages": package_versions(run("dpkg-query", "-W", form, *option["packages"])),
         "certificates": {path: when for path, when in expiries.items() if when is not None},
         "backup": backup_time(read(BACKUP)),
-        "drained": sorted(path.name for path in DRAINED.glob("*")),
+        "drained": drained_hosts(),
+        "backends": backends_hash(),
         "reboot_required": REBOOT_REQUIRED.exists(),
     }
     time.sleep(max(0.0, started + SAMPLE - time.monotonic()))

@@ -6,6 +6,7 @@
                             until requests in flight have ended
     pixel-lb undrain HOST   send requests to a host again, and wait until it answers one (no wait with methods
                             that use a key, or for a backup: it may receive no request)
+    pixel-lb sync           adopt drains that other balancers know (run by nginx.service before it starts)
     pixel-lb certificate DIRECTORY
                             install this certificate and its key (certbot's deploy hook)
     pixel-lb reload         reload Nginx's files
@@ -13,8 +14,8 @@
     pixel-lb status         print the state of backends, controller and Nginx as JSON
     pixel-lb loaded         record that Nginx has loaded the current files (run by nginx.service)
 
-install, certificate, drain and undrain print `changed` or `unchanged`. Exit status: 0 done, 1 refused and
-nothing changed, 3 refused because it is the last backend, 4 changed but the wait timed out.
+install, certificate, drain, undrain and sync print `changed` or `unchanged`. Exit status: 0 done, 1 refused
+and nothing changed, 3 refused because it is the last backend, 4 changed but the wait timed out.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pixel_lb.drain import drain, undrain, wait_until_idle, wait_until_seen
+from pixel_lb.drain import adopt, drain, undrain, wait_until_idle, wait_until_seen
 from pixel_lb.errors import Refused
 from pixel_lb.files import Paths, exclusive
+from pixel_lb.fleet import Fleet
 from pixel_lb.install import install, install_certificate
 from pixel_lb.nginx import Nginx
+from pixel_lb.peers import fetch_all
 from pixel_lb.status import describe
 from pixel_lb.watch import Watch
 
@@ -46,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (draining, undraining):
         command.add_argument("host")
         command.add_argument("--wait", type=float, default=10, metavar="SECONDS", help="default 10")
+    commands.add_parser("sync", help="adopt drains that other balancers know")
     certificate = commands.add_parser("certificate", help="install a certificate and its key")
     certificate.add_argument("directory", type=Path, help="contains fullchain.pem and privkey.pem")
     commands.add_parser("reload", help="reload Nginx's files")
@@ -88,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _change(args: argparse.Namespace, paths: Paths) -> None:
     nginx = Nginx(paths)
+    others = fetch_all(Fleet.load(paths.facts).peers) if args.command == "sync" else []
     with exclusive(paths.lock):
         # Remove the mark of an earlier run that was killed.
         paths.closing.unlink(missing_ok=True)
@@ -100,6 +105,8 @@ def _change(args: argparse.Namespace, paths: Paths) -> None:
                 _print_changed(drain(paths, nginx, args.host, force=args.force))
             case "undrain":
                 _print_changed(undrain(paths, nginx, args.host))
+            case "sync":
+                _print_changed(bool(adopt(paths, nginx, others)))
             case "reload":
                 nginx.reload()
             case "loaded":

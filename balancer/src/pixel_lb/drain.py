@@ -1,18 +1,22 @@
-"""Which hosts receive requests: operators drain hosts, the controller sets shares."""
+"""Which hosts receive requests: operators drain hosts, the controller sets shares.
+
+Balancers share their drains: each adopts the latest command about a host that any of them knows. So a drain
+also holds on a balancer that was away.
+"""
 
 from __future__ import annotations
 
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from pixel_lb.errors import LastBackend, WaitTimeout
-from pixel_lb.files import Paths
+from pixel_lb.files import Paths, write
 from pixel_lb.fleet import KEYED_METHODS, Fleet
 from pixel_lb.install import apply
 from pixel_lb.nginx import Nginx, connections
-from pixel_lb.state import State
+from pixel_lb.state import NEVER, Drain, State
 from pixel_lb.upstreams import render
 from pixel_lb.weights import FULL, Share
 
@@ -62,9 +66,70 @@ def undrain(paths: Paths, nginx: Nginx, host: str) -> bool:
 
 def _mark(paths: Paths, nginx: Nginx, fleet: Fleet, host: str, *, drained: bool) -> bool:
     state = State(paths)
-    hosts = state.drained() - {host} | ({host} if drained else set())
-    text = render(fleet, hosts, state.shares())
-    return apply(nginx, {paths.drained / host: b"" if drained else None, paths.upstreams: text.encode()})
+    former = state.drains()
+    known = former.get(host, NEVER)
+    # Later than the command that it replaces, although another balancer's clock may be ahead.
+    drains = former | {host: Drain(drained, max(time.time(), known.time + 0.001))}
+    upstreams = {paths.upstreams: _render(fleet, state, drains)}
+    if known.drained != drained:
+        return apply(nginx, {paths.drains: State.encode_drains(drains), **upstreams})
+    # The command changes nothing here, but may on another balancer.
+    changed = apply(nginx, upstreams)
+    write(paths.drains, State.encode_drains(drains))
+    return changed
+
+
+def adopt(paths: Paths, nginx: Nginx, others: Iterable[Mapping[str, Drain]]) -> list[str]:
+    """Adopt the commands of other balancers that are later than those known here.
+
+    Args:
+        paths: The agent's directories.
+        nginx: The Nginx that reads the upstreams.
+        others: The drains of each other balancer.
+
+    Returns:
+        The hosts that are drained or undrained by that, sorted.
+
+    Raises:
+        LastBackend: No host would be left that receives requests; nothing was changed.
+        Refused: Nginx rejects the change; nothing was changed.
+    """
+    state = State(paths)
+    former = state.drains()
+    drains = latest([former, *others])
+    fleet, shares = Fleet.load(paths.facts), state.shares()
+    changed = sorted(
+        host for host, drain in drains.items() if drain.drained != former.get(host, NEVER).drained
+    )
+    if (
+        changed
+        and receiving(fleet, _drained(former), shares)
+        and not receiving(fleet, _drained(drains), shares)
+    ):
+        raise LastBackend(
+            f"other balancers have drained {', '.join(changed)}, and no other backend receives requests here"
+        )
+    apply(
+        nginx,
+        {paths.drains: State.encode_drains(drains), paths.upstreams: _render(fleet, state, drains)},
+    )
+    return changed
+
+
+def latest(known: Iterable[Mapping[str, Drain]]) -> dict[str, Drain]:
+    """Return the latest command about each host."""
+    drains: dict[str, Drain] = {}
+    for each in known:
+        drains |= {host: drain for host, drain in each.items() if drain.time > drains.get(host, NEVER).time}
+    return drains
+
+
+def _drained(drains: Mapping[str, Drain]) -> set[str]:
+    return {host for host, drain in drains.items() if drain.drained}
+
+
+def _render(fleet: Fleet, state: State, drains: Mapping[str, Drain]) -> bytes:
+    return render(fleet, _drained(drains), state.shares()).encode()
 
 
 def apply_shares(paths: Paths, nginx: Nginx, shares: Mapping[str, Share]) -> None:

@@ -34,8 +34,13 @@ class Paths:
         return self.nginx / "pixel" / "upstreams.conf"
 
     @property
-    def drained(self) -> Path:
-        """A directory with one empty file for each drained host."""
+    def drains(self) -> Path:
+        """The latest drain or undrain of each host, which Nginx serves to other balancers as `/lb/drains`."""
+        return self.state / "drains.json"
+
+    @property
+    def former_drains(self) -> Path:
+        """Releases before `drains.json` had a directory with one empty file for each drained host."""
         return self.state / "drained"
 
     @property

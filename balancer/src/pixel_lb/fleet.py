@@ -64,8 +64,13 @@ class Fleet:
     The first of `upstreams` is `pixel`, with all servers. `max_fails`, `fail_timeout` (seconds) and
     `keepalive` are Nginx's parameters; `interval` and `timeout` (seconds) are those of the health probe.
     `credits` contains the hosts whose CPU credits are queried in `credit_region`. `access_log` is None if
-    Nginx writes none.
+    Nginx writes none. `balancer` is this host, `peers` contains the URLs of the other balancers by name, and
+    `address` is the one that moves between them, empty if none does.
     """
+
+    balancer: str
+    peers: dict[str, str]
+    address: str
 
     upstreams: list[Upstream]
     max_fails: int
@@ -104,6 +109,9 @@ class Fleet:
         """
         controller = facts["controller"]
         return cls(
+            balancer=facts["balancer"],
+            peers=facts["peers"],
+            address=facts["address"],
             upstreams=_upstreams(facts),
             max_fails=facts["max_fails"],
             fail_timeout=facts["fail_timeout"],

@@ -1,14 +1,24 @@
-"""State kept between runs: drained hosts, the controller's shares and its latest report."""
+"""State kept between runs: drains of hosts, the controller's shares and its latest report."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pixel_lb.files import Paths, read, write
 from pixel_lb.weights import Share
+
+
+class Drain(NamedTuple):
+    """The latest command about a host: whether it drained the host, and its time in seconds since 1970."""
+
+    drained: bool
+    time: float
+
+
+NEVER = Drain(drained=False, time=0.0)
 
 
 class State:
@@ -17,9 +27,32 @@ class State:
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
 
+    def drains(self) -> dict[str, Drain]:
+        """Return the latest command about each host that was ever drained."""
+        content = read(self._paths.drains)
+        if content is None:
+            return {
+                path.name: Drain(True, path.stat().st_mtime) for path in self._paths.former_drains.glob("*")
+            }
+        return self.decode_drains(content)
+
     def drained(self) -> set[str]:
         """Return the hosts that an operator has drained."""
-        return {path.name for path in self._paths.drained.glob("*")}
+        return {host for host, drain in self.drains().items() if drain.drained}
+
+    @staticmethod
+    def encode_drains(drains: Mapping[str, Drain]) -> bytes:
+        """Encode drains in the format that `decode_drains` reads."""
+        return json.dumps({host: drain._asdict() for host, drain in drains.items()}, indent=1).encode()
+
+    @staticmethod
+    def decode_drains(content: bytes) -> dict[str, Drain]:
+        """Decode drains.
+
+        Raises:
+            ValueError, TypeError, AttributeError: The content has another format.
+        """
+        return {host: Drain(**drain) for host, drain in json.loads(content).items()}
 
     def shares(self) -> dict[str, Share]:
         """Return the shares that the controller has set, by server."""

@@ -7,6 +7,7 @@ from typing import Any
 from pixel_lb.files import Paths
 from pixel_lb.fleet import Fleet
 from pixel_lb.nginx import Nginx, connections
+from pixel_lb.peers import holds
 from pixel_lb.state import State
 from pixel_lb.weights import FULL, effective_weights
 
@@ -29,7 +30,7 @@ def describe(paths: Paths, nginx: Nginx) -> dict[str, Any]:
     """Describe backends, controller and Nginx.
 
     Returns:
-        A document with the keys `backends`, `controller`, `running` and `loaded`.
+        A document with the keys `address`, `backends`, `controller`, `running` and `loaded`.
 
     Raises:
         FileNotFoundError, Refused: The inventory's facts are missing or invalid.
@@ -62,6 +63,7 @@ def describe(paths: Paths, nginx: Nginx) -> dict[str, Any]:
             **{name: measured.get(key) for name, key in MEASURED.items()},
         }
     return {
+        "address": {"ip": fleet.address, "held": holds(fleet.address)} if fleet.address else None,
         "backends": backends,
         "controller": {
             "state": controller_state,

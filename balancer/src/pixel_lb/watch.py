@@ -1,8 +1,9 @@
 """The controller's loop: probe the backends, decide, apply.
 
-Every `interval` seconds each backend is probed: `/readyz`, and `/metrics` for its host's CPU counters.
-Latencies come from Nginx's access log, and CPU credits from CloudWatch if configured. The report contains the
-measurements of each backend and the reason for its share; Nginx serves it as `/lb/status`.
+Every `interval` seconds the drains that other balancers know are adopted, and each backend is probed:
+`/readyz`, and `/metrics` for its host's CPU counters. Latencies come from Nginx's access log, and CPU credits
+from CloudWatch if configured. The report contains the measurements of each backend and the reason for its
+share; Nginx serves it as `/lb/status`.
 
 If anything fails here, Nginx keeps the last valid configuration.
 """
@@ -17,13 +18,14 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pixel_lb.access_log import LogTail
 from pixel_lb.controller import Controller, Settings
 from pixel_lb.credits import CreditMonitor
-from pixel_lb.drain import apply_shares
+from pixel_lb.drain import adopt, apply_shares, latest
 from pixel_lb.errors import Refused
 from pixel_lb.files import Paths, exclusive
 from pixel_lb.fleet import Fleet
 from pixel_lb.nginx import Nginx
+from pixel_lb.peers import fetch_drains
 from pixel_lb.probe import probe
-from pixel_lb.state import State
+from pixel_lb.state import Drain, State
 from pixel_lb.weights import Share
 
 # Maximum number of concurrent probes.
@@ -53,6 +55,7 @@ class Watch:
         self._log_tail: LogTail | None = None
         self._failed_at = 0.0
         self._error = ""
+        self._adopt_error = ""
 
     def run(self) -> None:
         """Run until the process is stopped."""
@@ -69,9 +72,11 @@ class Watch:
     def tick(self, pool: Executor) -> None:
         """Run one round."""
         fleet = self.read_facts()
+        others = pool.map(fetch_drains, fleet.peers.values())
         samples = pool.map(lambda server: probe(server.address, fleet.timeout), fleet.servers)
         for server, sample in zip(fleet.servers, samples, strict=True):
             self.controller.observe(server.name, sample)
+        self._adopt(list(others))
         now = time.monotonic()
         self.poll_credits(pool, now)
         for address, (count, seconds) in (self._log_tail.read() if self._log_tail else {}).items():
@@ -116,6 +121,25 @@ class Watch:
         """Write a message to the journal."""
         print(text, file=sys.stderr, flush=True)
 
+    def _adopt(self, others: list[dict[str, Drain]]) -> None:
+        known = self._state.drains()
+        # Without the lock, which a drain holds for seconds.
+        if self.dry_run or latest([known, *others]) == known:
+            self._adopt_error = ""
+            return
+        try:
+            with exclusive(self.paths.lock):
+                changed = adopt(self.paths, Nginx(self.paths), others)
+        except (OSError, Refused) as error:
+            if str(error) != self._adopt_error:
+                self.log(f"drains of other balancers are not adopted: {error}")
+            self._adopt_error = str(error)
+            return
+        self._adopt_error = ""
+        if changed:
+            drained = ", ".join(sorted(self._state.drained())) or "none"
+            self.log(f"adopted from another balancer: {', '.join(changed)}; drained hosts: {drained}")
+
     def _apply(self, shares: Mapping[str, Share]) -> None:
         now = time.monotonic()
         if now - self._failed_at < self.controller.settings.reload_interval and self._error:
@@ -154,7 +178,7 @@ class Watch:
                 "alarm": "no backend is ready; no further one is marked down"
                 if self.controller.none_ready
                 else "",
-                "error": self._error,
+                "error": self._error or self._adopt_error,
                 "drained": sorted(drained),
                 "backends": backends,
             }

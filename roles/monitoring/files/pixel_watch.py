@@ -5,6 +5,7 @@
     pixel_lb_backend_share{backend}             factor of its base weight, set by the controller
     pixel_lb_backend_up{backend}                0 if an operator drained it or the controller marked it down
     pixel_lb_backend_cpu_credits{backend}       CPU credit balance, if the controller knows it
+    pixel_lb_address_held                       1 on the holder of the address that moves, if there is one
     pixel_lb_loaded                             0 if Nginx has not loaded the files on disk
     pixel_certificate_not_after_seconds{path}   expiry time of a certificate, in seconds since 1970
 
@@ -71,6 +72,8 @@ def run(*command: str) -> str:
 def balancer(status: dict[str, Any]) -> list[str]:
     """Convert the output of `pixel-lb status` to metrics."""
     lines = [f"pixel_lb_loaded {int(status['loaded'])}"]
+    if status["address"]:
+        lines.append(f"pixel_lb_address_held {int(status['address']['held'])}")
     for name, backend in status["backends"].items():
         label = f'{{backend="{name}"}}'
         lines.append(f"pixel_lb_backend_weight{label} {backend['weight']}")
