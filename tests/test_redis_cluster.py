@@ -20,11 +20,11 @@ import pytest
 import redis_cluster
 import yaml
 from redis_cluster import DATA_SLOT, SPARE_SLOTS, Agent, Cluster, Problem, Process, ReplyError
+from writer import KEY, Writer
 
 ROLE = Path(__file__).resolve().parents[1] / "roles/redis"
 RULES = yaml.safe_load((ROLE / "vars/main.yml").read_text())["_redis_cluster_rules"]
 PASSWORD = "p" * 20
-KEY = "pixel:{0}:canvas"
 
 
 class Machines:
@@ -339,46 +339,6 @@ def test_the_last_host_is_promoted_without_an_election(formed: Machines) -> None
     )
 
 
-class Writer:
-    """Writes rising numbers as the app does: acknowledged after the master and every replica that counts."""
-
-    def __init__(self, machines: Machines) -> None:
-        self._machines = machines
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._master = machines.ask(machines.data[0])
-        self.acknowledged = 0
-        self.slowest = 0.0
-
-    def __enter__(self) -> Writer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.01):
-            began = time.monotonic()
-            while not self._write(self.acknowledged + 1):
-                if self._stop.wait(0.01):
-                    return
-            self.acknowledged += 1
-            self.slowest = max(self.slowest, time.monotonic() - began)
-
-    def _write(self, number: int) -> bool:
-        try:
-            members = self._master.members().values()
-            counting = [m for m in members if m.master and not m.flags & {"fail", "nofailover"}]
-            self._master.call("SET", KEY, number)
-            return len(counting) > 0 and int(self._master.call("WAIT", len(counting), 500)) >= len(counting)
-        except (OSError, ReplyError) as error:
-            moved = str(error).split()[-1] if str(error).startswith("MOVED") else None
-            self._master = self._machines.ask(moved or random.choice(self._machines.data))
-            return False
-
-
 class Services:
     """Takes the place of systemd: the agents run as threads, and a restart is that of a host's processes."""
 
@@ -413,7 +373,7 @@ def test_a_rolling_restart_delays_no_write_and_loses_none(
 ) -> None:
     services = Services(formed)
     monkeypatch.setattr(redis_cluster, "_systemctl", services.systemctl)
-    with contextlib.closing(services), Writer(formed) as writer:
+    with contextlib.closing(services), Writer(formed.data, formed.ask) as writer:
         for services.host in (3, 2, 1):
             redis_cluster.restart(formed.cluster(services.host), ["redis-server.service"])
         redis_cluster.wait(lambda: formed.ask(formed.data[0]).myself().owns(DATA_SLOT), 20, "no failback")

@@ -647,15 +647,17 @@ class Agent:
 
 def run_agent(cluster: Cluster) -> None:
     agent = Agent(cluster)
-    former = ""
+    fault = ""
     while True:
         try:
-            message = agent.step()
+            if done := agent.step():
+                print(done, flush=True)
+            fault = ""
         except (OSError, ReplyError, Problem, KeyError) as error:
-            message = f"{type(error).__name__}: {error}"
-        if message and message != former:
-            print(message, flush=True)
-        former = message or former if isinstance(message, str) else ""
+            # The same fault may last; log it once.
+            if str(error) != fault:
+                print(f"{type(error).__name__}: {error}", flush=True)
+            fault = str(error)
         time.sleep(INTERVAL)
 
 
