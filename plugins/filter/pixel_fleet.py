@@ -109,7 +109,7 @@ def fleet_ports(variables: Mapping[str, Any]) -> list[int]:
 
 
 def redis_ports(variables: Mapping[str, Any]) -> list[int]:
-    """List the ports of a host's Redis processes: the data's, and the voter's on all but a cluster's first host.
+    """List the ports of a host's Redis processes: the data's, and the voter's on hosts of a cluster but one.
 
     Args:
         variables: The host's variables, `hostvars[host]`.

@@ -35,7 +35,9 @@ def test_the_bus_is_open_to_the_other_redis_hosts_only(addresses: list[str]) -> 
             socket.create_connection((host, 16379), timeout=0.5)
 
 
-@pytest.mark.parametrize("command", [["cluster", "reset"], ["cluster", "failover"], ["config", "get", "*"], ["psync"]])
+@pytest.mark.parametrize(
+    "command", [["cluster", "reset"], ["cluster", "failover"], ["config", "get", "*"], ["psync"]]
+)
 def test_the_apps_user_may_only_read_the_clusters_state(
     connect: Any, addresses: list[str], command: list[str]
 ) -> None:
@@ -124,10 +126,14 @@ def test_after_a_cold_start_without_the_master_an_operator_promotes_a_replica(
     wait_until_ready(status, "n1", addresses[1:])
 
 
-def test_a_process_without_its_log_does_not_start(run: Any, hosts: dict[str, Any], status: Any, addresses: Any) -> None:
+def test_a_process_without_its_log_does_not_start(
+    run: Any, hosts: dict[str, Any], status: Any, addresses: Any
+) -> None:
     run("n3", "systemctl stop redis-server; mv /var/lib/redis/appendonlydir /var/lib/redis/away")
     assert hosts["n3"].run("systemctl start redis-server").rc != 0
-    assert "there is no log in /var/lib/redis/appendonlydir" in run("n3", "journalctl --unit=redis-server --lines=20")
+    assert "there is no log in /var/lib/redis/appendonlydir" in run(
+        "n3", "journalctl --unit=redis-server --lines=20"
+    )
     run("n3", "mv /var/lib/redis/away /var/lib/redis/appendonlydir; systemctl restart redis-server")
     wait_until_ready(status, "n1", addresses[1:])
 
