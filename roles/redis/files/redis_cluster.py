@@ -187,13 +187,16 @@ class Process:
         return _myself(self.members())
 
     def cluster_state(self) -> str:
-        fields = dict(line.split(":", 1) for line in self.call("CLUSTER", "INFO").splitlines() if ":" in line)
-        return fields["cluster_state"]
+        return _fields(self.call("CLUSTER", "INFO"))["cluster_state"]
 
     def info(self) -> dict[str, str]:
-        """Return the sections of INFO about replication, the log, and the mode."""
-        lines = self.call("INFO", "server", "replication", "persistence").splitlines()
-        return dict(line.split(":", 1) for line in lines if ":" in line)
+        """Return the sections of INFO about replication and the log."""
+        return _fields(self.call("INFO", "replication", "persistence"))
+
+
+def _fields(text: str) -> dict[str, str]:
+    """Parse lines of the form `name:value`."""
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
 
 
 def is_synced(info: dict[str, str]) -> bool:
@@ -307,8 +310,8 @@ def form(cluster: Cluster) -> None:
             _replicate(cluster, address, ids[owner])
     wait(
         lambda: _is_complete(cluster, ids),
-        FORM_TIMEOUT,
-        f"The cluster is not complete after {FORM_TIMEOUT:.0f} s: see redis-cluster status, and whether the"
+        SYNC_TIMEOUT,
+        f"The cluster is not complete after {SYNC_TIMEOUT:.0f} s: see redis-cluster status, and whether the"
         " hosts reach each other's Redis ports and those 10000 above.",
     )
 
@@ -319,7 +322,7 @@ def _myself(view: dict[str, Member]) -> Member:
 
 def _owner(cluster: Cluster, views: dict[str, dict[str, Member]]) -> str | None:
     """Return the address of the process that owns the data; None if there is no data yet."""
-    claims = {}
+    claims: dict[str, Member] = {}
     for view in views.values():
         for member in view.values():
             if member.owns(DATA_SLOT) and member.epoch >= claims.get(member.id, member).epoch:
