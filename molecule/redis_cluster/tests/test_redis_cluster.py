@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from redis_cluster import ReplyError, wait
 from writer import KEY, Writer
 
+ROOT = Path(__file__).resolve().parents[3]
+INVENTORY = ROOT / "molecule/redis_cluster/inventory"
 HOSTS = ["n1", "n2", "n3"]
 
 
@@ -94,15 +99,30 @@ def test_the_masters_host_dies_and_gets_the_role_back(
     wait_until_ready(status, "n1", addresses[1:])
 
 
-def test_an_empty_machine_takes_a_lost_hosts_place(
-    run: Any, play: Any, status: Any, addresses: list[str], connect: Any
+def test_back_to_one_redis_and_to_three_again(
+    play: Any, status: Any, addresses: list[str], connect: Any, tmp_path: Path
 ) -> None:
-    run("n3", "systemctl stop redis-cluster redis-server redis-server@voter")
-    run("n3", "rm -rf /var/lib/redis/* /etc/redis/users.acl /etc/redis-cluster.json")
-    time.sleep(4)
-    changes = play("molecule/redis_cluster/converge.yml").changes()
-    assert changes["n1"] <= 1
-    assert changes["n3"] > 1
+    """The other two hosts are empty when they join again; the canvas stays as it is."""
+    canvas = random.randbytes(100_000).hex()
+    inventory = yaml.safe_load((INVENTORY / "hosts.yml").read_text())
+    inventory["redis"]["hosts"] = {"n1": None}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    (tmp_path / "group_vars").symlink_to(INVENTORY / "group_vars")
+    with contextlib.closing(connect(addresses[0])) as process:
+        process.call("SET", "pixel:{0}:canvas", canvas)
+        assert process.call("WAIT", 2, 1000) == 2
+    for playbook, where in (
+        ("playbooks/redis_single.yml", tmp_path),
+        ("molecule/redis_cluster/converge.yml", INVENTORY),
+    ):
+        play(playbook, "--tags", "redis", hosts=str(where), fleet_repository=str(ROOT)).changes()
+        with contextlib.closing(connect(addresses[0])) as process:
+            assert process.call("GET", "pixel:{0}:canvas") == canvas
+            try:
+                mode = process.cluster_state()
+            except ReplyError as error:
+                mode = str(error)
+        assert mode == ("ok" if where == INVENTORY else "ERR This instance has cluster support disabled")
     wait_until_ready(status, "n1", addresses[1:])
 
 
