@@ -124,6 +124,12 @@ def _free_port() -> int:
             return port
 
 
+@pytest.fixture(autouse=True)
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_cluster, "STABLE", 0.5)
+    monkeypatch.setattr(redis_cluster, "SETTLE", 0.5)
+
+
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[Machines]:
     started = Machines(tmp_path)
