@@ -388,6 +388,21 @@ def test_a_rolling_restart_delays_no_write_and_loses_none(
     assert int(formed.ask(formed.data[0]).call("GET", KEY)) >= writer.acknowledged
 
 
+def test_a_host_that_has_left_may_be_off(formed: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    services = Services(formed)
+    monkeypatch.setattr(redis_cluster, "_systemctl", services.systemctl)
+    services.host = 1
+    with contextlib.closing(services), Writer(formed.data, formed.ask) as writer:
+        redis_cluster.leave(formed.cluster(1))
+        formed.kill(formed.data[0])
+        time.sleep(2)
+        formed.start(formed.data[0])
+        redis_cluster.rejoin(formed.cluster(1))
+        redis_cluster.wait(lambda: formed.ask(formed.data[0]).myself().owns(DATA_SLOT), 20, "no failback")
+    assert writer.slowest < 1, "a write waited for the host"
+    assert int(formed.ask(formed.data[0]).call("GET", KEY)) >= writer.acknowledged > 100
+
+
 def test_a_host_is_not_restarted_while_another_one_is_away(formed: Machines) -> None:
     formed.kill(*formed.on(3))
     with pytest.raises(Problem, match=f"Redis at {formed.data[2]} does not work; nothing was changed"):

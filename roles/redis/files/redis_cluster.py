@@ -5,6 +5,7 @@
     redis-cluster status             print the processes with their roles, as JSON
     redis-cluster restart UNIT...    restart units of this host without a failed write
     redis-cluster leave              prepare this host for a stop without a failed write
+    redis-cluster rejoin             undo that, and wait until this host's replica is ready
     redis-cluster promote            make this host's replica the master after the master is lost
     redis-cluster agent              the service: return the master role to the preferred host
     redis-cluster check-log DIR      fail if the cluster's data should be in DIR and is not
@@ -497,8 +498,12 @@ def switch(cluster: Cluster, target: str) -> None:
 
 
 def leave(cluster: Cluster) -> None:
-    """Prepare this host for a stop: it has no master, and the app doesn't wait for its replica."""
+    """Prepare this host for a stop: it has no master, and the app doesn't wait for its replica.
+
+    The agent is stopped, because it would undo that. It starts when the host boots, or with `rejoin`.
+    """
     _check_others(cluster)
+    _systemctl("stop", AGENT)
     if cluster.master() == cluster.local:
         other = next(address for address in cluster.data if address != cluster.local)
         switch(cluster, other)
@@ -515,21 +520,22 @@ def leave(cluster: Cluster) -> None:
 def restart(cluster: Cluster, units: list[str]) -> None:
     """Restart units of this host, one host at a time, and wait until its replica is ready again."""
     data_unit = "redis-server.service"
-    is_member = _is_member(cluster)
-    _systemctl("stop", AGENT)
-    try:
-        if is_member and data_unit in units:
-            leave(cluster)
+    if not _is_member(cluster):
         _systemctl("restart", *units)
-        cluster.note(f"restarted {', '.join(units)}")
-    finally:
-        _systemctl("start", AGENT)
-    if is_member:
-        wait_until_ready(cluster)
+    else:
+        try:
+            if data_unit in units:
+                leave(cluster)
+            _systemctl("restart", *units)
+        finally:
+            _systemctl("start", AGENT)
+        rejoin(cluster)
+    cluster.note(f"restarted {', '.join(units)}")
 
 
-def wait_until_ready(cluster: Cluster) -> None:
+def rejoin(cluster: Cluster) -> None:
     """Wait until this host's processes work, and its data process is the master or a ready replica."""
+    _systemctl("start", AGENT)
     host = cluster.local.rpartition(":")[0]
     here = [process for address, process in cluster.processes.items() if address.startswith(f"{host}:")]
 
@@ -689,7 +695,7 @@ def main() -> int:
     default = f"{passed}/redis-cluster.json" if passed else CONFIG
     parser.add_argument("--config", default=default)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("form", "status", "leave", "promote", "agent"):
+    for name in ("form", "status", "leave", "rejoin", "promote", "agent"):
         commands.add_parser(name)
     commands.add_parser("restart").add_argument("units", nargs="+", metavar="UNIT")
     commands.add_parser("check-log").add_argument("folder", type=Path)
@@ -702,12 +708,11 @@ def main() -> int:
         if arguments.command == "status":
             print(json.dumps(status(cluster), indent=1))
             return 0
-        if arguments.command == "leave":
-            _systemctl("stop", AGENT)
         actions: dict[str, Callable[[], None]] = {
             "form": lambda: form(cluster),
             "restart": lambda: restart(cluster, arguments.units),
             "leave": lambda: leave(cluster),
+            "rejoin": lambda: rejoin(cluster),
             "promote": lambda: promote(cluster),
             "agent": lambda: run_agent(cluster),
         }
