@@ -121,6 +121,7 @@ def test_defaults_equal_the_roles_defaults() -> None:
     assert app["pixel_app_instances"] == pixel_fleet.APP_INSTANCES
     assert app["pixel_app_socket"] == pixel_fleet.APP_SOCKET
     assert redis["redis_port"] == pixel_fleet.REDIS_PORT
+    assert redis["redis_voter_port"] == pixel_fleet.VOTER_PORT
     assert history["history_port"] == pixel_fleet.HISTORY_PORT
 
 

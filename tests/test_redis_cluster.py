@@ -72,6 +72,7 @@ class Machines:
             dir {folder}
             aclfile {folder}/users.acl
             appendonly {"no" if address in self.voters else "yes"}
+            appendfsync always
             save ""
             repl-diskless-sync-delay 0
             repl-timeout 3

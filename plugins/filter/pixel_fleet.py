@@ -30,6 +30,7 @@ APP_SOCKET = "/run/pixel.sock"
 APP_START_LIMIT = 0.8
 APP_REDIS_TIMEOUT = 0.8
 REDIS_PORT = 6379
+VOTER_PORT = 6380
 # The bus of a Redis Cluster is above the port of the process by this number.
 REDIS_BUS = 10000
 HISTORY_PORT = 8100
@@ -118,7 +119,7 @@ def redis_ports(variables: Mapping[str, Any]) -> list[int]:
     if variables.get("inventory_hostname") not in hosts:
         return []
     port = int(variables.get("redis_port", REDIS_PORT))
-    voter = int(variables.get("redis_voter_port", port + 1))
+    voter = int(variables.get("redis_voter_port", VOTER_PORT))
     return [port] if variables["inventory_hostname"] == hosts[0] else [port, voter]
 
 

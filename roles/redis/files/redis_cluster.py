@@ -300,7 +300,11 @@ def form(cluster: Cluster) -> None:
     ids = {address: _myself(view).id for address, view in views.items()}
     owner = _owner(cluster, views)
     if owner is None:
-        owner = _give_slots(cluster, views)
+        owner = cluster.data[0]
+        if owner not in views:
+            raise Problem(f"Redis at {owner} doesn't answer; a new cluster begins there. Start it.")
+        _check_empty(cluster, [address for address in views if address != owner])
+    _give_slots(cluster, owner)
     _forget(cluster, views, ids)
     _meet(cluster, owner, views, ids)
     for voter, slot in zip(cluster.voters, SPARE_SLOTS, strict=False):
@@ -347,20 +351,19 @@ def _owner(cluster: Cluster, views: dict[str, dict[str, Member]]) -> str | None:
     return found[0]
 
 
-def _give_slots(cluster: Cluster, views: dict[str, dict[str, Member]]) -> str:
-    """Give the slots to the preferred process; returns its address."""
-    first = cluster.data[0]
-    if first not in views:
-        raise Problem(f"Redis at {first} doesn't answer; a new cluster begins there. Start it.")
-    _check_empty(cluster, [address for address in views if address != first])
-    me = _myself(views[first])
-    taken = [slot for slot in SPARE_SLOTS if me.owns(slot)]
-    if taken:
-        raise Problem(f"Redis at {first} has keys in slot {taken[0]}, which is a voter's. Remove them.")
-    free = ranges(slot for slot in range(SLOTS) if slot not in SPARE_SLOTS and not me.owns(slot))
-    cluster.processes[first].call("CLUSTER", "ADDSLOTSRANGE", *[slot for span in free for slot in span])
-    cluster.note(f"{first} is the data master")
-    return first
+def _give_slots(cluster: Cluster, owner: str) -> None:
+    """Give a process all slots that nobody has, but for those of the voters."""
+    process = cluster.processes[owner]
+    for slot in SPARE_SLOTS:
+        if process.myself().owns(slot):
+            raise Problem(f"Redis at {owner} has keys in slot {slot}, which is a voter's. Remove them.")
+    taken = process.members().values()
+    free = ranges(
+        slot for slot in range(SLOTS) if slot not in SPARE_SLOTS and not any(m.owns(slot) for m in taken)
+    )
+    if free:
+        process.call("CLUSTER", "ADDSLOTSRANGE", *[slot for span in free for slot in span])
+        cluster.note(f"{owner} is the data master")
 
 
 def _check_empty(cluster: Cluster, addresses: list[str]) -> None:
