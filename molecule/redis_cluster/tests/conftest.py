@@ -37,12 +37,13 @@ def connect(password: Any) -> Callable[[str], Any]:
 
 @pytest.fixture(scope="session")
 def run(state: Path) -> Callable[..., str]:
-    """Run a script as root on a host; returns its output."""
+    """Run a script as root on a host; returns its output. Raises OSError if it fails, as during a boot."""
 
     def run_on(host: str, script: str) -> str:
         command = ["ssh", "-F", str(state / "ssh_config"), host, "sudo sh -s"]
         done = subprocess.run(command, input=script, text=True, capture_output=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        if done.returncode != 0:
+            raise OSError(done.stdout + done.stderr)
         return done.stdout
 
     return run_on

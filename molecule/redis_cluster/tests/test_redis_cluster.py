@@ -68,7 +68,7 @@ def wait_until_ready(status: Any, host: str, replicas: list[str]) -> None:
     wait(
         lambda: all(status(host)[address].get("is_ready") for address in replicas),
         40,
-        f"not ready: {status(host)}",
+        "the replicas are not ready",
     )
 
 

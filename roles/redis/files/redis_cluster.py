@@ -53,6 +53,8 @@ SETTLE = 2.0
 FORM_TIMEOUT = 60.0
 SWITCH_TIMEOUT = 10.0
 SYNC_TIMEOUT = 300.0
+# systemd starts Redis again at once.
+CHECK_PAUSE = 5.0
 
 
 class Problem(Exception):
@@ -722,7 +724,9 @@ def main() -> int:
         actions[arguments.command]()
         print(json.dumps({"done": cluster.done}))
     except (Problem, ReplyError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(error, file=sys.stderr, flush=True)
+        if arguments.command == "check-log":
+            time.sleep(CHECK_PAUSE)
         return 1
     return 0
 
