@@ -307,6 +307,11 @@ WRONG = [
     ("redis_backup_name", "a b"),
     ("redis_backup_host", "elsewhere"),
     ("redis_backup_memory_max", "plenty"),
+
+
+    ("redis_hosts", ["c5", "t2"]),
+    ("redis_voter_port", 80),
+    ("redis_cluster_user", "admin"),
     ("pixel_app_port", 70000),
     ("pixel_app_instances", 17),
     ("pixel_app_candidate_port", 8000),
@@ -359,6 +364,7 @@ WRONG = [
     ("firewall_admin_networks", ["10.0.0.0/40"]),
     ("firewall_ssh_networks", ["everywhere"]),
     ("firewall_fleet_udp_ports", [0]),
+    ("firewall_redis_bus_ports", [0]),
     ("firewall_fleet_protocols", ["VRRP"]),
     ("firewall_vrrp_peers", ["c5"]),
     ("firewall_connections", 5),

@@ -220,6 +220,16 @@ def test_checks_of_a_host_follow_from_its_groups(hostvars: dict[str, dict[str, A
     assert second["clocks"] == ["10.0.0.1:80"]
 
 
+def test_a_voter_and_the_clusters_service_are_checked(hostvars: dict[str, dict[str, Any]]) -> None:
+    groups = GROUPS | {"redis": ["c5", "t2", "t3"]}
+    first, second = (doctor.doctor_checks(hostvars | {"t3": {}}, groups, host) for host in ("c5", "t2"))
+    assert (6380 in first["ports"], 6380 in second["ports"]) == (False, True)
+    assert {"redis-server.service", "redis-server@voter.service", "redis-cluster.service"} <= set(
+        second["units"]
+    )
+    assert "redis-server@voter.service" not in first["units"]
+
+
 class Clock(http.server.BaseHTTPRequestHandler):
     """A balancer whose clock is five seconds behind."""
 

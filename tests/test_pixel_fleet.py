@@ -109,6 +109,21 @@ def test_fleet_ports_are_those_of_the_app_redis_the_history_and_exporters() -> N
     assert pixel_fleet.exporter_port("redis") == 9121
 
 
+def test_the_ports_of_a_redis_cluster_are_those_of_its_processes() -> None:
+    groups = {"redis": ["a", "t2", "c"]}
+    first, other = ({"inventory_hostname": name, "groups": groups} for name in ("a", "t2"))
+    assert (pixel_fleet.redis_ports(first), pixel_fleet.redis_bus_ports(first)) == ([6379], [16379])
+    assert (pixel_fleet.redis_ports(other), pixel_fleet.redis_bus_ports(other)) == (
+        [6379, 6380],
+        [16379, 16380],
+    )
+    assert pixel_fleet.fleet_ports(HOST | other)[:3] == [8000, 6379, 6380]
+    # Without a cluster, and on a host that isn't in it, there is no bus.
+    assert pixel_fleet.redis_bus_ports(first | {"groups": {"redis": ["a"]}}) == []
+    assert pixel_fleet.redis_bus_ports(first | {"inventory_hostname": "b"}) == []
+    assert pixel_fleet.redis_bus_ports(other | {"redis_hosts": ["t2"]}) == []
+
+
 def test_defaults_equal_the_roles_defaults() -> None:
     app, redis, history = (
         yaml.safe_load((ROOT / "roles" / role / "defaults" / "main.yml").read_text())
@@ -118,6 +133,7 @@ def test_defaults_equal_the_roles_defaults() -> None:
     assert app["pixel_app_instances"] == pixel_fleet.APP_INSTANCES
     assert app["pixel_app_socket"] == pixel_fleet.APP_SOCKET
     assert redis["redis_port"] == pixel_fleet.REDIS_PORT
+    assert redis["redis_voter_port"] == pixel_fleet.VOTER_PORT
     assert history["history_port"] == pixel_fleet.HISTORY_PORT
 
 

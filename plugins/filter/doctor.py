@@ -17,6 +17,7 @@ from ansible_collections.pixel.endpoint.plugins.filter.pixel_fleet import (
     TLS_PORT,
     exporter_port,
     pixel_instances,
+    redis_ports,
 )
 
 Variables = Mapping[str, Any]
@@ -69,9 +70,9 @@ def listen_address(variables: Variables) -> str:
 def expected_ports(variables: Variables, groups: Groups) -> dict[int, str]:
     """Return the services that listen on a host, by port."""
     host = variables["inventory_hostname"]
-    ports: dict[int, str] = {}
-    if host in member(groups, "redis"):
-        ports[int(variables.get("redis_port", REDIS_PORT))] = "redis-server.service"
+    # The data's process, and the voter on all hosts of a cluster but the first.
+    processes = ("redis-server.service", "redis-server@voter.service")
+    ports = dict(zip(redis_ports({**variables, "groups": groups}), processes, strict=False))
     if host in member(groups, "pixel_app"):
         ports |= {each["port"]: f"{each['unit']}.service" for each in pixel_instances(variables)}
     if host in member(groups, "nginx_lb"):
@@ -139,8 +140,9 @@ def doctor_checks(hostvars: Mapping[str, Variables], groups: Groups, host: str) 
     sockets = [
         f"{each['unit']}.socket" for each in pixel_instances(variables) if host in member(groups, "pixel_app")
     ]
+    cluster = ["redis-cluster.service"] if "redis" in own and len(groups["redis"]) > 1 else []
     return {
-        "units": sorted({*ports.values(), *sockets, *OPTIONAL}),
+        "units": sorted({*ports.values(), *sockets, *cluster, *OPTIONAL}),
         "ports": sorted(ports),
         "connect": sorted(targets(hostvars, groups, host)),
         "clocks": [listen_address(hostvars[each]) for each in member(groups, "nginx_lb")],

@@ -3,6 +3,7 @@
     hostvars[host] | pixel_instances            the app's instances on a host, first one first
     hostvars[host] | pixel_instance_template    the same for the systemd template of further instances
     hostvars[host] | fleet_ports                TCP ports that a host opens to the fleet
+    hostvars[host] | redis_bus_ports            TCP ports that a host opens to the other Redis hosts only
     hostvars.values() | write_lifetime          seconds that an attempt at a write can last on these hosts
     hostvars.values() | vrrp_peers(host)        addresses of the balancers that exchange VRRP with a host
     hostvars[host] | public_url                 where clients reach a balancer
@@ -30,6 +31,9 @@ APP_SOCKET = "/run/pixel.sock"
 APP_START_LIMIT = 0.8
 APP_REDIS_TIMEOUT = 0.8
 REDIS_PORT = 6379
+VOTER_PORT = 6380
+# The bus of a Redis Cluster is above the port of the process by this number.
+REDIS_BUS = 10000
 HISTORY_PORT = 8100
 LISTEN_PORT = 80
 TLS_PORT = 443
@@ -100,10 +104,34 @@ def fleet_ports(variables: Mapping[str, Any]) -> list[int]:
     instances = [instance["port"] for instance in pixel_instances(variables)]
     return [
         *instances,
-        int(variables.get("redis_port", REDIS_PORT)),
+        *(redis_ports(variables) or [int(variables.get("redis_port", REDIS_PORT))]),
         int(variables.get("history_port", HISTORY_PORT)),
         *EXPORTER_PORTS.values(),
     ]
+
+
+def redis_ports(variables: Mapping[str, Any]) -> list[int]:
+    """List the ports of a host's Redis processes: the data's, and the voter's on hosts of a cluster but one.
+
+    Args:
+        variables: The host's variables, `hostvars[host]`.
+    """
+    hosts = list(variables.get("redis_hosts") or variables.get("groups", {}).get("redis", []))
+    if variables.get("inventory_hostname") not in hosts:
+        return []
+    port = int(variables.get("redis_port", REDIS_PORT))
+    voter = int(variables.get("redis_voter_port", VOTER_PORT))
+    return [port] if variables["inventory_hostname"] == hosts[0] else [port, voter]
+
+
+def redis_bus_ports(variables: Mapping[str, Any]) -> list[int]:
+    """List the ports of the cluster bus, which has no login, on a host; a single Redis has none.
+
+    Args:
+        variables: The host's variables, `hostvars[host]`.
+    """
+    hosts = variables.get("redis_hosts") or variables.get("groups", {}).get("redis", [])
+    return [port + REDIS_BUS for port in redis_ports(variables)] if len(hosts) > 1 else []
 
 
 def write_lifetime(hosts: Iterable[Mapping[str, Any]]) -> float:
@@ -208,6 +236,7 @@ class FilterModule:
             "exporter_port": exporter_port,
             "write_lifetime": write_lifetime,
             "fleet_ports": fleet_ports,
+            "redis_bus_ports": redis_bus_ports,
             "host_variable": host_variable,
             "public_url": public_url,
             "vrrp_peers": vrrp_peers,

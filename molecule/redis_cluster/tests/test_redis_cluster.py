@@ -1,0 +1,172 @@
+"""Role redis on three hosts: layout, lost hosts, changes, and back to one Redis."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from redis_cluster import ReplyError, wait
+from writer import KEY, Writer
+
+ROOT = Path(__file__).resolve().parents[3]
+INVENTORY = ROOT / "molecule/redis_cluster/inventory"
+HOSTS = ["n1", "n2", "n3"]
+
+
+def test_one_host_has_the_master_and_the_others_a_replica_and_a_voter(
+    status: Any, addresses: list[str]
+) -> None:
+    rows = status("n2")
+    assert [rows[address]["role"] for address in addresses] == ["master", "replica", "replica"]
+    voters = [row for row in rows.values() if row["kind"] == "voter"]
+    assert [row["role"] for row in voters] == ["master", "master"]
+    assert {row["state"] for row in rows.values()} == {"ok"}
+    wait_until_ready(status, "n1", addresses[1:])
+
+
+def test_the_bus_is_open_to_the_other_redis_hosts_only(addresses: list[str]) -> None:
+    """This machine is the operator's, which may use the Redis ports."""
+    for address in addresses:
+        host = address.partition(":")[0]
+        socket.create_connection((host, 6379), timeout=2).close()
+        with pytest.raises(TimeoutError):
+            socket.create_connection((host, 16379), timeout=0.5)
+
+
+@pytest.mark.parametrize(
+    "command", [["cluster", "reset"], ["cluster", "failover"], ["config", "get", "*"], ["psync"]]
+)
+def test_the_apps_user_may_only_read_the_clusters_state(
+    connect: Any, addresses: list[str], command: list[str]
+) -> None:
+    with contextlib.closing(connect(addresses[0])) as process:
+        assert process.members()
+        with pytest.raises(ReplyError, match="NOPERM"):
+            process.call(*command)
+
+
+def test_the_services_are_sandboxed_and_name_no_password(hosts: dict[str, Any], password: Any) -> None:
+    for unit in ("redis-server@voter.service", "redis-cluster.service"):
+        rating = hosts["n2"].run(f"systemd-analyze security {unit}").stdout
+        assert float(rating.strip().splitlines()[-1].split(":")[1].split()[0]) <= 2.0
+    secret = password("cluster")
+    for place in ("journalctl --no-pager", "ps -eo args", "systemctl show redis-cluster redis-server"):
+        assert secret not in hosts["n2"].run(place).stdout
+    assert "secret" not in secret
+    for path in ("/etc/redis-cluster.json", "/etc/redis/redis.conf", "/etc/redis/redis-voter.conf"):
+        assert not hosts["n2"].file(path).mode & 0o007
+
+
+def wait_until_ready(status: Any, host: str, replicas: list[str]) -> None:
+    wait(
+        lambda: all(status(host)[address].get("is_ready") for address in replicas),
+        40,
+        "the replicas are not ready",
+    )
+
+
+def wait_for_master(status: Any, host: str, address: str, seconds: float = 40) -> None:
+    wait(lambda: bool(status(host)[address].get("owns_data")), seconds, f"{address} is not the master")
+
+
+def read(connect: Callable[[str], Any], address: str) -> int:
+    with contextlib.closing(connect(address)) as process:
+        return int(process.call("GET", KEY))
+
+
+def test_the_masters_host_dies_and_gets_the_role_back(
+    power: Any, status: Any, addresses: list[str], connect: Any
+) -> None:
+    with Writer(addresses, connect) as writer:
+        time.sleep(1)
+        power("n1", "off")
+        time.sleep(8)
+        during = writer.acknowledged
+        power("n1", "on")
+        wait_for_master(status, "n2", addresses[0])
+        time.sleep(1)
+    assert during > 100
+    assert writer.slowest < 6
+    assert writer.acknowledged > during
+    assert read(connect, addresses[0]) >= writer.acknowledged
+    wait_until_ready(status, "n1", addresses[1:])
+
+
+def test_back_to_one_redis_and_to_three_again(
+    play: Any, status: Any, addresses: list[str], connect: Any, tmp_path: Path
+) -> None:
+    """The other two hosts are empty when they join again; the canvas stays as it is."""
+    canvas = random.randbytes(100_000).hex()
+    inventory = yaml.safe_load((INVENTORY / "hosts.yml").read_text())
+    inventory["redis"]["hosts"] = {"n1": None}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    (tmp_path / "group_vars").symlink_to(INVENTORY / "group_vars")
+    with contextlib.closing(connect(addresses[0])) as process:
+        process.call("SET", "pixel:{0}:canvas", canvas)
+        assert process.call("WAIT", 2, 1000) == 2
+    for playbook, where in (
+        ("playbooks/redis_single.yml", tmp_path),
+        ("molecule/redis_cluster/converge.yml", INVENTORY),
+    ):
+        play(playbook, "--tags", "redis", hosts=str(where), fleet_repository=str(ROOT)).changes()
+        with contextlib.closing(connect(addresses[0])) as process:
+            assert process.call("GET", "pixel:{0}:canvas") == canvas
+            try:
+                mode = process.cluster_state()
+            except ReplyError as error:
+                mode = str(error)
+        assert mode == ("ok" if where == INVENTORY else "ERR This instance has cluster support disabled")
+    wait_until_ready(status, "n1", addresses[1:])
+
+
+def test_after_a_cold_start_without_the_master_an_operator_promotes_a_replica(
+    power: Any, run: Any, status: Any, addresses: list[str], connect: Any
+) -> None:
+    kept = read(connect, addresses[0])
+    for host in HOSTS:
+        power(host, "off")
+    for host in HOSTS[1:]:
+        power(host, "on")
+    wait(lambda: status("n2")[addresses[2]].get("state") == "ok", 30, "the hosts don't start")
+    time.sleep(4)
+    assert not any(row.get("owns_data") for row in status("n2").values())
+    assert "(FORCE)" in run("n2", "redis-cluster promote")
+    wait_for_master(status, "n3", addresses[1])
+    assert read(connect, addresses[1]) == kept
+    power("n1", "on")
+    wait_for_master(status, "n2", addresses[0])
+    assert read(connect, addresses[0]) == kept
+    wait_until_ready(status, "n1", addresses[1:])
+
+
+def test_a_process_without_its_log_does_not_start(
+    run: Any, hosts: dict[str, Any], status: Any, addresses: Any
+) -> None:
+    run("n3", "systemctl stop redis-server; mv /var/lib/redis/appendonlydir /var/lib/redis/away")
+    assert hosts["n3"].run("systemctl start redis-server").rc != 0
+    assert "there is no log in /var/lib/redis/appendonlydir" in run(
+        "n3", "journalctl --unit=redis-server --lines=20"
+    )
+    run("n3", "mv /var/lib/redis/away /var/lib/redis/appendonlydir; systemctl restart redis-server")
+    wait_until_ready(status, "n1", addresses[1:])
+
+
+def test_a_change_is_rolled_out_without_a_failed_write(
+    play: Any, status: Any, addresses: list[str], connect: Any
+) -> None:
+    with Writer(addresses, connect) as writer:
+        changes = play("molecule/redis_cluster/converge.yml", redis_maxclients=9000).changes()
+        wait_for_master(status, "n2", addresses[0])
+        time.sleep(1)
+    assert set(changes.values()) == {2}
+    assert writer.acknowledged > 100
+    assert writer.slowest < 1.5
+    assert read(connect, addresses[0]) >= writer.acknowledged
+    wait_until_ready(status, "n1", addresses[1:])
