@@ -34,11 +34,12 @@ from pixel.history.settings import HistorySettings
 from pixel.history.timelapse import Film
 from pixel.history.undo import Outcome, Undo
 from pixel.link import Link
+from pixel.names import EVENTS, tile_key
 from pixel.pixel import Change, pack
 from pixel.problems import Problem
 from pixel.resp import Connection, Server
 from pixel.store import Store
-from pixel.stream import EVENTS, EventId
+from pixel.stream import EventId
 
 ALL = Region(0, 0, 1024, 1024)
 
@@ -160,7 +161,7 @@ async def test_a_canvas_that_is_older_than_the_history_is_its_first_snapshot(
     assert queries.state(path)[:2] == (1, 0)
     with queries.reading(path) as database:
         [(first,)] = database.execute("SELECT first FROM snapshots").fetchall()
-        tile = read_tile(database, first, "pixel:{1:0}")
+        tile = read_tile(database, first, tile_key(1, 0))
     assert first == 2
     assert (tile[(2 * 256 + 44) * 3], tile[(2 * 256 + 45) * 3]) == (3, 4)
 
@@ -178,7 +179,7 @@ async def test_trimmed_events_are_a_gap_with_their_number_and_a_new_snapshot(
     assert [record.value for record in records(path)] == [7, 6, 1]
     assert [gap[:3] for gap in queries.gaps(path)] == [(before, 4, "trimmed")]
     with queries.reading(path) as database:
-        assert read_tile(database, 4, "pixel:{0:0}")[0] == 7
+        assert read_tile(database, 4, tile_key(0, 0))[0] == 7
     # The same gap is not reported again.
     paint(redis_server, [Change(0, 0, 0, 8)])
     await following.catch_up()
@@ -223,8 +224,8 @@ def test_old_changes_are_painted_into_the_first_snapshot(path: Path) -> None:
     assert archive.trim(1400, 10**9) == 0
     with queries.reading(path) as database:
         assert database.execute("SELECT first FROM snapshots").fetchall() == [(401,)]
-        assert read_tile(database, 401, "pixel:{0:0}")[0] == 300 % 256
-        assert read_tile(database, 401, "pixel:{1:0}")[43 * 3] == 299 % 256
+        assert read_tile(database, 401, tile_key(0, 0))[0] == 300 % 256
+        assert read_tile(database, 401, tile_key(1, 0))[43 * 3] == 299 % 256
         assert database.execute("SELECT count(*) FROM authors").fetchone() == (600,)
     assert len(records(path)) == 600
     # Size: as many as allowed at once.
@@ -242,12 +243,12 @@ def test_a_later_snapshot_replaces_the_first_one(path: Path) -> None:
     events = entries((n, Change(0, 0, 0, n), None) for n in range(10))
     archive.append(events, events[-1].event, 10)
     archive.skip(EventId(9, 9), 12, missing=2, reason="trimmed")
-    archive.add_snapshot({"pixel:{0:0}": bytes([77])})
+    archive.add_snapshot({tile_key(0, 0): bytes([77])})
     archive.append(entries([(20, Change(1, 0, 0, 5), None)]), EventId(20, 0), 13)
     assert archive.trim(15, 10**9) == 10
     with queries.reading(path) as database:
         assert database.execute("SELECT first FROM snapshots").fetchall() == [(11,)]
-        assert read_tile(database, 11, "pixel:{0:0}")[0] == 77
+        assert read_tile(database, 11, tile_key(0, 0))[0] == 77
     archive.close()
 
 
@@ -463,7 +464,7 @@ async def test_an_undo_of_a_large_area_loses_no_write_of_others(
     assert outcome.changed + outcome.painted_over == 20_000
     assert outcome.changed > 19_000
     with redis_server.admin() as admin:
-        tile = admin.get("pixel:{0:0}")
+        tile = admin.get(tile_key(0, 0))
     assert [tile[locate(n % 200, n // 200)[1]] for n in range(20_000)] == [
         kept.get(n, 0) for n in range(20_000)
     ]

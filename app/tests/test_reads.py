@@ -7,6 +7,7 @@ import pytest
 from conftest import RedisServer
 
 from pixel.link import Link
+from pixel.names import tile_key
 from pixel.pixel import Change
 from pixel.problems import Problem
 from pixel.reads import PixelReads
@@ -48,7 +49,7 @@ async def test_a_tile_that_is_none_fails_by_itself(redis_server: RedisServer) ->
     store = Store(redis_server.settings())
     await store.write([Change(1, 1, 0, 7)])
     with redis_server.admin() as admin:
-        admin.rpush("pixel:{1:0}", "not a tile")
+        admin.rpush(tile_key(1, 0), "not a tile")
     good, bad = store.colour(1, 1), store.colour(300, 1)
     assert await good == (7, 0, 0)
     with pytest.raises(Problem, match="refuses"):

@@ -13,14 +13,15 @@ import msgspec
 
 from pixel import metrics
 from pixel.budgets import Budgets, Charge, Writer
-from pixel.canvas import CHANNELS, TILE_BYTES, locate, tile_key
+from pixel.canvas import CHANNELS, TILE_BYTES, locate
 from pixel.lifetime import RedisClock
 from pixel.link import Health
+from pixel.names import EVENTS, lease_key, tile_key
 from pixel.pixel import Change, pack
 from pixel.problems import Problem
 from pixel.resp import Command, Connection, ReplyError, Server
 from pixel.settings import MAX_BATCH, Settings
-from pixel.stream import EVENT_CHANGES, EVENTS, NO_EVENT, EventId
+from pixel.stream import EVENT_CHANGES, NO_EVENT, EventId
 
 # Extends a tile to its full length by adding 0 to its last byte; a full tile stays unchanged.
 _GROW = ("INCRBY", "u8", (TILE_BYTES - 1) * 8, 0)
@@ -83,7 +84,7 @@ class _Lease:
 
     def __init__(self, name: str, seconds: float, renewal: float) -> None:
         # Each connection has its own key: a renewal must not make transactions of an earlier one valid.
-        self._key = f"pixel:lease:{name}:{secrets.token_hex(4)}"
+        self._key = lease_key(f"{name}:{secrets.token_hex(4)}")
         self._seconds = seconds
         self._renewal = renewal
         self.end = 0.0

@@ -18,14 +18,9 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from pixel.names import KEYS, KEYS_VERSION
 from pixel.resp import Command, Connection, ReplyError, Server
 from pixel.settings import MAX_BUDGET, Budget, load
-
-KEYS = "pixel:keys"
-"""Redis key of a hash: the name of each key, and the key as JSON."""
-
-KEYS_VERSION = "pixel:keys:version"
-"""Redis key of a counter, which each change of a key increments."""
 
 PREFIX = "pixel_"
 """Start of every token, by which secret scanners find it."""

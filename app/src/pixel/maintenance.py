@@ -24,11 +24,12 @@ import msgspec
 from pixel import metrics
 from pixel.budgets import Writer
 from pixel.events import Hub
+from pixel.names import MAINTENANCE
 from pixel.pixel import Change
 from pixel.problems import Problem
 from pixel.resp import Connection, ReplyError, Server
 from pixel.settings import Settings, load
-from pixel.store import MAINTENANCE, Store
+from pixel.store import Store
 from pixel.stream import EventId
 
 State = Literal["off", "read-only", "on"]

@@ -9,24 +9,22 @@ from typing import Any, NamedTuple, Protocol
 from pixel.budgets import Writer
 from pixel.canvas import Canvas
 from pixel.commit import GroupCommit
-from pixel.keys import KEYS, KEYS_VERSION, Key, decode
+from pixel.keys import Key, decode
 from pixel.lifetime import RedisClock, StartLimit
 from pixel.link import Link
+from pixel.names import EVENTS, KEYS, KEYS_VERSION, MAINTENANCE, viewers_key
 from pixel.pixel import RECORD_BYTES, Change
 from pixel.problems import Problem
 from pixel.reads import PixelReads
 from pixel.resp import ReplyError, Server
 from pixel.settings import Settings
-from pixel.stream import EVENTS, NO_EVENT, EventId
+from pixel.stream import NO_EVENT, EventId
 
 EVENTS_AT_ONCE = 256
 """Most events in one reply: 1.5 MB, as an event holds at most 1,024 changes of six bytes."""
 
 VIEWERS_PERIOD = 10
 """Seconds within which a worker reports its viewers again; later they no longer count."""
-
-MAINTENANCE = "pixel:maintenance"
-"""Key of the maintenance state; see ``maintenance``."""
 
 _NEWEST = ("XREVRANGE", EVENTS, "+", "-", "COUNT", 1)
 
@@ -107,7 +105,7 @@ class Store:
         # Redis' clock, as the hosts' clocks may differ.
         [(now, _)] = await self._questions.ask(("TIME",))
         period = int(now) // VIEWERS_PERIOD
-        former, current = (f"pixel:{{viewers}}:{n}" for n in (period - 1, period))
+        former, current = viewers_key(period - 1), viewers_key(period)
         _, _, *reported = await self._questions.ask_at_once(
             ("HSET", current, self._worker, viewers),
             ("EXPIRE", current, 2 * VIEWERS_PERIOD),

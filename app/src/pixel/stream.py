@@ -1,14 +1,13 @@
-"""The event stream in Redis: its key, its entries and their IDs."""
+"""The event stream in Redis: its entries and their IDs.
 
-from typing import NamedTuple
-
-EVENTS = "pixel:events"
-"""Key of the stream. Field ``c`` of an entry holds changes, encoded by ``pixel.pack``.
+Field ``c`` of an entry holds changes, encoded by ``pixel.pack``.
 
 If an author of a change is known, field ``a`` holds the authors: a JSON array of ``[author, number of
 changes]`` in the order of the changes, where neighbours differ. An author is ``key:NAME``, ``addr:``
 with an IPv4 address or an IPv6 /64, or empty if unknown.
 """
+
+from typing import NamedTuple
 
 EVENT_PATTERN = "[0-9]{1,15}-[0-9]{1,15}"
 """Regular expression of an event ID in a query, without anchors."""

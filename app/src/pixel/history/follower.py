@@ -11,10 +11,11 @@ import msgspec
 from pixel.canvas import Region
 from pixel.history.archive import Archive, Entry
 from pixel.link import Link
+from pixel.names import EVENTS
 from pixel.pixel import unpack
 from pixel.problems import Problem
 from pixel.resp import ReplyError
-from pixel.stream import EVENTS, NO_EVENT, EventId
+from pixel.stream import NO_EVENT, EventId
 
 EVENTS_AT_ONCE = 256
 """Most events in one transaction: 1.5 MB, as an event holds at most 1,024 changes of six bytes."""

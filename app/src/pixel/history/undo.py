@@ -17,9 +17,10 @@ import msgspec
 from pixel.canvas import TILE, TILE_BYTES, Canvas, Region, locate
 from pixel.history.archive import read_position, read_tile
 from pixel.history.queries import Selection, conditions, reading
+from pixel.names import EVENTS
 from pixel.pixel import Change, pack, unpack
 from pixel.resp import Command, Connection, ReplyError
-from pixel.stream import EVENT_CHANGES, EVENTS, EventId
+from pixel.stream import EVENT_CHANGES, EventId
 
 TRIES = 200
 """Attempts at a transaction on a tile that others change at the same time."""
