@@ -13,9 +13,9 @@ from conftest import RedisServer, Service, wait_until
 from test_protocol import GOOD, Answer, Client, Served, head, serving
 
 from pixel import access, keys
+from pixel.cluster import Redis
 from pixel.names import EVENTS, KEYS, KEYS_VERSION, budget_key
 from pixel.problems import STAMP, Problem
-from pixel.resp import Server
 from pixel.store import Store
 
 BUDGET = json.dumps({"per_minute": 1, "burst": 4})
@@ -26,7 +26,7 @@ VARYING = ("date", "ratelimit")
 
 async def run(server: RedisServer, *command: str) -> str:
     """Execute a command of ``pixel.keys``, and return the token."""
-    return await keys.execute(keys.parse(command), Server.of(server.settings()))
+    return await keys.execute(keys.parse(command), Redis(server.settings()))
 
 
 def bearer(token: str) -> str:

@@ -24,6 +24,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from pixel.canvas import Canvas, Region, locate
+from pixel.cluster import Redis
 from pixel.history import __main__ as commands
 from pixel.history import queries
 from pixel.history.archive import Archive, Entry, read_tile
@@ -83,7 +84,7 @@ class Following:
 
     def __init__(self, server: RedisServer, path: Path) -> None:
         self.archive = Archive(path)
-        self.link = Link(Server.of(server.settings()), 2)
+        self.link = Link(Redis(server.settings()), 2)
         self.follower = Follower(self.archive, self.link, ALL)
 
     async def catch_up(self) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 from conftest import RedisServer
 
+from pixel.cluster import Redis
 from pixel.link import Link
 from pixel.names import tile_key
 from pixel.pixel import Change
 from pixel.problems import Problem
 from pixel.reads import PixelReads
-from pixel.resp import Command, Server
+from pixel.resp import Command
 from pixel.store import Store
 
 
@@ -20,7 +21,7 @@ class CountingLink(Link):
 
     def __init__(self, redis_server: RedisServer) -> None:
         settings = redis_server.settings()
-        super().__init__(Server.of(settings), settings.redis_timeout)
+        super().__init__(Redis(settings), settings.redis_timeout)
         self.pipelines: list[int] = []
 
     async def ask_each(self, *commands: Command, blocking: float = 0) -> list[Any]:

@@ -14,6 +14,7 @@ from conftest import APP_COMMANDS, RedisServer
 from pixel import keys
 from pixel.budgets import Writer
 from pixel.canvas import TILE_BYTES, locate
+from pixel.cluster import Redis
 from pixel.events import Hub
 from pixel.names import EVENTS, budget_key, tile_key
 from pixel.pixel import Change
@@ -375,7 +376,7 @@ async def test_the_application_uses_all_of_its_commands_and_no_others(
         writer = Writer("key:a", budget_key("key:a"), Budget(60, 2))
         event = await store.write([Change(1, 1, 0, 1), Change(300, 1, 0, 1)], writer=writer)
         command = keys.parse(["create", "a", "--scopes", "paint"])
-        await keys.execute(command, Server.of(redis_server.settings()))
+        await keys.execute(command, Redis(redis_server.settings()))
         assert list((await store.keys())[1]) == ["a"]
         assert await store.colour(1, 1) == (1, 0, 0)
         assert (await store.snapshot([TILE_00]))[0] == await store.last_event() == event

@@ -14,12 +14,13 @@ import msgspec
 from pixel import metrics
 from pixel.budgets import Budgets, Charge, Writer
 from pixel.canvas import CHANNELS, TILE_BYTES, locate
+from pixel.cluster import Redis, Replicas
 from pixel.lifetime import RedisClock
 from pixel.link import Health
 from pixel.names import EVENTS, lease_key, tile_key
 from pixel.pixel import Change, pack
 from pixel.problems import Problem
-from pixel.resp import Command, Connection, ReplyError, Server
+from pixel.resp import Command, Connection, NotMasterError, ReplyError
 from pixel.settings import MAX_BATCH, Settings
 from pixel.stream import EVENT_CHANGES, NO_EVENT, EventId
 
@@ -37,6 +38,10 @@ _RESTARTING = (ConnectionRefusedError, ConnectionResetError, FileNotFoundError, 
 
 # Parts of the Redis timeout: the length of a lease, and the remaining time below which it is renewed.
 _LEASE, _RENEWAL = 0.75, 0.5
+
+# In a cluster: seconds after its arrival within which a write is answered, the least of them that are left
+# for the replicas, and the pause between two checks of replicas that don't acknowledge.
+_ANSWER, _LEAST_WAIT, _REPLICAS_PAUSE = 0.95, 0.15, 0.1
 
 _SAMPLING = 1.0  # seconds between two measurements of the queue's length
 
@@ -57,6 +62,7 @@ class _Batch:
 
     def __init__(self) -> None:
         self.timer: asyncio.TimerHandle
+        self.opened = asyncio.get_running_loop().time()
         self.size = 0  # channel writes
         self.begin_by = inf  # the earliest of its requests
         self.signed = False  # whether the author of a request is known
@@ -120,10 +126,15 @@ class GroupCommit:
 
     Budgets are charged in the same pipeline, just before the transaction. If a request is over its
     budget, nothing is written, and the others are sent again without a second charge.
+
+    In a cluster, a request is answered when the replicas have acknowledged it too (``Replicas``). If too
+    few do, the requests are in doubt, and new ones are refused until they do. A batch that reaches a node
+    that is not the master any more was not written, and is sent to the new one.
     """
 
-    def __init__(self, server: Server, settings: Settings, clock: RedisClock, worker: str) -> None:
-        self._server = server
+    def __init__(self, redis: Redis, settings: Settings, clock: RedisClock, worker: str) -> None:
+        self._redis = redis
+        self._replicas = Replicas(redis) if redis.is_cluster else None
         self._timeout = settings.redis_timeout
         self._patience = settings.start_limit
         self._limit = settings.write_queue
@@ -224,7 +235,9 @@ class GroupCommit:
                 self._arrival.clear()
                 await self._arrival.wait()
             connection = self._connection
-            if connection is None or connection.closed:
+            if self._replicas and connection and self._replicas.is_due:
+                await self._check_replicas(connection, self._replicas)
+            if connection is None or connection.closed or not self._queue:
                 continue
             batch = self._queue.popleft()
             batch.timer.cancel()
@@ -245,7 +258,9 @@ class GroupCommit:
         while True:
             try:
                 async with asyncio.timeout(self._timeout):
-                    self._connection = connection = await Connection.open(self._server)
+                    self._connection = connection = await self._redis.open(Connection)
+                    if self._replicas:
+                        self._replicas = Replicas(self._redis)
                     self._lease = self._new_lease()
                     await self._ask_time(connection)
             except (OSError, ReplyError) as error:
@@ -261,6 +276,28 @@ class GroupCommit:
                 self._unreachable = ""
                 return
 
+    async def _check_replicas(self, connection: Connection, replicas: Replicas) -> None:
+        """Check the replicas; if too few acknowledge, refuse writes until enough do."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                await replicas.check(connection)
+            while replicas.are_short:
+                async with asyncio.timeout(self._timeout):
+                    # Until the next write, this asks for the last one again.
+                    [acknowledged] = await connection.ask(replicas.wait(_REPLICAS_PAUSE))
+                    if replicas.suffice(acknowledged):
+                        break
+                    self._health.fails(f"{acknowledged} replicas acknowledge writes")
+                    self._refuse("Too few replicas of Redis acknowledge writes")
+                    if (await self._redis.find()).epoch > connection.epoch:
+                        raise NotMasterError("the canvas has another master")
+                    await asyncio.sleep(_REPLICAS_PAUSE)
+                    await replicas.check(connection)
+            self._unreachable = ""
+        except (OSError, ReplyError) as error:
+            self._health.fails(error)
+            connection.close(str(error) or "no answer in time")
+
     async def _ask_time(self, connection: Connection) -> None:
         """Read Redis's time for the first lease; also check that budgets can be charged, if there are any."""
         asked = monotonic()
@@ -268,10 +305,7 @@ class GroupCommit:
         if self._has_budgets:
             commands += self._lease.charge(Charge([]))
         try:
-            redis_time, *replies = await connection.execute(commands)
-            for reply in (redis_time, *replies):
-                if isinstance(reply, ReplyError):
-                    raise reply
+            redis_time, *_ = await connection.ask(*commands)
         except BaseException:
             connection.close()
             raise
@@ -303,8 +337,15 @@ class GroupCommit:
             if not batch.charged:
                 charge = Charge([(writer, len(changes)) for changes, _, _, writer in requests])
                 before = [*renewal, *self._lease.charge(charge)]
+            confirmation: list[Command] = []
+            if self._replicas:
+                rest = batch.opened + _ANSWER - self._loop.time()
+                if rest < _LEAST_WAIT:
+                    batch.refuse("Redis was too slow for this write to begin")
+                    return
+                confirmation = [self._replicas.wait(min(rest, _LEASE * self._timeout))]
             asked, started = monotonic(), perf_counter()
-            replies = connection.execute([*before, *self._lease.conditions, *commands])
+            replies = connection.execute([*before, *self._lease.conditions, *commands, *confirmation])
             timer = self._loop.call_later(self._timeout, connection.close, "no answer in time")
             try:
                 *queued, results = await replies
@@ -313,6 +354,16 @@ class GroupCommit:
                 return
             finally:
                 timer.cancel()
+            if self._replicas:
+                acknowledged, results = results, queued.pop()
+                if isinstance(results, list) and not self._replicas.suffice(acknowledged):
+                    batch.doubt("Too few replicas of Redis have acknowledged it")
+                    return
+                if not isinstance(results, list) and (moved := _moved(*queued, results)):
+                    self._put_back(batch)
+                    connection.close(str(moved))
+                    await asyncio.sleep(_FIRST_PAUSE)
+                    return
             if renewal and not isinstance(queued[0], ReplyError):
                 self._learn_time(asked, queued[0])
             refused = charge is not None and self._refuse_expensive(batch, charge, queued[len(before) - 1])
@@ -325,6 +376,13 @@ class GroupCommit:
             metrics.LAPSED_LEASES.inc(not refused)
             self._grown.clear()
             self._lease.end = 0
+
+    def _put_back(self, batch: _Batch) -> None:
+        """Queue a batch again that was not written."""
+        rest = batch.opened + self._patience - self._loop.time()
+        batch.timer = self._loop.call_later(max(rest, 0), self._expire, batch)
+        self._queue.appendleft(batch)
+        self._depth += batch.size
 
     def _refuse_expensive(self, batch: _Batch, charge: Charge, reply: object) -> bool:
         """Refuse the requests that are over their budget; the others have paid. Whether there are any."""
@@ -419,6 +477,11 @@ class GroupCommit:
                 for event, author in zip(events, authors, strict=True)
             ]
         return [("MULTI",), *map(tuple, tiles.values()), *events, ("EXEC",)]
+
+
+def _moved(*replies: object) -> NotMasterError | None:
+    """The refusal of a node that is not the master of the canvas, if there is one."""
+    return next((reply for reply in replies if isinstance(reply, NotMasterError)), None)
 
 
 def _authors(requests: Sequence[_Request]) -> list[bytes]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pixel.budgets import Writer
 from pixel.canvas import Canvas
+from pixel.cluster import Redis
 from pixel.commit import GroupCommit
 from pixel.keys import Key, decode
 from pixel.lifetime import RedisClock, StartLimit
@@ -16,7 +17,7 @@ from pixel.names import EVENTS, KEYS, KEYS_VERSION, MAINTENANCE, viewers_key
 from pixel.pixel import RECORD_BYTES, Change
 from pixel.problems import Problem
 from pixel.reads import PixelReads
-from pixel.resp import ReplyError, Server
+from pixel.resp import ReplyError
 from pixel.settings import Settings
 from pixel.stream import NO_EVENT, EventId
 
@@ -65,15 +66,15 @@ class Store:
     """
 
     def __init__(self, settings: Settings) -> None:
-        server = Server.of(settings)
+        redis = Redis(settings)
         self._worker = f"{settings.instance}/{os.getpid()}"
         self.canvas = Canvas(settings.canvas_width, settings.canvas_height)
         self._clock = RedisClock()
-        self._commits = GroupCommit(server, settings, self._clock, self._worker)
+        self._commits = GroupCommit(redis, settings, self._clock, self._worker)
         # Separate connections keep large and blocking reads from delaying small ones.
         self._questions, self._pictures, self._following, self._replays, self._keys = self._links = [
-            *(Link(server, settings.redis_timeout) for _ in range(4)),
-            Link(server, settings.redis_timeout, "keys"),
+            *(Link(redis, settings.redis_timeout) for _ in range(4)),
+            Link(redis, settings.redis_timeout, "keys"),
         ]
         self.commit = self._commits.write
         self.write: Write = self.commit
