@@ -27,6 +27,9 @@ from pixel.stream import EVENT_CHANGES, NO_EVENT, EventId
 # Extends a tile to its full length by adding 0 to its last byte; a full tile stays unchanged.
 _GROW = ("INCRBY", "u8", (TILE_BYTES - 1) * 8, 0)
 
+# A write that changes nothing.
+_PROBE = ("BITFIELD", tile_key(0, 0), *_GROW)
+
 # Pauses between attempts to connect, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 
@@ -277,7 +280,8 @@ class GroupCommit:
                 return
 
     async def _check_replicas(self, connection: Connection, replicas: Replicas) -> None:
-        """Check the replicas; if too few acknowledge, refuse writes until enough do."""
+        """Check the replicas; while too few acknowledge, writes wait, and later are refused."""
+        since = monotonic()
         try:
             async with asyncio.timeout(self._timeout):
                 await replicas.check(connection)
@@ -288,7 +292,8 @@ class GroupCommit:
                     if replicas.suffice(acknowledged):
                         break
                     self._health.fails(f"{acknowledged} replicas acknowledge writes")
-                    self._refuse("Too few replicas of Redis acknowledge writes")
+                    if monotonic() - since > _RESTART:
+                        self._refuse("Too few replicas of Redis acknowledge writes")
                     if (await self._redis.find()).epoch > connection.epoch:
                         raise NotMasterError("the canvas has another master")
                     await asyncio.sleep(_REPLICAS_PAUSE)
@@ -328,10 +333,8 @@ class GroupCommit:
         """Send a batch and answer its requests; returns when all of them are answered."""
         while requests := self._in_time(batch):
             batch.requests = requests
-            commands = self._commands(
-                [change for request in requests for change in request[0]],
-                _authors(requests) if batch.signed else (),
-            )
+            changes = [change for request in requests for change in request[0]]
+            commands = self._commands(changes, _authors(requests) if batch.signed else ())
             before = renewal = self._lease.renew(self._clock.now())
             charge = None
             if not batch.charged:
@@ -339,7 +342,7 @@ class GroupCommit:
                 before = [*renewal, *self._lease.charge(charge)]
             confirmation: list[Command] = []
             if self._replicas:
-                rest = batch.opened + _ANSWER - self._loop.time()
+                rest = self._rest(batch)
                 if rest < _LEAST_WAIT:
                     batch.refuse("Redis was too slow for this write to begin")
                     return
@@ -357,8 +360,10 @@ class GroupCommit:
             if self._replicas:
                 acknowledged, results = results, queued.pop()
                 if isinstance(results, list) and not self._replicas.suffice(acknowledged):
-                    batch.doubt("Too few replicas of Redis have acknowledged it")
-                    return
+                    was_switched = isinstance(acknowledged, NotMasterError)
+                    if not (was_switched and await self._has_new_master(results[-1], batch)):
+                        batch.doubt("Too few replicas of Redis have acknowledged it")
+                        return
                 if not isinstance(results, list) and (moved := _moved(*queued, results)):
                     self._put_back(batch)
                     connection.close(str(moved))
@@ -376,6 +381,33 @@ class GroupCommit:
             metrics.LAPSED_LEASES.inc(not refused)
             self._grown.clear()
             self._lease.end = 0
+
+    async def _has_new_master(self, event: object, batch: _Batch) -> bool:
+        """Whether the new master and its replicas have a batch's last event, after a planned switch.
+
+        The former master has given it all writes, and can't wait for replicas any more.
+        """
+        seconds = self._rest(batch)
+        try:
+            async with asyncio.timeout(seconds):
+                connection = await self._redis.open(Connection)
+                try:
+                    replicas = Replicas(self._redis)
+                    await replicas.check(connection)
+                    # The probe makes WAIT refer to all that was written before it.
+                    look = () if batch.size == 0 else (("XRANGE", EVENTS, event, event),)
+                    *_, results, acknowledged = await connection.ask(
+                        ("MULTI",), *look, _PROBE, ("EXEC",), replicas.wait(seconds)
+                    )
+                finally:
+                    connection.close()
+        except (OSError, ReplyError):
+            return False
+        return bool(results[0] or not look) and replicas.suffice(acknowledged)
+
+    def _rest(self, batch: _Batch) -> float:
+        """Seconds within which a batch has to be answered."""
+        return batch.opened + _ANSWER - self._loop.time()
 
     def _put_back(self, batch: _Batch) -> None:
         """Queue a batch again that was not written."""
@@ -466,7 +498,7 @@ class GroupCommit:
                     self._grown.add(key)
             command += ("SET", "u8", (place + channel) * 8, value)
         if not changes:
-            return [("MULTI",), ("BITFIELD", tile_key(0, 0), *_GROW), ("EXEC",)]
+            return [("MULTI",), _PROBE, ("EXEC",)]
         events: list[Command] = [
             (*self._event, pack(changes[start : start + EVENT_CHANGES]))
             for start in range(0, len(changes), EVENT_CHANGES)
