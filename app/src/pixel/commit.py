@@ -22,7 +22,7 @@ from pixel.pixel import Change, pack
 from pixel.problems import Problem
 from pixel.resp import Command, Connection, NotMasterError, ReplyError
 from pixel.settings import MAX_BATCH, Settings
-from pixel.stream import EVENT_CHANGES, NO_EVENT, EventId
+from pixel.stream import EVENT_CHANGES, NO_EVENT, EventId, epoch_fields
 
 # Extends a tile to its full length by adding 0 to its last byte; a full tile stays unchanged.
 _GROW = ("INCRBY", "u8", (TILE_BYTES - 1) * 8, 0)
@@ -144,6 +144,7 @@ class GroupCommit:
         # Single pixels get more room, so that batches can't fill the queue.
         self._pixel_limit = self._limit + self._limit // 10
         self._event = ("XADD", EVENTS, "MAXLEN", "~", settings.events_maxlen, "*", "c")
+        self._event_end: tuple[str | int, ...] = ()
         self._has_budgets = settings.anonymous_budget is not None
         self._clock = clock
         self.budgets = Budgets(clock)
@@ -265,6 +266,7 @@ class GroupCommit:
                     if self._replicas:
                         self._replicas = Replicas(self._redis)
                     self._lease = self._new_lease()
+                    self._event_end = epoch_fields(connection.epoch)
                     await self._ask_time(connection)
             except (OSError, ReplyError) as error:
                 self._health.fails(error)
@@ -361,7 +363,7 @@ class GroupCommit:
                 acknowledged, results = results, queued.pop()
                 if isinstance(results, list) and not self._replicas.suffice(acknowledged):
                     was_switched = isinstance(acknowledged, NotMasterError)
-                    if not (was_switched and await self._has_new_master(results[-1], batch)):
+                    if not (was_switched and await self._has_new_master(results[-1], connection, batch)):
                         batch.doubt("Too few replicas of Redis have acknowledged it")
                         return
                 if not isinstance(results, list) and (moved := _moved(*queued, results)):
@@ -375,19 +377,21 @@ class GroupCommit:
             if results is not None:
                 metrics.COMMIT_SECONDS.observe(perf_counter() - started)
                 metrics.BATCH_WRITES.observe(batch.size)
-                self._settle(batch, commands, queued, results)
+                self._settle(batch, commands, queued, results, connection.epoch)
                 return
             # There was no lease, so nothing was written. Its renewal also reads Redis's time.
             metrics.LAPSED_LEASES.inc(not refused)
             self._grown.clear()
             self._lease.end = 0
 
-    async def _has_new_master(self, event: object, batch: _Batch) -> bool:
+    async def _has_new_master(self, last: Any, former: Connection, batch: _Batch) -> bool:
         """Whether the new master and its replicas have a batch's last event, after a planned switch.
 
         The former master has given it all writes, and can't wait for replicas any more.
         """
         seconds = self._rest(batch)
+        wanted = [EventId.parse(last)._replace(epoch=former.epoch)] if batch.size else []
+        looks = [("XRANGE", EVENTS, event.in_redis(), event.in_redis()) for event in wanted]
         try:
             async with asyncio.timeout(seconds):
                 connection = await self._redis.open(Connection)
@@ -395,15 +399,15 @@ class GroupCommit:
                     replicas = Replicas(self._redis)
                     await replicas.check(connection)
                     # The probe makes WAIT refer to all that was written before it.
-                    look = () if batch.size == 0 else (("XRANGE", EVENTS, event, event),)
                     *_, results, acknowledged = await connection.ask(
-                        ("MULTI",), *look, _PROBE, ("EXEC",), replicas.wait(seconds)
+                        ("MULTI",), *looks, _PROBE, ("EXEC",), replicas.wait(seconds)
                     )
                 finally:
                     connection.close()
         except (OSError, ReplyError):
             return False
-        return bool(results[0] or not look) and replicas.suffice(acknowledged)
+        found = [EventId.of(entry) for entries in results[:-1] for entry in entries]
+        return found == wanted and replicas.suffice(acknowledged)
 
     def _rest(self, batch: _Batch) -> float:
         """Seconds within which a batch has to be answered."""
@@ -447,8 +451,10 @@ class GroupCommit:
         rest = self._lease.end - self._clock.now()
         self._loop.call_later(max(rest, 0), batch.doubt, "Redis didn't answer")
 
-    def _settle(self, batch: _Batch, commands: list[Command], queued: list[object], results: object) -> None:
-        """Answer a batch according to Redis's replies."""
+    def _settle(
+        self, batch: _Batch, commands: list[Command], queued: list[object], results: object, epoch: int
+    ) -> None:
+        """Answer a batch according to the replies of Redis, or of a master with this configuration epoch."""
         if isinstance(results, ReplyError):
             # Redis refused to queue a command (out of memory, for example) and dropped the transaction.
             reasons = [reply for reply in queued if isinstance(reply, ReplyError)]
@@ -470,7 +476,7 @@ class GroupCommit:
         else:
             self._health.works()
         newest = results[-1]
-        event = EventId.parse(newest) if isinstance(newest, bytes) else NO_EVENT
+        event = EventId.parse(newest)._replace(epoch=epoch) if isinstance(newest, bytes) else NO_EVENT
         self._answer(batch.requests, refused, event)
 
     def _answer(self, requests: list[_Request], refused: Container[object], event: EventId) -> None:
@@ -508,6 +514,8 @@ class GroupCommit:
                 (*event, "a", author) if author else event
                 for event, author in zip(events, authors, strict=True)
             ]
+        if self._event_end:
+            events = [(*event, *self._event_end) for event in events]
         return [("MULTI",), *map(tuple, tiles.values()), *events, ("EXEC",)]
 
 

@@ -56,7 +56,7 @@ class Events(NamedTuple):
 
 
 def _only_id(entries: list[Any]) -> EventId:
-    return EventId.parse(entries[0][0]) if entries and entries[0] else NO_EVENT
+    return EventId.of(entries[0]) if entries and entries[0] else NO_EVENT
 
 
 class Store:
@@ -146,26 +146,34 @@ class Store:
         ``replay`` is for a viewer that catches up; it doesn't delay the worker's reader.
         """
         link = self._replays if replay else self._following
+        # In a cluster, the first event is ``after`` itself, if the canvas has it.
+        start, most = (after.in_redis(), most + 1) if after.epoch else (b"(" + after.in_redis(), most)
         found, stream = await link.ask_at_once(
-            ("XRANGE", EVENTS, b"(" + after.text(), "+", "COUNT", most),
+            ("XRANGE", EVENTS, start, "+", "COUNT", most),
             ("XINFO", "STREAM", EVENTS),
         )
         if isinstance(stream, ReplyError):  # The stream doesn't exist, or no longer.
             return Events(NO_EVENT, [], complete=after == NO_EVENT)
         facts = dict(zip(stream[::2], stream[1::2], strict=True))
-        last = EventId.parse(facts[b"last-generated-id"])
+        last = _only_id([facts[b"last-entry"]])
+        if last == NO_EVENT:
+            last = EventId.parse(facts[b"last-generated-id"])
         trimmed = facts[b"entries-added"] > facts[b"length"]
         # ``after`` may be later than ``last`` if Redis was restored to an earlier state.
         if after > last or (trimmed and after < _only_id([facts[b"first-entry"]])):
             return Events(last, [], complete=False)
+        if after.epoch:
+            if not found or EventId.of(found[0]) != after:
+                return Events(last, [], complete=False)
+            found = found[1:]
         # Field c comes first; an entry may have others.
-        records = [(EventId.parse(event), fields[1]) for event, fields in found]
+        records = [(EventId.of(entry), entry[1][1]) for entry in found]
         return Events(records[-1][0] if records else after, records, complete=True)
 
     async def wait_for_event(self, after: EventId, seconds: float) -> None:
         """Return when there is an event after the given one, or after some seconds."""
         await self._following.ask(
             ("XREAD", "COUNT", 1, "BLOCK", round(seconds * 1000), "STREAMS", EVENTS,
-             after.text()),
+             after.in_redis()),
             blocking=seconds,
         )  # fmt: skip
