@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 import redis
@@ -17,7 +18,13 @@ from redis_cluster import (
 )
 
 from pixel import keys
+from pixel.canvas import Region
 from pixel.cluster import Node, Redis
+from pixel.events import Hub
+from pixel.history import queries
+from pixel.history.archive import Archive
+from pixel.history.follower import Follower
+from pixel.link import Link
 from pixel.pixel import Change
 from pixel.problems import Problem
 from pixel.resp import Server
@@ -215,6 +222,63 @@ async def test_a_replica_counts_when_its_log_is_complete(cluster: RedisCluster, 
     for store in stores:
         await can_write(store)
     assert not replica.info("persistence")["aof_rewrite_in_progress"]
+
+
+async def test_a_viewer_of_a_deposed_master_ends_with_the_true_canvas(
+    cluster: RedisCluster, tmp_path: Path
+) -> None:
+    """The master executes a write that no replica gets, shows it to viewers, and is deposed."""
+    settings = cluster.settings(redis_timeout=0.4)
+    store = Store(settings)
+    hub = Hub(store, settings)
+    archive = Archive(tmp_path / "history.sqlite")
+    link = Link(Redis(settings), 1)
+    follower = Follower(archive, link, Region(0, 0, 1024, 1024))
+    following = asyncio.create_task(follower.run())
+    true = await store.write([Change(1, 1, 0, 1)])
+    await hub.prepare()
+    received = bytearray()
+
+    async def view() -> None:
+        async for frame in hub.stream(None):
+            received.extend(frame)
+
+    viewing = asyncio.create_task(view())
+    await asyncio.sleep(0.3)
+    master, *others = cluster.nodes
+    for node in others:
+        node.pause()
+    master.ask("CLIENT", "KILL", "TYPE", "replica")
+    with pytest.raises(Problem, match=TOO_FEW):
+        await store.write([Change(2, 2, 0, 99)])
+    await wait_for(lambda: b'[2,2,"R",99]' in received)
+    phantom = await store.last_event()
+    assert phantom > true
+    assert phantom.epoch == true.epoch == 1
+    master.pause()
+    for node in others:
+        node.resume()
+    await wait_for(lambda: cluster.master() is not master)
+    master.resume()
+    await wait_for(cluster.is_complete)
+    await can_write(store)
+    newest = await store.write([Change(3, 3, 0, 3)])
+    assert newest.epoch > phantom.epoch
+    await wait_for(lambda: b"event: resync" in received)
+    assert await store.colour(2, 2) == (0, 0, 0)
+    # A position that the new master has is valid; one that only the deposed one had is not.
+    assert [event for event, _ in (await store.events(true)).records] == [newest]
+    assert not (await store.events(phantom)).complete
+    await wait_for(lambda: archive.position.event == newest and not archive.position.due)
+    [gap] = queries.gaps(tmp_path / "history.sqlite")
+    assert gap.reason == "diverged"
+    viewing.cancel()
+    following.cancel()
+    await asyncio.wait([viewing, following])
+    hub.close()
+    link.close()
+    store.close()
+    archive.close()
 
 
 async def test_any_node_leads_to_the_master(cluster: RedisCluster) -> None:

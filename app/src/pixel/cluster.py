@@ -12,6 +12,7 @@ from math import inf
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
+from pixel import metrics
 from pixel.names import MAINTENANCE, SLOT
 from pixel.resp import Command, Connection, NotMasterError, ReplyError, Server
 from pixel.settings import Settings
@@ -169,7 +170,8 @@ class Replicas:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._needed = 1
-        self._acknowledged = 0
+        self.acknowledged = 0
+        """How many have acknowledged the last write."""
         self._logged: set[str] = set()  # names of replicas whose logs are complete
         self._resyncs = -1  # full resynchronisations that the master had served by then
         self._checked = -inf
@@ -178,7 +180,7 @@ class Replicas:
     @property
     def are_short(self) -> bool:
         """Whether too few replicas acknowledge, by the last reply to ``wait`` and by their logs."""
-        return self._acknowledged < self._needed or not self._logged
+        return self.acknowledged < self._needed or not self._logged
 
     @property
     def is_due(self) -> bool:
@@ -191,7 +193,10 @@ class Replicas:
 
     def suffice(self, acknowledged: object) -> bool:
         """Whether so many replicas, the reply to ``wait``, are enough."""
-        self._acknowledged = acknowledged if isinstance(acknowledged, int) else 0
+        number = acknowledged if isinstance(acknowledged, int) else 0
+        if number != self.acknowledged:
+            self.acknowledged = number
+            metrics.REPLICAS.set(number)
         return not self.are_short
 
     async def check(self, connection: Connection) -> None:

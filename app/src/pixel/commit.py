@@ -202,6 +202,11 @@ class GroupCommit:
             batch.charged = batch.charged and writer.budget is None
         return future
 
+    @property
+    def replicas(self) -> int | None:
+        """How many replicas have acknowledged the last write; None if there is no cluster."""
+        return self._replicas.acknowledged if self._replicas else None
+
     def close(self) -> None:
         """Stop. Call this when no request is waiting."""
         self._task.cancel()

@@ -96,6 +96,11 @@ class Store:
         await self.write(())
         return perf_counter() - started
 
+    @property
+    def replicas(self) -> int | None:
+        """How many replicas have acknowledged this worker's last write; None if there is no cluster."""
+        return self._commits.replicas
+
     async def maintenance(self) -> bytes | None:
         """The value of the key ``MAINTENANCE``."""
         [value] = await self._questions.ask(("GET", MAINTENANCE))
