@@ -99,6 +99,13 @@ async def killed_replica(cluster: RedisCluster) -> None:
     cluster.nodes[REPLICAS[0]].kill()
 
 
+async def killed_replica_that_returns(cluster: RedisCluster) -> None:
+    await killed_replica(cluster)
+    await asyncio.sleep(3)
+    await asyncio.to_thread(cluster.nodes[REPLICAS[0]].start)
+    await wait_for(cluster.is_complete, 20)
+
+
 async def stale_replica(cluster: RedisCluster) -> None:
     """A replica that has missed writes returns in the moment in which its master dies."""
     stale = cluster.nodes[REPLICAS[0]]
@@ -117,9 +124,18 @@ async def stale_replica(cluster: RedisCluster) -> None:
         lambda cluster: paused_master(cluster, 3),
         lambda cluster: paused_master(cluster, 10),
         killed_replica,
+        killed_replica_that_returns,
         stale_replica,
     ],
-    ids=["killed", "killed and started", "paused 3 s", "paused 10 s", "replica killed", "stale replica"],
+    ids=[
+        "killed",
+        "killed and started",
+        "paused 3 s",
+        "paused 10 s",
+        "replica killed",
+        "replica killed and started",
+        "stale replica",
+    ],
 )
 async def test_a_fault_loses_no_acknowledged_write_and_undoes_none(
     cluster: RedisCluster, stores: list[Store], fault: Callable[[RedisCluster], Awaitable[None]]
