@@ -296,14 +296,15 @@ class GroupCommit:
                 async with asyncio.timeout(self._timeout):
                     # Until the next write, this asks for the last one again.
                     [acknowledged] = await connection.ask(replicas.wait(_REPLICAS_PAUSE))
-                    if replicas.suffice(acknowledged):
-                        break
-                    self._health.fails(f"{acknowledged} replicas acknowledge writes")
-                    if monotonic() - since > _RESTART:
-                        self._refuse("Too few replicas of Redis acknowledge writes")
-                    if (await self._redis.find()).epoch > connection.epoch:
-                        raise NotMasterError("the canvas has another master")
-                    await asyncio.sleep(_REPLICAS_PAUSE)
+                if replicas.suffice(acknowledged):
+                    break
+                self._health.fails(f"{acknowledged} replicas acknowledge writes")
+                if monotonic() - since > _RESTART:
+                    self._refuse("Too few replicas of Redis acknowledge writes")
+                if (await self._redis.find()).epoch > connection.epoch:
+                    raise NotMasterError("the canvas has another master")
+                await asyncio.sleep(_REPLICAS_PAUSE)
+                async with asyncio.timeout(self._timeout):
                     await replicas.check(connection)
             self._unreachable = ""
         except (OSError, ReplyError) as error:
