@@ -42,9 +42,9 @@ _RESTARTING = (ConnectionRefusedError, ConnectionResetError, FileNotFoundError, 
 # Parts of the Redis timeout: the length of a lease, and the remaining time below which it is renewed.
 _LEASE, _RENEWAL = 0.75, 0.5
 
-# In a cluster: seconds after its arrival within which a write is answered, the least of them that are left
-# for the replicas, and the pause between two checks of replicas that don't acknowledge.
-_ANSWER, _LEAST_WAIT, _REPLICAS_PAUSE = 0.95, 0.15, 0.1
+# In a cluster: seconds that a write which begins as late as possible leaves to the replicas, and the pause
+# between two checks of replicas that don't acknowledge.
+_LEAST_WAIT, _REPLICAS_PAUSE = 0.15, 0.1
 
 _SAMPLING = 1.0  # seconds between two measurements of the queue's length
 
@@ -417,7 +417,7 @@ class GroupCommit:
 
     def _rest(self, batch: _Batch) -> float:
         """Seconds within which a batch has to be answered."""
-        return batch.opened + _ANSWER - self._loop.time()
+        return batch.opened + self._patience + _LEAST_WAIT - self._loop.time()
 
     def _put_back(self, batch: _Batch) -> None:
         """Queue a batch again that was not written."""
