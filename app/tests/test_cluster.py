@@ -30,6 +30,7 @@ from pixel.problems import Problem
 from pixel.resp import Server
 from pixel.settings import Settings
 from pixel.store import Store
+from pixel.stream import EventId, epoch_fields
 
 TOO_FEW = "Too few replicas of Redis have acknowledged it; the write may have been made."
 
@@ -361,6 +362,28 @@ async def test_the_application_uses_all_of_its_cluster_commands(cluster: RedisCl
 def test_a_node_is_parsed(line: str, host: str, port: int) -> None:
     node = Node.parse(line)
     assert (node.host, node.port, node.epoch, node.is_owner) == (host, port, 3, True)
+
+
+@pytest.mark.parametrize("text", [b"1795225898442-0", b"1795225898442-3-7"])
+def test_an_event_id_is_parsed_and_written(text: bytes) -> None:
+    event = EventId.parse(text)
+    assert event.text() == text
+    assert event == (1795225898442, *map(int, text.split(b"-")[1:]), *[0] * (text.count(b"-") == 1))
+    assert event.in_redis() == b"-".join(text.split(b"-")[:2])
+    assert EventId.of((event.in_redis(), [b"c", b"x", *map(_bytes, epoch_fields(event.epoch))])) == event
+    assert EventId.of((event.in_redis(), [b"c", b"e", b"a", b"e"])).epoch == 0
+
+
+def _bytes(value: str | int) -> bytes:
+    return str(value).encode()
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"1", b"1-", b"1-2-", b"1-2-3-4", b"1-x", b"-1-2", b"1--2", b"9" * 63 + b"-0"]
+)
+def test_other_texts_are_no_event_ids(text: bytes) -> None:
+    with pytest.raises(ValueError, match="looks like"):
+        EventId.parse(text)
 
 
 def test_a_node_without_the_slot_is_no_owner() -> None:

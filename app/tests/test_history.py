@@ -216,6 +216,24 @@ def entries(changes: Iterable[tuple[int, Change, str | None]]) -> list[Entry]:
     return [Entry(EventId(time, n), [change], [author]) for n, (time, change, author) in enumerate(changes)]
 
 
+def test_an_archive_with_the_former_names_of_tiles_is_updated(path: Path) -> None:
+    archive = Archive(path)
+    archive.begin(5)
+    archive.add_snapshot({tile_key(3, 12): bytes([7])})
+    archive.close()
+    with sqlite3.connect(path) as database:
+        database.executescript(
+            "UPDATE tiles SET key = 'pixel:{3:12}'; ALTER TABLE position DROP COLUMN epoch;"
+            "PRAGMA user_version = 1;"
+        )
+    database.close()
+    archive = Archive(path)
+    with queries.reading(path) as database:
+        assert read_tile(database, 1, tile_key(3, 12))[0] == 7
+    assert archive.position == (EventId(0, 0), 5, 1, False)
+    archive.close()
+
+
 def test_old_changes_are_painted_into_the_first_snapshot(path: Path) -> None:
     archive = Archive(path)
     archive.begin(0)
