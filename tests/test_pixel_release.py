@@ -227,6 +227,25 @@ def test_a_release_that_was_given_up_is_replaced_by_the_former_deployment(
         carry_out(manager, option("back", "") | {"reason": reason}, False)
 
 
+def test_a_release_with_the_former_names_of_keys_is_refused_once_they_are_gone(manager: Manager) -> None:
+    assert not deploy(manager, "a")[0]["renames"]
+    for release in ("b", "c"):
+        make(manager, release)
+        package = manager.releases.path(release) / "lib/python3.11/site-packages/pixel"
+        package.mkdir(parents=True)
+        (package / "names.py").touch()
+    assert deploy(manager, "b")[0]["renames"]
+    assert not deploy(manager, "c")[0]["renames"]
+    with pytest.raises(Failure) as caught:
+        carry_out(manager, option("stage", "a", rollback=True), False)
+    assert str(caught.value).startswith(
+        "Release a can't serve on t2: it is older than 1.1 and uses other names of keys in Redis than release c"
+    )
+    assert not manager.staged.exists()
+    # Dry runs before a build.
+    assert not carry_out(manager, option("stage", "d"), True)["renames"]
+
+
 def test_a_release_is_checked_during_maintenance(manager: Manager, host: FakeHost) -> None:
     host.maintenance = "on"
     deploy(manager, "a")

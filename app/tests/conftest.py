@@ -44,6 +44,13 @@ def wait_until(true: Callable[[], object], seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
+def free_ports(count: int) -> list[int]:
+    """TCP ports of loopback that nobody uses."""
+    with contextlib.ExitStack() as sockets:
+        bound = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in bound]
+
+
 class RedisServer:
     """A durable Redis server in a temporary directory, which a test can pause, kill and restart."""
 

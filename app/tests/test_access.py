@@ -13,10 +13,10 @@ from conftest import RedisServer, Service, wait_until
 from test_protocol import GOOD, Answer, Client, Served, head, serving
 
 from pixel import access, keys
+from pixel.cluster import Redis
+from pixel.names import EVENTS, KEYS, KEYS_VERSION, budget_key
 from pixel.problems import STAMP, Problem
-from pixel.resp import Server
 from pixel.store import Store
-from pixel.stream import EVENTS
 
 BUDGET = json.dumps({"per_minute": 1, "burst": 4})
 
@@ -26,7 +26,7 @@ VARYING = ("date", "ratelimit")
 
 async def run(server: RedisServer, *command: str) -> str:
     """Execute a command of ``pixel.keys``, and return the token."""
-    return await keys.execute(keys.parse(command), Server.of(server.settings()))
+    return await keys.execute(keys.parse(command), Redis(server.settings()))
 
 
 def bearer(token: str) -> str:
@@ -100,10 +100,10 @@ async def test_a_key_expires_by_the_clock_of_redis(redis_server: RedisServer) ->
     async with serving(redis_server.settings()) as served:
         assert (await write_both_ways(served, bearer(token))).status == 200
         with redis_server.admin() as admin:
-            [stored] = admin.hvals(keys.KEYS)
+            [stored] = admin.hvals(KEYS)
             fields = json.loads(stored)
-            admin.hset(keys.KEYS, "alice", json.dumps(fields | {"expires": int(time.time()) + 2}))
-            admin.incr(keys.KEYS_VERSION)
+            admin.hset(KEYS, "alice", json.dumps(fields | {"expires": int(time.time()) + 2}))
+            admin.incr(KEYS_VERSION)
         await asyncio.sleep(1)
         assert (await write_both_ways(served, bearer(token))).status == 200
         await asyncio.sleep(1.5)
@@ -181,10 +181,10 @@ async def test_shared_caches_store_no_private_canvas(redis_server: RedisServer, 
 @pytest.mark.parametrize(
     ("line", "account"),
     [
-        ("X-Forwarded-For: 192.0.2.7", b"pixel:budget:addr:192.0.2.7"),
-        ("X-Forwarded-For: ::ffff:192.0.2.7", b"pixel:budget:addr:192.0.2.7"),
-        ("X-Forwarded-For: 2001:db8:1:2:aaaa::1", b"pixel:budget:addr:2001:db8:1:2::/64"),
-        ("X-Forwarded-For: unix:", b"pixel:budget:addr:unknown"),
+        ("X-Forwarded-For: 192.0.2.7", "addr:192.0.2.7"),
+        ("X-Forwarded-For: ::ffff:192.0.2.7", "addr:192.0.2.7"),
+        ("X-Forwarded-For: 2001:db8:1:2:aaaa::1", "addr:2001:db8:1:2::/64"),
+        ("X-Forwarded-For: unix:", "addr:unknown"),
         ("X-Forwarded-For: 127.0.0.1", None),
         ("X-Forwarded-For: 10.1.2.3", None),
         ("X-Forwarded-For: 2001:db8:ffff::1", None),
@@ -192,7 +192,7 @@ async def test_shared_caches_store_no_private_canvas(redis_server: RedisServer, 
     ],
 )
 async def test_an_anonymous_client_is_an_address(
-    redis_server: RedisServer, line: str, account: bytes | None
+    redis_server: RedisServer, line: str, account: str | None
 ) -> None:
     settings = redis_server.settings(
         anonymous_budget=BUDGET,
@@ -207,11 +207,12 @@ async def test_an_anonymous_client_is_an_address(
         last = await write_both_ways(served, line)
         assert last.status == (429 if account else 200)
         with redis_server.admin() as admin:
-            assert admin.keys("pixel:budget:*") == ([account] if account else [])
+            expected_keys = [budget_key(account).encode()] if account else []
+            assert admin.keys(budget_key("*")) == expected_keys
     address = line.split(": ")[1].removeprefix("::ffff:")
     if line.startswith("X-Real"):
         address = "127.0.0.1"
-    name = account.decode().removeprefix("pixel:budget:") if account else f"addr:{address}"
+    name = account or f"addr:{address}"
     expected = {"addr:unknown": None, "addr:2001:db8:ffff::1": [["addr:2001:db8:ffff::/64", 1]]}
     assert authors(redis_server)[0] == expected.get(name, [[name, 1]])
 
@@ -270,7 +271,7 @@ async def test_a_key_that_this_release_cannot_read_is_left_out(
 ) -> None:
     token = await run(redis_server, "create", "alice", "--scopes", "paint")
     with redis_server.admin() as admin:
-        admin.hset(keys.KEYS, "broken", '{"hash": 1}')
+        admin.hset(KEYS, "broken", '{"hash": 1}')
     async with serving(redis_server.settings()) as served:
         assert (await write_both_ways(served, bearer(token))).status == 200
     assert caplog.text.count("key broken can't be read") == 1
@@ -298,14 +299,14 @@ async def test_a_worker_that_cannot_read_the_keys_accepts_none(
     async with serving(redis_server.settings()) as served:
         assert (await write_both_ways(served, bearer(token))).status == 200
         with redis_server.admin() as admin:
-            version = admin.get(keys.KEYS_VERSION)
-            admin.delete(keys.KEYS_VERSION)
-            admin.lpush(keys.KEYS_VERSION, "broken")
+            version = admin.get(KEYS_VERSION)
+            admin.delete(KEYS_VERSION)
+            admin.lpush(KEYS_VERSION, "broken")
         await asyncio.sleep(0.5)
         assert (await write_both_ways(served, bearer(token))).status == 503
         assert (await write_both_ways(served)).status == 200
         with redis_server.admin() as admin:
-            admin.set(keys.KEYS_VERSION, version)
+            admin.set(KEYS_VERSION, version)
         await asyncio.sleep(0.5)
         assert (await write_both_ways(served, bearer(token))).status == 200
 
@@ -343,7 +344,7 @@ def test_after_a_restore_the_keys_are_read_again(
     service = start_service(fragile_redis.url, PIXEL_ANONYMOUS="read", PIXEL_WORKERS="1")
     assert httpx.get(f"{service.url}/readyz", timeout=20).status_code == 200
     with fragile_redis.admin() as admin:
-        admin.delete(keys.KEYS)
+        admin.delete(KEYS)
     fragile_redis.kill()
     time.sleep(2)
     fragile_redis.start()

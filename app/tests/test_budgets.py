@@ -13,21 +13,22 @@ from test_store import stored
 
 from pixel.budgets import Budgets, Charge, Writer
 from pixel.lifetime import RedisClock
+from pixel.names import EVENTS, budget_key, lease_key
 from pixel.pixel import RECORD_BYTES, Change
 from pixel.problems import Problem
 from pixel.resp import Connection, ReplyError, Server
 from pixel.settings import Budget
 from pixel.store import Store
-from pixel.stream import EVENT_CHANGES, EVENTS, EventId
+from pixel.stream import EVENT_CHANGES, EventId
 
-LEASE = "pixel:lease:test"
+LEASE = lease_key("test")
 
 SLOW = 1
 """A rate at which a budget regains nothing during a test."""
 
 
 def writer(name: str, burst: int, per_minute: int = SLOW) -> Writer:
-    return Writer(f"key:{name}", f"pixel:budget:key:{name}", Budget(per_minute, burst))
+    return Writer(f"key:{name}", budget_key(f"key:{name}"), Budget(per_minute, burst))
 
 
 async def outcome(written: asyncio.Future[EventId]) -> int:

@@ -13,7 +13,8 @@ from starlette.testclient import TestClient
 
 from pixel import pictures
 from pixel.app import create_app
-from pixel.canvas import TILE, TILE_BYTES, Region, locate, tile_key
+from pixel.canvas import TILE, TILE_BYTES, Region, locate
+from pixel.names import tile_key
 from pixel.pictures import PictureCache, PictureResponse
 from pixel.pixel import Change
 from pixel.problems import Problem
@@ -24,10 +25,10 @@ SIDE = st.integers(1, 600)
 
 
 def test_pixels_lie_in_tiles() -> None:
-    assert locate(0, 0) == ("pixel:{0:0}", 0)
-    assert locate(255, 0) == ("pixel:{0:0}", 255 * 3)
-    assert locate(256, 0) == ("pixel:{1:0}", 0)
-    assert locate(300, 700) == ("pixel:{1:2}", ((700 - 512) * 256 + 44) * 3)
+    assert locate(0, 0) == ("pixel:{0}:tile:0:0", 0)
+    assert locate(255, 0) == ("pixel:{0}:tile:0:0", 255 * 3)
+    assert locate(256, 0) == ("pixel:{0}:tile:1:0", 0)
+    assert locate(300, 700) == ("pixel:{0}:tile:1:2", ((700 - 512) * 256 + 44) * 3)
     assert locate(255, 255)[1] + 3 == TILE_BYTES
 
 
@@ -54,7 +55,7 @@ def test_a_region_is_put_together_from_its_tiles(region: Region, data: st.DataOb
 def test_a_tile_that_is_too_short_is_black_at_its_end() -> None:
     raw = Region(0, 0, TILE, TILE).assemble([b"\1\2\3"])
     assert raw == b"\1\2\3".ljust(TILE_BYTES, b"\0")
-    assert tile_key(0, 0) == "pixel:{0:0}"
+    assert tile_key(0, 0) == "pixel:{0}:tile:0:0"
 
 
 def paint(client: TestClient, x: int, y: int, red: int) -> None:

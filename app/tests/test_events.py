@@ -13,10 +13,11 @@ from conftest import RedisServer
 from pixel import events
 from pixel.canvas import CHANNELS, Region
 from pixel.events import Hub, Viewer
+from pixel.names import EVENTS
 from pixel.pixel import Change, coalesce
 from pixel.settings import Settings
 from pixel.store import Store
-from pixel.stream import EVENTS, NO_EVENT, EventId
+from pixel.stream import NO_EVENT, EventId
 
 Cells = dict[tuple[int, int, str], int]
 

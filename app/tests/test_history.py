@@ -24,6 +24,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from pixel.canvas import Canvas, Region, locate
+from pixel.cluster import Redis
 from pixel.history import __main__ as commands
 from pixel.history import queries
 from pixel.history.archive import Archive, Entry, read_tile
@@ -34,11 +35,12 @@ from pixel.history.settings import HistorySettings
 from pixel.history.timelapse import Film
 from pixel.history.undo import Outcome, Undo
 from pixel.link import Link
+from pixel.names import EVENTS, tile_key
 from pixel.pixel import Change, pack
 from pixel.problems import Problem
 from pixel.resp import Connection, Server
 from pixel.store import Store
-from pixel.stream import EVENTS, EventId
+from pixel.stream import EventId
 
 ALL = Region(0, 0, 1024, 1024)
 
@@ -82,7 +84,7 @@ class Following:
 
     def __init__(self, server: RedisServer, path: Path) -> None:
         self.archive = Archive(path)
-        self.link = Link(Server.of(server.settings()), 2)
+        self.link = Link(Redis(server.settings()), 2)
         self.follower = Follower(self.archive, self.link, ALL)
 
     async def catch_up(self) -> None:
@@ -160,7 +162,7 @@ async def test_a_canvas_that_is_older_than_the_history_is_its_first_snapshot(
     assert queries.state(path)[:2] == (1, 0)
     with queries.reading(path) as database:
         [(first,)] = database.execute("SELECT first FROM snapshots").fetchall()
-        tile = read_tile(database, first, "pixel:{1:0}")
+        tile = read_tile(database, first, tile_key(1, 0))
     assert first == 2
     assert (tile[(2 * 256 + 44) * 3], tile[(2 * 256 + 45) * 3]) == (3, 4)
 
@@ -178,7 +180,7 @@ async def test_trimmed_events_are_a_gap_with_their_number_and_a_new_snapshot(
     assert [record.value for record in records(path)] == [7, 6, 1]
     assert [gap[:3] for gap in queries.gaps(path)] == [(before, 4, "trimmed")]
     with queries.reading(path) as database:
-        assert read_tile(database, 4, "pixel:{0:0}")[0] == 7
+        assert read_tile(database, 4, tile_key(0, 0))[0] == 7
     # The same gap is not reported again.
     paint(redis_server, [Change(0, 0, 0, 8)])
     await following.catch_up()
@@ -214,6 +216,24 @@ def entries(changes: Iterable[tuple[int, Change, str | None]]) -> list[Entry]:
     return [Entry(EventId(time, n), [change], [author]) for n, (time, change, author) in enumerate(changes)]
 
 
+def test_an_archive_with_the_former_names_of_tiles_is_updated(path: Path) -> None:
+    archive = Archive(path)
+    archive.begin(5)
+    archive.add_snapshot({tile_key(3, 12): bytes([7])})
+    archive.close()
+    with sqlite3.connect(path) as database:
+        database.executescript(
+            "UPDATE tiles SET key = 'pixel:{3:12}'; ALTER TABLE position DROP COLUMN epoch;"
+            "PRAGMA user_version = 1;"
+        )
+    database.close()
+    archive = Archive(path)
+    with queries.reading(path) as database:
+        assert read_tile(database, 1, tile_key(3, 12))[0] == 7
+    assert archive.position == (EventId(0, 0), 5, 1, False)
+    archive.close()
+
+
 def test_old_changes_are_painted_into_the_first_snapshot(path: Path) -> None:
     archive = Archive(path)
     archive.begin(0)
@@ -223,8 +243,8 @@ def test_old_changes_are_painted_into_the_first_snapshot(path: Path) -> None:
     assert archive.trim(1400, 10**9) == 0
     with queries.reading(path) as database:
         assert database.execute("SELECT first FROM snapshots").fetchall() == [(401,)]
-        assert read_tile(database, 401, "pixel:{0:0}")[0] == 300 % 256
-        assert read_tile(database, 401, "pixel:{1:0}")[43 * 3] == 299 % 256
+        assert read_tile(database, 401, tile_key(0, 0))[0] == 300 % 256
+        assert read_tile(database, 401, tile_key(1, 0))[43 * 3] == 299 % 256
         assert database.execute("SELECT count(*) FROM authors").fetchone() == (600,)
     assert len(records(path)) == 600
     # Size: as many as allowed at once.
@@ -242,12 +262,12 @@ def test_a_later_snapshot_replaces_the_first_one(path: Path) -> None:
     events = entries((n, Change(0, 0, 0, n), None) for n in range(10))
     archive.append(events, events[-1].event, 10)
     archive.skip(EventId(9, 9), 12, missing=2, reason="trimmed")
-    archive.add_snapshot({"pixel:{0:0}": bytes([77])})
+    archive.add_snapshot({tile_key(0, 0): bytes([77])})
     archive.append(entries([(20, Change(1, 0, 0, 5), None)]), EventId(20, 0), 13)
     assert archive.trim(15, 10**9) == 10
     with queries.reading(path) as database:
         assert database.execute("SELECT first FROM snapshots").fetchall() == [(11,)]
-        assert read_tile(database, 11, "pixel:{0:0}")[0] == 77
+        assert read_tile(database, 11, tile_key(0, 0))[0] == 77
     archive.close()
 
 
@@ -463,7 +483,7 @@ async def test_an_undo_of_a_large_area_loses_no_write_of_others(
     assert outcome.changed + outcome.painted_over == 20_000
     assert outcome.changed > 19_000
     with redis_server.admin() as admin:
-        tile = admin.get("pixel:{0:0}")
+        tile = admin.get(tile_key(0, 0))
     assert [tile[locate(n % 200, n // 200)[1]] for n in range(20_000)] == [
         kept.get(n, 0) for n in range(20_000)
     ]

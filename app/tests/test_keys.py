@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import PASSWORD, RedisServer
 
-from pixel.keys import KEYS, hash_token, parse
+from pixel.keys import hash_token, parse
+from pixel.names import KEYS
 
 SRC = Path(__file__).parent.parent / "src"
 

@@ -16,6 +16,7 @@ from test_store import late_probe, outcomes, stored
 
 from pixel import lifetime
 from pixel.canvas import locate
+from pixel.cluster import Redis
 from pixel.commit import GroupCommit
 from pixel.lifetime import MustWaitError, RedisClock, StartLimit, UnknownClockError
 from pixel.pixel import Change
@@ -78,7 +79,7 @@ async def test_a_transaction_executes_only_within_its_lease(
     redis_server: RedisServer,
 ) -> None:
     """A transaction that is delayed between any two commands has no effect after its lease."""
-    commit = GroupCommit(Server.of(redis_server.settings()), redis_server.settings(), RedisClock(), "c5/1")
+    commit = GroupCommit(Redis(redis_server.settings()), redis_server.settings(), RedisClock(), "c5/1")
     connection = await Connection.open(Server.of(redis_server.settings()))
     lease = commit._lease
     now = time.time()

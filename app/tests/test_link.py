@@ -4,9 +4,10 @@ import asyncio
 
 import pytest
 
+from pixel.cluster import Redis
 from pixel.link import Link
 from pixel.problems import Problem
-from pixel.resp import Server
+from pixel.settings import Settings
 
 REPLY = b"$200\r\n" + b"x" * 200 + b"\r\n"
 
@@ -28,8 +29,7 @@ class SlowServer:
         await asyncio.sleep(0.05)
 
     def link(self, timeout: float) -> Link:
-        server = Server("127.0.0.1", self._port, "", False, 0, None, None)
-        return Link(server, timeout)
+        return Link(Redis(Settings(redis_url=f"redis://127.0.0.1:{self._port}")), timeout)
 
 
 class _Client(asyncio.Protocol):

@@ -19,9 +19,8 @@ from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sy
 from starlette.testclient import TestClient
 
 from pixel.maintenance import Maintenance
+from pixel.names import EVENTS, MAINTENANCE
 from pixel.routes import live
-from pixel.store import MAINTENANCE
-from pixel.stream import EVENTS
 
 PARTS = sorted(f"/live/{name}" for name in live._FILES)
 

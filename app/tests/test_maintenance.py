@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from pixel.app import create_app
 from pixel.maintenance import RETRY_AFTER
-from pixel.store import MAINTENANCE
+from pixel.names import MAINTENANCE
 
 PIXEL = {"x": 1, "y": 2, "channel": "G", "value": 3}
 WRITES = (

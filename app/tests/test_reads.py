@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 from conftest import RedisServer
 
+from pixel.cluster import Redis
 from pixel.link import Link
+from pixel.names import tile_key
 from pixel.pixel import Change
 from pixel.problems import Problem
 from pixel.reads import PixelReads
-from pixel.resp import Command, Server
+from pixel.resp import Command
 from pixel.store import Store
 
 
@@ -19,7 +21,7 @@ class CountingLink(Link):
 
     def __init__(self, redis_server: RedisServer) -> None:
         settings = redis_server.settings()
-        super().__init__(Server.of(settings), settings.redis_timeout)
+        super().__init__(Redis(settings), settings.redis_timeout)
         self.pipelines: list[int] = []
 
     async def ask_each(self, *commands: Command, blocking: float = 0) -> list[Any]:
@@ -48,7 +50,7 @@ async def test_a_tile_that_is_none_fails_by_itself(redis_server: RedisServer) ->
     store = Store(redis_server.settings())
     await store.write([Change(1, 1, 0, 7)])
     with redis_server.admin() as admin:
-        admin.rpush("pixel:{1:0}", "not a tile")
+        admin.rpush(tile_key(1, 0), "not a tile")
     good, bad = store.colour(1, 1), store.colour(300, 1)
     assert await good == (7, 0, 0)
     with pytest.raises(Problem, match="refuses"):

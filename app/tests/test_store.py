@@ -14,15 +14,17 @@ from conftest import APP_COMMANDS, RedisServer
 from pixel import keys
 from pixel.budgets import Writer
 from pixel.canvas import TILE_BYTES, locate
+from pixel.cluster import Redis
 from pixel.events import Hub
+from pixel.names import EVENTS, budget_key, tile_key
 from pixel.pixel import Change
 from pixel.problems import Problem
 from pixel.resp import Connection, Server
 from pixel.settings import Budget
 from pixel.store import Store
-from pixel.stream import EVENT_CHANGES, EVENTS, EventId
+from pixel.stream import EVENT_CHANGES, EventId
 
-TILE_00 = "pixel:{0:0}"
+TILE_00 = tile_key(0, 0)
 
 
 @pytest.fixture
@@ -371,13 +373,13 @@ async def test_the_application_uses_all_of_its_commands_and_no_others(
         store = Store(redis_server.settings())
         hub = Hub(store, redis_server.settings())
         await store.probe()
-        writer = Writer("key:a", "pixel:budget:key:a", Budget(60, 2))
+        writer = Writer("key:a", budget_key("key:a"), Budget(60, 2))
         event = await store.write([Change(1, 1, 0, 1), Change(300, 1, 0, 1)], writer=writer)
         command = keys.parse(["create", "a", "--scopes", "paint"])
-        await keys.execute(command, Server.of(redis_server.settings()))
+        await keys.execute(command, Redis(redis_server.settings()))
         assert list((await store.keys())[1]) == ["a"]
         assert await store.colour(1, 1) == (1, 0, 0)
-        assert (await store.snapshot(["pixel:{0:0}"]))[0] == await store.last_event() == event
+        assert (await store.snapshot([TILE_00]))[0] == await store.last_event() == event
         assert await store.count_viewers(3) == 3
         await hub.prepare()
         stream = hub.stream(EventId(0, 0))

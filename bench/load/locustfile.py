@@ -40,7 +40,7 @@ def expect(true: bool, otherwise: str) -> None:
 
 def moment(event: str) -> tuple[int, int]:
     """Parses an event id such as 1795225898442-0; later ids are greater."""
-    milliseconds, number = event.split("-")
+    milliseconds, number, *_ = event.split("-")
     return int(milliseconds), int(number)
 
 

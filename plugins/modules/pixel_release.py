@@ -160,6 +160,10 @@ service:
   description: C(state), C(restarts), C(age_s) and C(workers) of all instances together.
   type: dict
   returned: when O(action) is V(status)
+renames:
+  description: Whether O(release) uses other names of keys in Redis than the current release, or there is no current one.
+  type: bool
+  returned: when O(action) is V(stage)
 warning:
   description: Warning that this run deploys a release that was rolled back; also shown as an Ansible warning.
   type: str
@@ -415,6 +419,10 @@ class Releases:
     def path(self, release: str) -> Path:
         return self.home / "releases" / release
 
+    def has_key_names(self, release: str) -> bool:
+        """Return whether a release uses the present names of keys in Redis; those before 1.1 use others."""
+        return any(self.path(release).glob("lib/python3*/site-packages/pixel/names.py"))
+
     def names(self) -> list[str]:
         """Complete releases: release.env is the last file that a build writes."""
         return sorted(file.parent.name for file in self.home.glob("releases/*/release.env"))
@@ -667,6 +675,25 @@ class Manager:
         python = self.releases.path(wanted.release) / "bin" / "python"
         settings = dict(re.findall(r"(?m)^(PIXEL_[A-Z_]+)='(.*)'$", wanted.files["pixel.env"]))
         self.host.run(python, "-m", "pixel.settings", env={"PATH": os.environ.get("PATH", ""), **settings})
+
+    def renames(self, release: str) -> bool:
+        """Return whether a release has to take over the canvas under other names of keys in Redis.
+
+        Raises:
+            Failure: the release would not find the canvas, because a later one has taken it over.
+        """
+        current = self.releases.current()
+        if release not in self.releases.names():
+            return False  # a dry run, before the release is built
+        if current and self.releases.has_key_names(current):
+            if self.releases.has_key_names(release):
+                return False
+            raise Failure(
+                f"Release {release} can't serve on {self.host.name}: it is older than 1.1 and uses other names of"
+                f" keys in Redis than release {current}, so it would show an empty canvas. Nothing was changed."
+                " Deploy release 1.1 or a later one."
+            )
+        return self.releases.has_key_names(release)
 
     def warning(self, release: str) -> str:
         """Return a warning if the release was rolled back; empty otherwise."""
@@ -963,6 +990,7 @@ def carry_out(manager: Manager, option: dict[str, Any], dry: bool) -> dict[str, 
                 files = {name: text for name, text in files.items() if not name.startswith("units/pixel@")}
             wanted = Deployment(release, fingerprint, option["units"], option["urls"], files)
             result["changed"] = not manager.is_in_force(wanted)
+            result["renames"] = manager.renames(release)
             if result["changed"]:
                 result["diff"] = difference(manager, wanted)
                 result["warning"] = "" if option["rollback"] else manager.warning(release)

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from pixel.budgets import Writer
 from pixel.keys import Key, KeyScope, hash_token
+from pixel.names import budget_key
 from pixel.problems import Problem
 from pixel.settings import Settings
 from pixel.store import Store
@@ -141,7 +142,7 @@ class Access:
             address = ip_address(text.decode("latin-1"))
         except ValueError:
             # No balancer sends this. All such clients share a budget.
-            return Writer("", "pixel:budget:addr:unknown", self._budget)
+            return Writer("", budget_key("addr:unknown"), self._budget)
         address = getattr(address, "ipv4_mapped", None) or address
         exempt = any(address in network for network in self._exempt)
         if isinstance(address, IPv4Address):
@@ -150,7 +151,7 @@ class Access:
             name = f"addr:{IPv6Network((int(address) >> 64 << 64, 64))}"
         budget = None if exempt else self._budget
         author = name if self._records_addresses else ""
-        return Writer(author, f"pixel:budget:{name}", budget) if author or budget else None
+        return Writer(author, budget_key(name), budget) if author or budget else None
 
     async def _follow(self) -> None:
         while True:
@@ -165,7 +166,7 @@ class Access:
             if version != self._version:
                 version, keys = await self._store.keys()
                 self._holders = {
-                    key.hash: _Holder(key, Writer(f"key:{name}", f"pixel:budget:key:{name}", key.budget))
+                    key.hash: _Holder(key, Writer(f"key:{name}", budget_key(f"key:{name}"), key.budget))
                     for name, key in keys.items()
                 }
                 self._accepted = {}

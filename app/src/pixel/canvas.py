@@ -6,11 +6,12 @@ A tile at the edge of the canvas is as large as any other.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from io import BytesIO
 from typing import NamedTuple
 
 from PIL import Image
+
+from pixel.names import tile_key
 
 TILE = 256
 """Width and height of a tile, in pixels."""
@@ -18,12 +19,6 @@ TILE = 256
 TILE_BYTES = TILE * TILE * 3
 
 CHANNELS = ("R", "G", "B")
-
-
-@cache
-def tile_key(column: int, row: int) -> str:
-    """The Redis key of a tile. Its hash tag (in braces) gives each tile its own hash slot."""
-    return f"pixel:{{{column}:{row}}}"
 
 
 def locate(x: int, y: int) -> tuple[str, int]:

@@ -13,17 +13,22 @@ import msgspec
 
 from pixel import metrics
 from pixel.budgets import Budgets, Charge, Writer
-from pixel.canvas import CHANNELS, TILE_BYTES, locate, tile_key
+from pixel.canvas import CHANNELS, TILE_BYTES, locate
+from pixel.cluster import Redis, Replicas
 from pixel.lifetime import RedisClock
 from pixel.link import Health
+from pixel.names import EVENTS, lease_key, tile_key
 from pixel.pixel import Change, pack
 from pixel.problems import Problem
-from pixel.resp import Command, Connection, ReplyError, Server
+from pixel.resp import Command, Connection, NotMasterError, ReplyError
 from pixel.settings import MAX_BATCH, Settings
-from pixel.stream import EVENT_CHANGES, EVENTS, NO_EVENT, EventId
+from pixel.stream import EVENT_CHANGES, NO_EVENT, EventId, epoch_fields
 
 # Extends a tile to its full length by adding 0 to its last byte; a full tile stays unchanged.
 _GROW = ("INCRBY", "u8", (TILE_BYTES - 1) * 8, 0)
+
+# A write that changes nothing.
+_PROBE = ("BITFIELD", tile_key(0, 0), *_GROW)
 
 # Pauses between attempts to connect, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
@@ -36,6 +41,10 @@ _RESTARTING = (ConnectionRefusedError, ConnectionResetError, FileNotFoundError, 
 
 # Parts of the Redis timeout: the length of a lease, and the remaining time below which it is renewed.
 _LEASE, _RENEWAL = 0.75, 0.5
+
+# In a cluster: seconds that a write which begins as late as possible leaves to the replicas, and the pause
+# between two checks of replicas that don't acknowledge.
+_LEAST_WAIT, _REPLICAS_PAUSE = 0.15, 0.1
 
 _SAMPLING = 1.0  # seconds between two measurements of the queue's length
 
@@ -56,6 +65,7 @@ class _Batch:
 
     def __init__(self) -> None:
         self.timer: asyncio.TimerHandle
+        self.opened = asyncio.get_running_loop().time()
         self.size = 0  # channel writes
         self.begin_by = inf  # the earliest of its requests
         self.signed = False  # whether the author of a request is known
@@ -83,7 +93,7 @@ class _Lease:
 
     def __init__(self, name: str, seconds: float, renewal: float) -> None:
         # Each connection has its own key: a renewal must not make transactions of an earlier one valid.
-        self._key = f"pixel:lease:{name}:{secrets.token_hex(4)}"
+        self._key = lease_key(f"{name}:{secrets.token_hex(4)}")
         self._seconds = seconds
         self._renewal = renewal
         self.end = 0.0
@@ -119,16 +129,22 @@ class GroupCommit:
 
     Budgets are charged in the same pipeline, just before the transaction. If a request is over its
     budget, nothing is written, and the others are sent again without a second charge.
+
+    In a cluster, a request is answered when the replicas have acknowledged it too (``Replicas``). If too
+    few do, the requests are in doubt, and new ones are refused until they do. A batch that reaches a node
+    that is not the master any more was not written, and is sent to the new one.
     """
 
-    def __init__(self, server: Server, settings: Settings, clock: RedisClock, worker: str) -> None:
-        self._server = server
+    def __init__(self, redis: Redis, settings: Settings, clock: RedisClock, worker: str) -> None:
+        self._redis = redis
+        self._replicas = Replicas(redis) if redis.is_cluster else None
         self._timeout = settings.redis_timeout
         self._patience = settings.start_limit
         self._limit = settings.write_queue
         # Single pixels get more room, so that batches can't fill the queue.
         self._pixel_limit = self._limit + self._limit // 10
         self._event = ("XADD", EVENTS, "MAXLEN", "~", settings.events_maxlen, "*", "c")
+        self._event_end: tuple[str | int, ...] = ()
         self._has_budgets = settings.anonymous_budget is not None
         self._clock = clock
         self.budgets = Budgets(clock)
@@ -186,6 +202,11 @@ class GroupCommit:
             batch.charged = batch.charged and writer.budget is None
         return future
 
+    @property
+    def replicas(self) -> int | None:
+        """How many replicas have acknowledged the last write; None if there is no cluster."""
+        return self._replicas.acknowledged if self._replicas else None
+
     def close(self) -> None:
         """Stop. Call this when no request is waiting."""
         self._task.cancel()
@@ -223,7 +244,9 @@ class GroupCommit:
                 self._arrival.clear()
                 await self._arrival.wait()
             connection = self._connection
-            if connection is None or connection.closed:
+            if self._replicas and connection and self._replicas.is_due:
+                await self._check_replicas(connection, self._replicas)
+            if connection is None or connection.closed or not self._queue:
                 continue
             batch = self._queue.popleft()
             batch.timer.cancel()
@@ -244,8 +267,11 @@ class GroupCommit:
         while True:
             try:
                 async with asyncio.timeout(self._timeout):
-                    self._connection = connection = await Connection.open(self._server)
+                    self._connection = connection = await self._redis.open(Connection)
+                    if self._replicas:
+                        self._replicas = Replicas(self._redis)
                     self._lease = self._new_lease()
+                    self._event_end = epoch_fields(connection.epoch)
                     await self._ask_time(connection)
             except (OSError, ReplyError) as error:
                 self._health.fails(error)
@@ -260,6 +286,31 @@ class GroupCommit:
                 self._unreachable = ""
                 return
 
+    async def _check_replicas(self, connection: Connection, replicas: Replicas) -> None:
+        """Check the replicas; while too few acknowledge, writes wait, and later are refused."""
+        since = monotonic()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await replicas.check(connection)
+            while replicas.are_short:
+                async with asyncio.timeout(self._timeout):
+                    # Until the next write, this asks for the last one again.
+                    [acknowledged] = await connection.ask(replicas.wait(_REPLICAS_PAUSE))
+                if replicas.suffice(acknowledged):
+                    break
+                self._health.fails(f"{acknowledged} replicas acknowledge writes")
+                if monotonic() - since > _RESTART:
+                    self._refuse("Too few replicas of Redis acknowledge writes")
+                if (await self._redis.find()).epoch > connection.epoch:
+                    raise NotMasterError("the canvas has another master")
+                await asyncio.sleep(_REPLICAS_PAUSE)
+                async with asyncio.timeout(self._timeout):
+                    await replicas.check(connection)
+            self._unreachable = ""
+        except (OSError, ReplyError) as error:
+            self._health.fails(error)
+            connection.close(str(error) or "no answer in time")
+
     async def _ask_time(self, connection: Connection) -> None:
         """Read Redis's time for the first lease; also check that budgets can be charged, if there are any."""
         asked = monotonic()
@@ -267,10 +318,7 @@ class GroupCommit:
         if self._has_budgets:
             commands += self._lease.charge(Charge([]))
         try:
-            redis_time, *replies = await connection.execute(commands)
-            for reply in (redis_time, *replies):
-                if isinstance(reply, ReplyError):
-                    raise reply
+            redis_time, *_ = await connection.ask(*commands)
         except BaseException:
             connection.close()
             raise
@@ -293,17 +341,22 @@ class GroupCommit:
         """Send a batch and answer its requests; returns when all of them are answered."""
         while requests := self._in_time(batch):
             batch.requests = requests
-            commands = self._commands(
-                [change for request in requests for change in request[0]],
-                _authors(requests) if batch.signed else (),
-            )
+            changes = [change for request in requests for change in request[0]]
+            commands = self._commands(changes, _authors(requests) if batch.signed else ())
             before = renewal = self._lease.renew(self._clock.now())
             charge = None
             if not batch.charged:
                 charge = Charge([(writer, len(changes)) for changes, _, _, writer in requests])
                 before = [*renewal, *self._lease.charge(charge)]
+            confirmation: list[Command] = []
+            if self._replicas:
+                rest = self._rest(batch)
+                if rest < _LEAST_WAIT:
+                    batch.refuse("Redis was too slow for this write to begin")
+                    return
+                confirmation = [self._replicas.wait(min(rest, _LEASE * self._timeout))]
             asked, started = monotonic(), perf_counter()
-            replies = connection.execute([*before, *self._lease.conditions, *commands])
+            replies = connection.execute([*before, *self._lease.conditions, *commands, *confirmation])
             timer = self._loop.call_later(self._timeout, connection.close, "no answer in time")
             try:
                 *queued, results = await replies
@@ -312,18 +365,66 @@ class GroupCommit:
                 return
             finally:
                 timer.cancel()
+            if self._replicas:
+                acknowledged, results = results, queued.pop()
+                if isinstance(results, list) and not self._replicas.suffice(acknowledged):
+                    was_switched = isinstance(acknowledged, NotMasterError)
+                    if not (was_switched and await self._has_new_master(results[-1], connection, batch)):
+                        batch.doubt("Too few replicas of Redis have acknowledged it")
+                        return
+                if not isinstance(results, list) and (moved := _moved(*queued, results)):
+                    self._put_back(batch)
+                    connection.close(str(moved))
+                    await asyncio.sleep(_FIRST_PAUSE)
+                    return
             if renewal and not isinstance(queued[0], ReplyError):
                 self._learn_time(asked, queued[0])
             refused = charge is not None and self._refuse_expensive(batch, charge, queued[len(before) - 1])
             if results is not None:
                 metrics.COMMIT_SECONDS.observe(perf_counter() - started)
                 metrics.BATCH_WRITES.observe(batch.size)
-                self._settle(batch, commands, queued, results)
+                self._settle(batch, commands, queued, results, connection.epoch)
                 return
             # There was no lease, so nothing was written. Its renewal also reads Redis's time.
             metrics.LAPSED_LEASES.inc(not refused)
             self._grown.clear()
             self._lease.end = 0
+
+    async def _has_new_master(self, last: Any, former: Connection, batch: _Batch) -> bool:
+        """Whether the new master and its replicas have a batch's last event, after a planned switch.
+
+        The former master has given it all writes, and can't wait for replicas any more.
+        """
+        seconds = self._rest(batch)
+        wanted = [EventId.parse(last)._replace(epoch=former.epoch)] if batch.size else []
+        looks = [("XRANGE", EVENTS, event.in_redis(), event.in_redis()) for event in wanted]
+        try:
+            async with asyncio.timeout(seconds):
+                connection = await self._redis.open(Connection)
+                try:
+                    replicas = Replicas(self._redis)
+                    await replicas.check(connection)
+                    # The probe makes WAIT refer to all that was written before it.
+                    *_, results, acknowledged = await connection.ask(
+                        ("MULTI",), *looks, _PROBE, ("EXEC",), replicas.wait(seconds)
+                    )
+                finally:
+                    connection.close()
+        except (OSError, ReplyError):
+            return False
+        found = [EventId.of(entry) for entries in results[:-1] for entry in entries]
+        return found == wanted and replicas.suffice(acknowledged)
+
+    def _rest(self, batch: _Batch) -> float:
+        """Seconds within which a batch has to be answered."""
+        return batch.opened + self._patience + _LEAST_WAIT - self._loop.time()
+
+    def _put_back(self, batch: _Batch) -> None:
+        """Queue a batch again that was not written."""
+        rest = batch.opened + self._patience - self._loop.time()
+        batch.timer = self._loop.call_later(max(rest, 0), self._expire, batch)
+        self._queue.appendleft(batch)
+        self._depth += batch.size
 
     def _refuse_expensive(self, batch: _Batch, charge: Charge, reply: object) -> bool:
         """Refuse the requests that are over their budget; the others have paid. Whether there are any."""
@@ -356,8 +457,10 @@ class GroupCommit:
         rest = self._lease.end - self._clock.now()
         self._loop.call_later(max(rest, 0), batch.doubt, "Redis didn't answer")
 
-    def _settle(self, batch: _Batch, commands: list[Command], queued: list[object], results: object) -> None:
-        """Answer a batch according to Redis's replies."""
+    def _settle(
+        self, batch: _Batch, commands: list[Command], queued: list[object], results: object, epoch: int
+    ) -> None:
+        """Answer a batch according to the replies of Redis, or of a master with this configuration epoch."""
         if isinstance(results, ReplyError):
             # Redis refused to queue a command (out of memory, for example) and dropped the transaction.
             reasons = [reply for reply in queued if isinstance(reply, ReplyError)]
@@ -379,7 +482,7 @@ class GroupCommit:
         else:
             self._health.works()
         newest = results[-1]
-        event = EventId.parse(newest) if isinstance(newest, bytes) else NO_EVENT
+        event = EventId.parse(newest)._replace(epoch=epoch) if isinstance(newest, bytes) else NO_EVENT
         self._answer(batch.requests, refused, event)
 
     def _answer(self, requests: list[_Request], refused: Container[object], event: EventId) -> None:
@@ -407,7 +510,7 @@ class GroupCommit:
                     self._grown.add(key)
             command += ("SET", "u8", (place + channel) * 8, value)
         if not changes:
-            return [("MULTI",), ("BITFIELD", tile_key(0, 0), *_GROW), ("EXEC",)]
+            return [("MULTI",), _PROBE, ("EXEC",)]
         events: list[Command] = [
             (*self._event, pack(changes[start : start + EVENT_CHANGES]))
             for start in range(0, len(changes), EVENT_CHANGES)
@@ -417,7 +520,14 @@ class GroupCommit:
                 (*event, "a", author) if author else event
                 for event, author in zip(events, authors, strict=True)
             ]
+        if self._event_end:
+            events = [(*event, *self._event_end) for event in events]
         return [("MULTI",), *map(tuple, tiles.values()), *events, ("EXEC",)]
+
+
+def _moved(*replies: object) -> NotMasterError | None:
+    """The refusal of a node that is not the master of the canvas, if there is one."""
+    return next((reply for reply in replies if isinstance(reply, NotMasterError)), None)
 
 
 def _authors(requests: Sequence[_Request]) -> list[bytes]:

@@ -14,18 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import msgspec
 
-from pixel.resp import Command, Connection, ReplyError, Server
+from pixel.cluster import Redis
+from pixel.names import KEYS, KEYS_VERSION
+from pixel.resp import Connection, ReplyError
 from pixel.settings import MAX_BUDGET, Budget, load
-
-KEYS = "pixel:keys"
-"""Redis key of a hash: the name of each key, and the key as JSON."""
-
-KEYS_VERSION = "pixel:keys:version"
-"""Redis key of a counter, which each change of a key increments."""
 
 PREFIX = "pixel_"
 """Start of every token, by which secret scanners find it."""
@@ -124,21 +120,22 @@ Change = Callable[[argparse.Namespace, dict[str, Key], int], tuple[Key, str]]
 """A command that changes a key: from the arguments, the keys and the time, the key and what to print."""
 
 
-async def execute(arguments: argparse.Namespace, server: Server) -> str:
+async def execute(arguments: argparse.Namespace, redis: Redis) -> str:
     """Execute a command, and return what it prints."""
     async with asyncio.timeout(TIMEOUT):
-        connection = await Connection.open(server)
+        connection = await redis.open(Connection)
         try:
-            _, pairs, redis_time = await _ask(connection, ("WATCH", KEYS), ("HGETALL", KEYS), ("TIME",))
+            _, pairs, redis_time = await connection.ask(("WATCH", KEYS), ("HGETALL", KEYS), ("TIME",))
             keys, now = decode(pairs), int(redis_time[0])
             if arguments.change is None:
                 return table(keys, now)
             change: Change = arguments.change
             key, token = change(arguments, keys, now)
             hset = ("HSET", KEYS, arguments.name, msgspec.json.encode(key))
-            *_, results = await _ask(connection, ("MULTI",), hset, ("INCR", KEYS_VERSION), ("EXEC",))
+            *_, results = await connection.ask(("MULTI",), hset, ("INCR", KEYS_VERSION), ("EXEC",))
             if results is None:
                 raise CommandError("another command changed a key at the same time; run this one again")
+            await redis.confirm(connection)
             return token
         finally:
             connection.close()
@@ -167,14 +164,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         per_minute, burst = parsed.per_minute, parsed.burst or parsed.per_minute
         parsed.budget = Budget(per_minute, burst) if per_minute else None
     return parsed
-
-
-async def _ask(connection: Connection, *commands: Command) -> list[Any]:
-    replies = await connection.execute(commands)
-    for reply in replies:
-        if isinstance(reply, ReplyError):
-            raise reply
-    return replies
 
 
 def _new_token() -> str:
@@ -220,7 +209,7 @@ def main() -> int:
     """Execute the command line's command."""
     arguments = parse(sys.argv[1:])
     try:
-        output = asyncio.run(execute(arguments, Server.of(load())))
+        output = asyncio.run(execute(arguments, Redis(load())))
     except (CommandError, OSError, ReplyError) as error:
         print(f"pixel.keys: {str(error) or 'Redis does not answer'}", file=sys.stderr)
         return 1

@@ -6,8 +6,12 @@ from time import perf_counter
 from typing import Any
 
 from pixel import metrics
+from pixel.cluster import Redis
 from pixel.problems import Problem
-from pixel.resp import Command, Connection, ReplyError, Server
+from pixel.resp import Command, Connection, NotMasterError, ReplyError
+
+_PAUSE = 0.05
+"""Seconds until a read that a node has refused is sent to the new master."""
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +57,13 @@ class Link:
     """A connection for reads: opened at the first one, and again after it was lost.
 
     Args:
-        server: where it connects to.
+        redis: where it connects to.
         timeout: seconds that Redis has to answer.
         operation: the reads' name in logs and metrics (see ``Health``).
     """
 
-    def __init__(self, server: Server, timeout: float, operation: str = "read") -> None:
-        self._server = server
+    def __init__(self, redis: Redis, timeout: float, operation: str = "read") -> None:
+        self._redis = redis
         self._timeout = timeout
         self._is_timed = operation == "read"
         self._health = Health(operation)
@@ -86,16 +90,24 @@ class Link:
         started = perf_counter()
         try:
             async with asyncio.timeout(self._timeout + blocking):
-                connection = await self._connected()
-                started = perf_counter()
-                replies: list[Any] = await connection.execute(commands)
+                while True:
+                    connection = await self._connected()
+                    started = perf_counter()
+                    replies: list[Any] = await connection.execute(commands)
+                    refusal = next((reply for reply in replies if isinstance(reply, ReplyError)), None)
+                    if not isinstance(refusal, NotMasterError):
+                        break
+                    # The next one is to the new master. Others may still wait for their refusals here.
+                    if self._connection is connection:
+                        self._connection = None
+                        asyncio.get_running_loop().call_later(_PAUSE, connection.close)
+                    await asyncio.sleep(_PAUSE)
         except (OSError, ReplyError) as error:
             self._drop(started, error)
             self._health.fails(error)
             raise Problem.unavailable("Redis can't be read.", elsewhere=True) from error
         if self._is_timed and not blocking:
             metrics.READ_SECONDS.observe(perf_counter() - started)
-        refusal = next((reply for reply in replies if isinstance(reply, ReplyError)), None)
         if refusal is None:
             self._health.works()
         else:
@@ -129,6 +141,6 @@ class Link:
         async with self._opening:
             if self._connection is None or self._connection.closed:
                 reconnecting = self._connection is not None
-                self._connection = await _Connection.open(self._server)
+                self._connection = await self._redis.open(_Connection)
                 metrics.RECONNECTS.inc(reconnecting)
             return self._connection

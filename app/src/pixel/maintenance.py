@@ -23,12 +23,14 @@ import msgspec
 
 from pixel import metrics
 from pixel.budgets import Writer
+from pixel.cluster import Redis
 from pixel.events import Hub
+from pixel.names import MAINTENANCE
 from pixel.pixel import Change
 from pixel.problems import Problem
-from pixel.resp import Connection, ReplyError, Server
+from pixel.resp import Connection, ReplyError
 from pixel.settings import Settings, load
-from pixel.store import MAINTENANCE, Store
+from pixel.store import Store
 from pixel.stream import EventId
 
 State = Literal["off", "read-only", "on"]
@@ -171,9 +173,10 @@ async def change(settings: Settings, wanted: Maintenance | None) -> tuple[Mainte
         ReplyError: Redis refuses.
     """
     async with asyncio.timeout(5):
-        connection = await Connection.open(Server.of(settings))
+        redis = Redis(settings)
+        connection = await redis.open(Connection)
         try:
-            [value] = _accepted(await connection.execute([("GET", MAINTENANCE)]))
+            [value] = await connection.ask(("GET", MAINTENANCE))
             try:
                 current = Maintenance.decode(value)
             except msgspec.DecodeError:
@@ -183,17 +186,11 @@ async def change(settings: Settings, wanted: Maintenance | None) -> tuple[Mainte
             ):
                 return current or Maintenance(), False
             # Redis answers when the change is on its disk.
-            _accepted(await connection.execute([("SET", MAINTENANCE, wanted.encode())]))
+            await connection.ask(("SET", MAINTENANCE, wanted.encode()))
+            await redis.confirm(connection)
             return wanted, True
         finally:
             connection.close()
-
-
-def _accepted(replies: list[object]) -> list[bytes | None]:
-    for reply in replies:
-        if isinstance(reply, ReplyError):
-            raise reply
-    return replies  # type: ignore[return-value]
 
 
 def main() -> None:

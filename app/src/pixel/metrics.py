@@ -85,6 +85,11 @@ MAINTENANCE_WORKERS = Gauge(
     ["state"],
     multiprocess_mode="livesum",
 )
+REPLICAS = Gauge(
+    "pixel_replicas",
+    "Replicas of Redis that have acknowledged the last write, the least of all workers; 0 without a cluster.",
+    multiprocess_mode="livemin",
+)
 COMMIT_SECONDS = Histogram("pixel_commit_seconds", "Time until Redis acknowledged a batch.", buckets=_SECONDS)
 READ_SECONDS = Histogram("pixel_read_seconds", "Time until Redis answered a read.", buckets=_SECONDS)
 REDIS_ERRORS = Counter("pixel_redis_errors", "Operations that Redis refused or didn't answer.", ["operation"])

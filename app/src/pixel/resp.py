@@ -29,8 +29,19 @@ _INCOMPLETE = object()
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
+_NOT_MASTER = ("MOVED ", "ASK ", "CLUSTERDOWN ", "TRYAGAIN ", "READONLY ", "MASTERDOWN ", "UNBLOCKED ")
+
+
 class ReplyError(Exception):
     """An error reply of Redis; in the reply to a transaction, it stands for its command's result."""
+
+
+class NotMasterError(ReplyError):
+    """A node of a cluster is not the master of the canvas, or no longer; it has executed nothing."""
+
+
+def _error(text: str) -> ReplyError:
+    return NotMasterError(text) if text.startswith(_NOT_MASTER) else ReplyError(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +57,9 @@ class Server:
     password: str | None = field(repr=False)
 
     @classmethod
-    def of(cls, settings: Settings) -> Self:
-        """The server of ``PIXEL_REDIS_URL``: redis://, rediss:// (TLS) or unix://."""
-        url = urlsplit(settings.redis_url)
+    def of(cls, settings: Settings, address: str = "") -> Self:
+        """The server at an address, by default ``PIXEL_REDIS_URL``: redis://, rediss:// (TLS) or unix://."""
+        url = urlsplit(address or settings.redis_url)
         local = url.scheme == "unix"
         password = settings.redis_password
         database = parse_qs(url.query).get("db", ["0"])[0] if local else url.path.strip("/")
@@ -67,10 +78,12 @@ class Connection(asyncio.Protocol):
     """One connection. Several pipelines may be in flight; they are answered in their order."""
 
     def __init__(self) -> None:
-        self._reader = hiredis.Reader(replyError=ReplyError, notEnoughData=_INCOMPLETE)
+        self._reader = hiredis.Reader(replyError=_error, notEnoughData=_INCOMPLETE)
         self._waiting: deque[tuple[int, list[Any], asyncio.Future[list[Any]]]] = deque()
         self._transport: asyncio.Transport
         self.closed = True
+        self.epoch = 0
+        """Configuration epoch of the master in a cluster; 0 if there is no cluster."""
 
     @classmethod
     async def open(cls, server: Server) -> Self:
@@ -89,9 +102,7 @@ class Connection(asyncio.Protocol):
         if server.password is not None:
             greeting.insert(0, ("AUTH", server.username or "default", server.password))
         try:
-            for reply in await connection.execute(greeting):
-                if isinstance(reply, ReplyError):
-                    raise reply
+            await connection.ask(*greeting)
         except BaseException:
             connection.close()
             raise
@@ -110,6 +121,14 @@ class Connection(asyncio.Protocol):
             self._waiting.append((len(commands), [], future))
             self._transport.write(b"".join(map(_pack, commands)))
         return future
+
+    async def ask(self, *commands: Command) -> list[Any]:
+        """As ``execute``; raises the ReplyError of the first command that is refused."""
+        replies = await self.execute(commands)
+        for reply in replies:
+            if isinstance(reply, ReplyError):
+                raise reply
+        return replies
 
     def close(self, reason: str = "the connection was closed") -> None:
         """Close at once; waiting futures raise ConnectionError with the reason."""

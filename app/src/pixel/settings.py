@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Annotated, Literal, NoReturn, Self
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -91,6 +91,7 @@ class Settings(BaseSettings):
     bind: Annotated[str, Field(pattern=r"^(unix:/.+|[^:]+:\d{1,5}|\[.+\]:\d{1,5})$")] = "127.0.0.1:8000"
     workers: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
+    # One Redis; or several nodes of a cluster, separated by commas.
     redis_url: str = "redis://127.0.0.1:6379/0"
     redis_username: str | None = None
     redis_password: SecretStr | None = None
@@ -142,6 +143,20 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, value: str) -> str:
+        addresses = value.split(",")
+        parts = [cls._check_redis_address(address) for address in addresses]
+        if len(addresses) > 1 and any(
+            (part.scheme, part.path.strip("/") or "0") not in (("redis", "0"), ("rediss", "0"))
+            or part.scheme != parts[0].scheme
+            for part in parts
+        ):
+            raise ValueError(
+                "names nodes of a cluster, which must be all redis:// or all rediss://, with database 0"
+            )
+        return value
+
+    @staticmethod
+    def _check_redis_address(value: str) -> SplitResult:
         parts = urlsplit(value)
         if parts.scheme not in ("redis", "rediss", "unix"):
             raise ValueError("must begin with redis://, rediss:// or unix://")
@@ -160,7 +175,7 @@ class Settings(BaseSettings):
                 raise ValueError("names no server, as in redis://127.0.0.1:6379/0")
         if not database.isdecimal():
             raise ValueError("names a database that is no number, as in redis://127.0.0.1:6379/0")
-        return value
+        return parts
 
     @field_validator("redis_password")
     @classmethod

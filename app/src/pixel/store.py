@@ -8,25 +8,24 @@ from typing import Any, NamedTuple, Protocol
 
 from pixel.budgets import Writer
 from pixel.canvas import Canvas
+from pixel.cluster import Redis
 from pixel.commit import GroupCommit
-from pixel.keys import KEYS, KEYS_VERSION, Key, decode
+from pixel.keys import Key, decode
 from pixel.lifetime import RedisClock, StartLimit
 from pixel.link import Link
+from pixel.names import EVENTS, KEYS, KEYS_VERSION, MAINTENANCE, viewers_key
 from pixel.pixel import RECORD_BYTES, Change
 from pixel.problems import Problem
 from pixel.reads import PixelReads
-from pixel.resp import ReplyError, Server
+from pixel.resp import ReplyError
 from pixel.settings import Settings
-from pixel.stream import EVENTS, NO_EVENT, EventId
+from pixel.stream import NO_EVENT, EventId
 
 EVENTS_AT_ONCE = 256
 """Most events in one reply: 1.5 MB, as an event holds at most 1,024 changes of six bytes."""
 
 VIEWERS_PERIOD = 10
 """Seconds within which a worker reports its viewers again; later they no longer count."""
-
-MAINTENANCE = "pixel:maintenance"
-"""Key of the maintenance state; see ``maintenance``."""
 
 _NEWEST = ("XREVRANGE", EVENTS, "+", "-", "COUNT", 1)
 
@@ -57,7 +56,7 @@ class Events(NamedTuple):
 
 
 def _only_id(entries: list[Any]) -> EventId:
-    return EventId.parse(entries[0][0]) if entries and entries[0] else NO_EVENT
+    return EventId.of(entries[0]) if entries and entries[0] else NO_EVENT
 
 
 class Store:
@@ -67,15 +66,15 @@ class Store:
     """
 
     def __init__(self, settings: Settings) -> None:
-        server = Server.of(settings)
+        redis = Redis(settings)
         self._worker = f"{settings.instance}/{os.getpid()}"
         self.canvas = Canvas(settings.canvas_width, settings.canvas_height)
         self._clock = RedisClock()
-        self._commits = GroupCommit(server, settings, self._clock, self._worker)
+        self._commits = GroupCommit(redis, settings, self._clock, self._worker)
         # Separate connections keep large and blocking reads from delaying small ones.
         self._questions, self._pictures, self._following, self._replays, self._keys = self._links = [
-            *(Link(server, settings.redis_timeout) for _ in range(4)),
-            Link(server, settings.redis_timeout, "keys"),
+            *(Link(redis, settings.redis_timeout) for _ in range(4)),
+            Link(redis, settings.redis_timeout, "keys"),
         ]
         self.commit = self._commits.write
         self.write: Write = self.commit
@@ -97,6 +96,11 @@ class Store:
         await self.write(())
         return perf_counter() - started
 
+    @property
+    def replicas(self) -> int | None:
+        """How many replicas have acknowledged this worker's last write; None if there is no cluster."""
+        return self._commits.replicas
+
     async def maintenance(self) -> bytes | None:
         """The value of the key ``MAINTENANCE``."""
         [value] = await self._questions.ask(("GET", MAINTENANCE))
@@ -107,7 +111,7 @@ class Store:
         # Redis' clock, as the hosts' clocks may differ.
         [(now, _)] = await self._questions.ask(("TIME",))
         period = int(now) // VIEWERS_PERIOD
-        former, current = (f"pixel:{{viewers}}:{n}" for n in (period - 1, period))
+        former, current = viewers_key(period - 1), viewers_key(period)
         _, _, *reported = await self._questions.ask_at_once(
             ("HSET", current, self._worker, viewers),
             ("EXPIRE", current, 2 * VIEWERS_PERIOD),
@@ -147,26 +151,34 @@ class Store:
         ``replay`` is for a viewer that catches up; it doesn't delay the worker's reader.
         """
         link = self._replays if replay else self._following
+        # In a cluster, the first event is ``after`` itself, if the canvas has it.
+        start, most = (after.in_redis(), most + 1) if after.epoch else (b"(" + after.in_redis(), most)
         found, stream = await link.ask_at_once(
-            ("XRANGE", EVENTS, b"(" + after.text(), "+", "COUNT", most),
+            ("XRANGE", EVENTS, start, "+", "COUNT", most),
             ("XINFO", "STREAM", EVENTS),
         )
         if isinstance(stream, ReplyError):  # The stream doesn't exist, or no longer.
             return Events(NO_EVENT, [], complete=after == NO_EVENT)
         facts = dict(zip(stream[::2], stream[1::2], strict=True))
-        last = EventId.parse(facts[b"last-generated-id"])
+        last = _only_id([facts[b"last-entry"]])
+        if last == NO_EVENT:
+            last = EventId.parse(facts[b"last-generated-id"])
         trimmed = facts[b"entries-added"] > facts[b"length"]
         # ``after`` may be later than ``last`` if Redis was restored to an earlier state.
         if after > last or (trimmed and after < _only_id([facts[b"first-entry"]])):
             return Events(last, [], complete=False)
+        if after.epoch:
+            if not found or EventId.of(found[0]) != after:
+                return Events(last, [], complete=False)
+            found = found[1:]
         # Field c comes first; an entry may have others.
-        records = [(EventId.parse(event), fields[1]) for event, fields in found]
+        records = [(EventId.of(entry), entry[1][1]) for entry in found]
         return Events(records[-1][0] if records else after, records, complete=True)
 
     async def wait_for_event(self, after: EventId, seconds: float) -> None:
         """Return when there is an event after the given one, or after some seconds."""
         await self._following.ask(
             ("XREAD", "COUNT", 1, "BLOCK", round(seconds * 1000), "STREAMS", EVENTS,
-             after.text()),
+             after.in_redis()),
             blocking=seconds,
         )  # fmt: skip

@@ -44,7 +44,7 @@ end
 
 local function place(x, y)
     local tile_x, tile_y = math.floor(x / TILE), math.floor(y / TILE)
-    return "pixel:{" .. tile_x .. ":" .. tile_y .. "}", ((y % TILE) * TILE + x % TILE) * 3
+    return "pixel:{0}:tile:" .. tile_x .. ":" .. tile_y, ((y % TILE) * TILE + x % TILE) * 3
 end
 
 function pixel.write()
@@ -71,7 +71,7 @@ function pixel.write()
     if with_events then
         local event = x .. " " .. y .. " " .. channel .. " " .. value
         commands = commands
-            .. resp.command("XADD", "pixel:events", "MAXLEN", "~", 20000, "*", "c", event)
+            .. resp.command("XADD", "pixel:{0}:events", "MAXLEN", "~", 20000, "*", "c", event)
         count = 2
     end
     if not resp.exchange(host, port, commands, count) then

@@ -238,13 +238,13 @@ def test_a_restore_restores_every_byte_and_the_append_only_log_stays_enabled(
     saved = contents()
     paint(78)
     state = '{"state":"read-only","message":"Restoring"}'
-    redis(f"$redis set pixel:maintenance '{state}'")
+    redis(f"$redis set pixel:{{0}}:maintenance '{state}'")
     done = play("playbooks/restore.yml", restore_overwrite="true")
     assert done.returncode == 0, done.words
     # Maintenance goes on, although the backup doesn't contain it.
-    assert redis("$redis get pixel:maintenance") == state
+    assert redis("$redis get pixel:{0}:maintenance") == state
     assert client.ask("/pixel", b"{}")[0] == 503
-    redis("$redis del pixel:maintenance")
+    redis("$redis del pixel:{0}:maintenance")
     time.sleep(2)
     assert contents() == saved
     assert json.loads(client.ask("/pixel/700/300")[2])["B"] == 77

@@ -151,11 +151,11 @@ def test_the_exporters_redis_user_may_run_info_and_read_no_pixel(
 
     assert "aof_enabled:1" in ask("info")
     for words in (
-        "get pixel:{0:0}",
+        "get pixel:{0}:tile:0:0",
         "config get '*'",
         "acl list",
         "set pixel:x 1",
-        "xrange pixel:events - +",
+        "xrange pixel:{0}:events - +",
     ):
         assert ask(words).startswith("NOPERM"), words
 

@@ -19,11 +19,12 @@ import uvicorn
 
 from pixel import logs
 from pixel.canvas import Canvas, Region
+from pixel.cluster import Redis
 from pixel.history import queries, settings
 from pixel.history.service import create_app, moment, parse_area, show_time
 from pixel.history.timelapse import Film
 from pixel.history.undo import Outcome, Undo
-from pixel.resp import Connection, ReplyError, Server
+from pixel.resp import Connection, ReplyError
 from pixel.settings import Settings
 from pixel.settings import load as load_pixel
 
@@ -76,12 +77,15 @@ async def _undo(
     history: settings.HistorySettings,
     selection: queries.Selection,
 ) -> Outcome:
-    connection = await Connection.open(Server.of(pixel))
+    redis = Redis(pixel)
+    connection = await redis.open(Connection)
     try:
         canvas = Canvas(pixel.canvas_width, pixel.canvas_height)
         author = f"operator:{arguments.user}"
         task = Undo(history.path, connection, canvas, selection, author, pixel.events_maxlen)
-        return await task.run(apply=arguments.apply)
+        outcome = await task.run(apply=arguments.apply)
+        await redis.confirm(connection)
+        return outcome
     finally:
         connection.close()
 

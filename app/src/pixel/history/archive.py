@@ -20,8 +20,15 @@ from pixel.canvas import TILE_BYTES, locate
 from pixel.pixel import Change
 from pixel.stream import NO_EVENT, EventId
 
-VERSION = 1
+VERSION = 2
 """``user_version`` of the file."""
+
+# Version 1 had other names of tiles, and no epoch.
+_UPDATE = """
+UPDATE tiles SET key = 'pixel:{0}:tile:' || substr(key, 8, length(key) - 8);
+ALTER TABLE position ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;
+PRAGMA user_version = 2;
+"""
 
 TRIMMED_AT_ONCE = 20_000
 """Changes removed in one transaction: readers and the follower wait for at most one."""
@@ -61,9 +68,10 @@ CREATE TABLE position (
     sequence INTEGER NOT NULL,
     entries INTEGER NOT NULL,   -- number of events ever added to the stream, up to that one
     next INTEGER NOT NULL,      -- ID of the next change
-    due INTEGER NOT NULL        -- whether a snapshot has to be taken
+    due INTEGER NOT NULL,       -- whether a snapshot has to be taken
+    epoch INTEGER NOT NULL      -- of the last archived event; 0 outside clusters
 ) STRICT;
-INSERT INTO position VALUES (1, 0, 0, -1, 1, 0);
+INSERT INTO position VALUES (1, 0, 0, -1, 1, 0, 0);
 PRAGMA user_version = {VERSION};
 """
 
@@ -91,8 +99,8 @@ class Position(NamedTuple):
 
 def read_position(database: sqlite3.Connection) -> Position:
     """The position of a history file."""
-    row = database.execute("SELECT time, sequence, entries, next, due FROM position").fetchone()
-    return Position(EventId(row[0], row[1]), row[2], row[3], bool(row[4]))
+    row = database.execute("SELECT time, sequence, epoch, entries, next, due FROM position").fetchone()
+    return Position(EventId(*row[:3]), row[3], row[4], bool(row[5]))
 
 
 def content_bytes(database: sqlite3.Connection) -> int:
@@ -135,6 +143,8 @@ class Archive:
         )
         if version == 0:
             self._database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+        elif version == 1:
+            self._database.executescript(f"BEGIN IMMEDIATE; {_UPDATE} COMMIT;")
         self._authors: dict[str, int] = {}
         self.position = read_position(self._database)
         """How much of the stream is archived."""
@@ -150,11 +160,11 @@ class Archive:
             rows = []
             for event, changes, authors in entries:
                 for number, (change, author) in enumerate(zip(changes, authors, strict=True)):
-                    rows.append((following, *event, number, *change, author and self._author(author)))
+                    rows.append((following, *event[:2], number, *change, author and self._author(author)))
                     following += 1
             self._database.executemany("INSERT INTO changes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
             self._database.execute(
-                "UPDATE position SET time = ?, sequence = ?, entries = ?, next = ?",
+                "UPDATE position SET time = ?, sequence = ?, epoch = ?, entries = ?, next = ?",
                 (*position, count, following),
             )
         return following - first
@@ -223,7 +233,8 @@ class Archive:
 
     def _move(self, event: EventId, count: int, *, due: bool) -> None:
         self._database.execute(
-            "UPDATE position SET time = ?, sequence = ?, entries = ?, due = ?", (*event, count, due)
+            "UPDATE position SET time = ?, sequence = ?, epoch = ?, entries = ?, due = ?",
+            (*event, count, due),
         )
 
     def _author(self, name: str) -> int:

@@ -11,10 +11,11 @@ import msgspec
 from pixel.canvas import Region
 from pixel.history.archive import Archive, Entry
 from pixel.link import Link
+from pixel.names import EVENTS
 from pixel.pixel import unpack
 from pixel.problems import Problem
 from pixel.resp import ReplyError
-from pixel.stream import EVENTS, NO_EVENT, EventId
+from pixel.stream import NO_EVENT, EventId
 
 EVENTS_AT_ONCE = 256
 """Most events in one transaction: 1.5 MB, as an event holds at most 1,024 changes of six bytes."""
@@ -43,7 +44,8 @@ class _Stream:
         self.added = self.trimmed = 0
         if not isinstance(reply, ReplyError):  # otherwise there is no stream
             facts = dict(zip(reply[::2], reply[1::2], strict=True))
-            self.last = EventId.parse(facts[b"last-generated-id"])
+            last = facts[b"last-entry"]
+            self.last = EventId.of(last) if last else EventId.parse(facts[b"last-generated-id"])
             self.added = facts[b"entries-added"]
             self.trimmed = self.added - facts[b"length"]
 
@@ -57,7 +59,7 @@ def entry(event: bytes, fields: Sequence[bytes]) -> Entry:
         authors += [name or None] * count
     if len(authors) != len(changes):
         authors = [None] * len(changes)
-    return Entry(EventId.parse(event), changes, authors)
+    return Entry(EventId.of((event, fields)), changes, authors)
 
 
 class Follower:
@@ -110,9 +112,12 @@ class Follower:
     async def _step(self, until: EventId | None = None) -> bool:
         """Archive the next events; returns whether there are no more."""
         position = self._archive.position
+        # In a cluster, the first event is the last archived one, if the canvas has it.
+        is_checked = position.event.epoch > 0
+        start = b"" if is_checked else b"("
         found, facts = await self._link.ask_at_once(
-            ("XRANGE", EVENTS, b"(" + position.event.text(), until.text() if until else "+",
-             "COUNT", EVENTS_AT_ONCE),
+            ("XRANGE", EVENTS, start + position.event.in_redis(), until.in_redis() if until else "+",
+             "COUNT", EVENTS_AT_ONCE + is_checked),
             ("XINFO", "STREAM", EVENTS),
         )  # fmt: skip
         stream = _Stream(facts)
@@ -123,6 +128,12 @@ class Follower:
         if (lost := stream.trimmed - position.entries) > 0:
             await self._skip(position.event, stream.trimmed, lost, "trimmed")
             return False
+        if is_checked and stream.trimmed < position.entries:
+            if not found or EventId.of(found[0]) != position.event:
+                # A deposed master wrote it, or Redis was restored.
+                await self._skip(stream.last, stream.added, None, "diverged")
+                return False
+            found = found[1:]
         complete = len(found) < EVENTS_AT_ONCE
         if complete and until is None and position.entries + len(found) != stream.added:
             # Redis has an earlier state than the history, and perhaps newer events.
@@ -162,6 +173,6 @@ class Follower:
         """Return when there is another event, or after a time."""
         await self._link.ask(
             ("XREAD", "COUNT", 1, "BLOCK", round(WAIT * 1000), "STREAMS", EVENTS,
-             self._archive.position.event.text()),
+             self._archive.position.event.in_redis()),
             blocking=WAIT,
         )  # fmt: skip

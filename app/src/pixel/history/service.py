@@ -31,6 +31,7 @@ from starlette.types import ASGIApp
 from pixel import openapi
 from pixel.access import Access
 from pixel.canvas import Canvas, Region
+from pixel.cluster import Redis
 from pixel.history import queries
 from pixel.history.archive import Archive
 from pixel.history.follower import Follower
@@ -40,7 +41,6 @@ from pixel.middleware import MetricsMiddleware
 from pixel.openapi import DescribedAPI
 from pixel.problems import Problem
 from pixel.requests import check_reader, json_response
-from pixel.resp import Server
 from pixel.routes.health import Health
 from pixel.routes.pixels import Coordinate
 from pixel.settings import Settings
@@ -253,7 +253,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
         if access.is_private:
             await access.start()
         archive = Archive(history.path)
-        link = Link(Server.of(settings), settings.redis_timeout)
+        link = Link(Redis(settings), settings.redis_timeout)
         follower = Follower(archive, link, Region(0, 0, canvas.width, canvas.height))
         followers.append(follower)
         registry.register(_Metrics(history, follower))

@@ -17,9 +17,10 @@ import msgspec
 from pixel.canvas import TILE, TILE_BYTES, Canvas, Region, locate
 from pixel.history.archive import read_position, read_tile
 from pixel.history.queries import Selection, conditions, reading
+from pixel.names import EVENTS
 from pixel.pixel import Change, pack, unpack
 from pixel.resp import Command, Connection, ReplyError
-from pixel.stream import EVENT_CHANGES, EVENTS, EventId
+from pixel.stream import EVENT_CHANGES, EventId, epoch_fields
 
 TRIES = 200
 """Attempts at a transaction on a tile that others change at the same time."""
@@ -88,6 +89,7 @@ class Undo:
         self._selection = selection
         self._author = author
         self._event = ("XADD", EVENTS, "MAXLEN", "~", most_events, "*", "c")
+        self._end = epoch_fields(connection.epoch)
 
     async def run(self, *, apply: bool) -> Outcome:
         """Undo the changes if ``apply``; otherwise count only."""
@@ -141,7 +143,7 @@ class Undo:
             for x, y, channel, value in values:
                 fields += ("SET", "u8", (locate(x, y)[1] + channel) * 8, value)
             author = msgspec.json.encode([(self._author, len(values))])
-            commands = [("BITFIELD", key, *fields), (*self._event, pack(values), "a", author)]
+            commands = [("BITFIELD", key, *fields), (*self._event, pack(values), "a", author, *self._end)]
         *_, results = await self._ask(("MULTI",), *commands, ("EXEC",))
         return results is not None
 
@@ -159,7 +161,7 @@ class _Tail:
     """The cells that were painted after an event, by the stream."""
 
     def __init__(self, after: EventId) -> None:
-        self._after = after.text()
+        self._after = after.in_redis()
         self.places: set[tuple[int, int, int]] = set()
 
     @property

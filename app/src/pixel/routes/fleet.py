@@ -40,8 +40,11 @@ Milliseconds = Annotated[
 ]
 
 
-class Status(msgspec.Struct, frozen=True):
-    """Status of an instance; ``redis_ms`` is null if Redis doesn't accept its writes."""
+class Status(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Status of an instance; ``redis_ms`` is null if Redis doesn't accept its writes.
+
+    ``replicas`` is present if Redis is a cluster: how many replicas have acknowledged the last write.
+    """
 
     instance: str
     port: int
@@ -52,6 +55,7 @@ class Status(msgspec.Struct, frozen=True):
     redis_ms: float | None
     writes: int
     viewers: int
+    replicas: int | None = None
 
 
 class Fleet(msgspec.Struct, frozen=True):
@@ -151,6 +155,7 @@ async def _status(state: State) -> Status:
         redis_ms=redis_ms,
         writes=int(totals["pixel_writes_total"]),
         viewers=int(totals["pixel_viewers"]),
+        replicas=state["store"].replicas,
     )
 
 

@@ -30,16 +30,18 @@ class Health(msgspec.Struct, frozen=True):
     status: Literal["ok"] = "ok"
 
 
-class Readiness(Identity, frozen=True):
+class Readiness(Identity, frozen=True, omit_defaults=True):
     """Whether an instance can write; ``redis_ms`` is how long a write took, in milliseconds.
 
-    ``crashes`` counts those of the last ten minutes. Maintenance doesn't affect readiness.
+    ``crashes`` counts those of the last ten minutes. Maintenance doesn't affect readiness. ``replicas``
+    is present if Redis is a cluster: how many replicas have acknowledged the write.
     """
 
     redis: Literal["ok", "unavailable"]
     crashes: int
     maintenance: Maintenance | None
     redis_ms: float | None = None
+    replicas: int | None = None
 
 
 def _identity(state: State) -> Identity:
@@ -69,17 +71,20 @@ async def healthz() -> Response:
 async def readyz(request: Request) -> Response:
     """200 if Redis has acknowledged a write that changes nothing; 503 otherwise."""
     state = state_of(request)
+    store = state["store"]
     maintenance = state["gate"].maintenance
     known = msgspec.structs.asdict(_identity(state)) | {
         "crashes": crashes.lately(),
         "maintenance": maintenance if maintenance.notice else None,
     }
     try:
-        seconds = await state["store"].probe()
+        seconds = await store.probe()
     except Problem as problem:
-        problem.members = known | {"redis": "unavailable"}
+        replicas = {} if store.replicas is None else {"replicas": store.replicas}
+        problem.members = known | {"redis": "unavailable"} | replicas
         raise
-    return json_response(Readiness(**known, redis="ok", redis_ms=round(seconds * 1000, 3)))
+    milliseconds = round(seconds * 1000, 3)
+    return json_response(Readiness(**known, redis="ok", redis_ms=milliseconds, replicas=store.replicas))
 
 
 @router.get(
