@@ -20,7 +20,7 @@ from pixel.openapi import DescribedAPI
 from pixel.pictures import PictureCache
 from pixel.pixel import Reader
 from pixel.requests import State, Turns
-from pixel.routes import canvas, docs, events, fleet, health, live, pixels
+from pixel.routes import canvas, docs, events, fleet, health, live, moderation, pixels
 from pixel.settings import Settings, load
 from pixel.store import Store
 
@@ -28,6 +28,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     pixels.router,
     canvas.router,
     events.router,
+    moderation.router,
     fleet.router,
     health.router,
     docs.router,

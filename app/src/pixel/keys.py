@@ -14,18 +14,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import msgspec
 
-from pixel.resp import Command, Connection, ReplyError, Server
+from pixel.resp import Connection, ReplyError, Server
 from pixel.settings import MAX_BUDGET, Budget, load
 
 KEYS = "pixel:keys"
 """Redis key of a hash: the name of each key, and the key as JSON."""
 
 KEYS_VERSION = "pixel:keys:version"
-"""Redis key of a counter, which each change of a key increments."""
+"""Redis key of a counter, which each change of a key or of a restriction (``moderation``) increments."""
 
 PREFIX = "pixel_"
 """Start of every token, by which secret scanners find it."""
@@ -129,14 +129,14 @@ async def execute(arguments: argparse.Namespace, server: Server) -> str:
     async with asyncio.timeout(TIMEOUT):
         connection = await Connection.open(server)
         try:
-            _, pairs, redis_time = await _ask(connection, ("WATCH", KEYS), ("HGETALL", KEYS), ("TIME",))
+            _, pairs, redis_time = await connection.ask(("WATCH", KEYS), ("HGETALL", KEYS), ("TIME",))
             keys, now = decode(pairs), int(redis_time[0])
             if arguments.change is None:
                 return table(keys, now)
             change: Change = arguments.change
             key, token = change(arguments, keys, now)
             hset = ("HSET", KEYS, arguments.name, msgspec.json.encode(key))
-            *_, results = await _ask(connection, ("MULTI",), hset, ("INCR", KEYS_VERSION), ("EXEC",))
+            *_, results = await connection.ask(("MULTI",), hset, ("INCR", KEYS_VERSION), ("EXEC",))
             if results is None:
                 raise CommandError("another command changed a key at the same time; run this one again")
             return token
@@ -154,7 +154,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     one.add_argument("--scopes", type=_scopes, required=True, help=f"one or more of {','.join(SCOPES)}")
     one.add_argument("--per-minute", type=_count, help="budget: channel writes a minute (default: no budget)")
     one.add_argument("--burst", type=_count, help="budget: channel writes at once (default: per minute)")
-    one.add_argument("--expires", type=_period, help="time until it expires: 90m, 12h, 30d (default: never)")
+    one.add_argument("--expires", type=period, help="time until it expires: 90m, 12h, 30d (default: never)")
     for change, text in ((rotate, "replace a key's token, and print the new one"), (revoke, "revoke a key")):
         one = commands.add_parser(change.__name__, help=text)
         one.set_defaults(change=change)
@@ -167,14 +167,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         per_minute, burst = parsed.per_minute, parsed.burst or parsed.per_minute
         parsed.budget = Budget(per_minute, burst) if per_minute else None
     return parsed
-
-
-async def _ask(connection: Connection, *commands: Command) -> list[Any]:
-    replies = await connection.execute(commands)
-    for reply in replies:
-        if isinstance(reply, ReplyError):
-            raise reply
-    return replies
 
 
 def _new_token() -> str:
@@ -210,7 +202,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _period(text: str) -> int:
+def period(text: str) -> int:
+    """Seconds of a time as in 90m, 12h or 30d. Raises ArgumentTypeError."""
     if not (match := _PERIOD.fullmatch(text)):
         raise argparse.ArgumentTypeError("a number of minutes, hours or days, as in 90m, 12h or 30d")
     return int(match[1]) * _UNITS[match[2]]

@@ -38,6 +38,7 @@ _DETAILS = {
     403: "This request needs a key with scope batch; nothing was written.",
     404: "There is no such pixel.",
     408: "The body took too long to arrive.",
+    409: "There are 500 blocks already: remove some.",
     413: "The body is larger than 1024 bytes.",
     415: "The body must be sent as application/json.",
     422: "value must be an integer from 0 to 255.",
@@ -76,7 +77,12 @@ _RETRY_HEADER = {"description": "Seconds.", "schema": {"type": "integer"}}
 # By status, the headers of a problem.
 _PROBLEM_HEADERS = {
     401: {"WWW-Authenticate": {"description": "Bearer.", "schema": {"type": "string"}}},
-    403: {"WWW-Authenticate": {"description": "Bearer; names the scope.", "schema": {"type": "string"}}},
+    403: {
+        "WWW-Authenticate": {
+            "description": "Bearer; names the scope, if the key doesn't have it.",
+            "schema": {"type": "string"},
+        }
+    },
     429: {"Retry-After": _RETRY_HEADER} | _BUDGET_HEADERS,
     503: {"Retry-After": _RETRY_HEADER},
 }
@@ -84,8 +90,12 @@ _PROBLEM_HEADERS = {
 _KEY = {
     "type": "http",
     "scheme": "bearer",
-    "description": "A key's token. Scope paint allows single pixels, batch arrays of them.",
+    "description": "A key's token. Scope paint allows single pixels, batch arrays of them,"
+    " moderate moderation.",
 }
+
+MODERATION = "moderation"
+"""Tag of the routes that need a key of scope moderate, whatever clients without a key may do."""
 
 _INSTANCE_HEADER = {
     "description": "The instance that answered.",
@@ -198,6 +208,7 @@ class DescribedAPI(FastAPI):
         if "application/json" in responses.get("422", {}).get("content", {}):
             del responses["422"]  # FastAPI's own, which no route answers with
         if "401" in responses:
-            operation["security"] = [{"key": []}, *([] if method in self._closed else [{}])]
+            closed = method in self._closed or MODERATION in operation.get("tags", ())
+            operation["security"] = [{"key": []}, *([] if closed else [{}])]
         for response in responses.values():
             response.setdefault("headers", {})["X-Pixel-Instance"] = _INSTANCE_HEADER

@@ -111,6 +111,14 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"".join(map(_pack, commands)))
         return future
 
+    async def ask(self, *commands: Command) -> list[Any]:
+        """Execute commands, and return their replies; raises the first error among them."""
+        replies = await self.execute(commands)
+        for reply in replies:
+            if isinstance(reply, ReplyError):
+                raise reply
+        return replies
+
     def close(self, reason: str = "the connection was closed") -> None:
         """Close at once; waiting futures raise ConnectionError with the reason."""
         self._transport.abort()

@@ -20,7 +20,8 @@ import uvicorn
 from pixel import logs
 from pixel.canvas import Canvas, Region
 from pixel.history import queries, settings
-from pixel.history.service import create_app, moment, parse_area, show_time
+from pixel.history.parameters import moment, show_time
+from pixel.history.service import create_app
 from pixel.history.timelapse import Film
 from pixel.history.undo import Outcome, Undo
 from pixel.resp import Connection, ReplyError, Server
@@ -106,7 +107,9 @@ def timelapse(arguments: argparse.Namespace, pixel: Settings, history: settings.
 def _selection(arguments: argparse.Namespace, pixel: Settings) -> queries.Selection:
     try:
         return queries.Selection(
-            parse_area(arguments.area or None, Canvas(pixel.canvas_width, pixel.canvas_height)),
+            Canvas(pixel.canvas_width, pixel.canvas_height).parse_area(arguments.area)
+            if arguments.area
+            else None,
             arguments.author.split(",") if arguments.author else None,
             moment(arguments.since or None),
             moment(arguments.until or None),
