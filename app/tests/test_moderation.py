@@ -33,9 +33,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(access, "FOLLOW_PAUSE", 0.01)
 
 
-async def json_of(client: Any, target: str, *lines: str, **body: Any) -> Any:
+async def json_of(http: Any, target: str, /, *lines: str, **body: Any) -> Any:
     content = json.dumps(body).encode() if body else b""
-    answer = await ask(client, target, *lines, body=content)
+    answer = await ask(http, target, *lines, body=content)
     return answer.status, json.loads(answer.body)
 
 

@@ -67,6 +67,7 @@ def create_api(settings: Settings) -> FastAPI:
     api = DescribedAPI(
         Canvas(settings.canvas_width, settings.canvas_height),
         settings.anonymous,
+        beside=lambda: _history_api(settings),
         title="Pixel Endpoint",
         summary="A durable shared canvas over HTTP.",
         version=settings.release,
@@ -76,6 +77,14 @@ def create_api(settings: Settings) -> FastAPI:
     for router in ROUTERS:
         api.include_router(router)
     return api
+
+
+def _history_api(settings: Settings) -> FastAPI:
+    """The history's API, for the description. Its import would cost each worker memory."""
+    from pixel.history import service
+    from pixel.history.settings import HistorySettings
+
+    return service.create_api(settings, HistorySettings())
 
 
 def create_app(settings: Settings) -> ASGIApp:

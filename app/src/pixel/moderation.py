@@ -103,7 +103,7 @@ class Restrictions(msgspec.Struct, frozen=True):
 class WantedArea(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An area to protect: x, y, width and height."""
 
-    area: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,5},[0-9]{1,5},[0-9]{1,5},[0-9]{1,5}$")]
+    area: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,5}(,[0-9]{1,5}){3}$")]
     reason: Reason = ""
 
 

@@ -1,5 +1,6 @@
 """The OpenAPI description, generated from the types of the bodies."""
 
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -163,7 +164,14 @@ def _schema(kind: Any) -> Any:
 class DescribedAPI(FastAPI):
     """FastAPI with our answers to exceptions; describes the msgspec types, the canvas and the use of keys."""
 
-    def __init__(self, canvas: Canvas, anonymous: Literal["paint", "read", "none"], **options: Any) -> None:
+    def __init__(
+        self,
+        canvas: Canvas,
+        anonymous: Literal["paint", "read", "none"],
+        *,
+        beside: Callable[[], FastAPI] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(
             docs_url=None,
             redoc_url=None,
@@ -173,6 +181,8 @@ class DescribedAPI(FastAPI):
             exception_handlers=HANDLERS,
             **options,
         )
+        # Another application at the same address, whose routes are described too.
+        self._beside = beside
         # The methods that need a key.
         self._closed = {"paint": (), "read": ("post", "put"), "none": ("get", "post", "put")}[anonymous]
         self._most = {
@@ -185,6 +195,7 @@ class DescribedAPI(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The description; made at its first use."""
         if self.openapi_schema is None:
+            others = self._beside().openapi()["paths"] if self._beside else {}
             schema = super().openapi()
             _, components = msgspec.json.schema_components(_described, ref_template=_REF)
             # Replace FastAPI's own schemas, which no answer uses.
@@ -195,6 +206,7 @@ class DescribedAPI(FastAPI):
             for path in schema["paths"].values():
                 for method, operation in path.items():
                     self._complete(method, operation)
+            schema["paths"] |= others
             for name in ("Pixel", "PixelColour"):
                 for axis in ("x", "y"):
                     components[name]["properties"][axis]["maximum"] = self._most[axis]

@@ -56,7 +56,7 @@ class Painters(msgspec.Struct, frozen=True):
     examined: str | None
 
 
-Moment = Annotated[str, msgspec.Meta(max_length=40)]
+Moment = Annotated[str, msgspec.Meta(max_length=40, extra_json_schema={"format": "date-time"})]
 Cell = tuple[int, int, Channel, int]
 
 
@@ -66,7 +66,7 @@ class WantedUndo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     authors: (
         Annotated[list[Annotated[str, msgspec.Meta(max_length=100)]], msgspec.Meta(max_length=20)] | None
     ) = None
-    area: Annotated[str, msgspec.Meta(max_length=30)] | None = None
+    area: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,5}(,[0-9]{1,5}){3}$")] | None = None
     since: Moment | None = None
     until: Moment | None = None
     apply: bool = False

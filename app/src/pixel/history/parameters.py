@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import Depends, Query
+from pydantic import WithJsonSchema
 
 from pixel.canvas import Canvas, Region
 from pixel.problems import Problem
@@ -49,8 +50,13 @@ def show_time(milliseconds: int) -> str:
 Time = Annotated[
     str | None,
     Query(max_length=40, description="As in 2026-11-21T02:31:38Z; UTC if it has no offset."),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
 ]
-Area = Annotated[str | None, Query(max_length=30, description="x,y,width,height")]
+Area = Annotated[
+    str | None,
+    Query(max_length=30, description="x,y,width,height"),
+    WithJsonSchema({"type": "string", "pattern": r"^[0-9]{1,5}(,[0-9]{1,5}){3}$"}),
+]
 
 
 def wanted_area(text: str | None, canvas: Canvas) -> Region | None:

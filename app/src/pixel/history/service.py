@@ -176,7 +176,12 @@ Limit = Annotated[int, Query(ge=1, le=MOST)]
 
 
 def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
-    """The application. It follows the event stream while it runs."""
+    """The whole application."""
+    return MetricsMiddleware(create_api(settings, history))
+
+
+def create_api(settings: Settings, history: HistorySettings) -> FastAPI:
+    """FastAPI's part of the application. It follows the event stream while it runs."""
     canvas = Canvas(settings.canvas_width, settings.canvas_height)
     questions, exports = Slots(QUESTIONS, QUESTIONS_WAITING), Slots(EXPORTS, 0)
     registry = CollectorRegistry()
@@ -225,6 +230,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
 
     @api.get(
         "/pixel/{x}/{y}/history",
+        tags=["history"],
         dependencies=reader,
         responses=openapi.answer(HistoryPage, PAGE) | openapi.problems(401, 404, 422, 503),
     )
@@ -238,6 +244,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
 
     @api.get(
         "/history",
+        tags=["history"],
         dependencies=reader,
         responses=openapi.answer(HistoryPage, PAGE) | openapi.problems(401, 422, 503),
     )
@@ -261,6 +268,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
 
     @api.get(
         "/history/state",
+        tags=["history"],
         dependencies=reader,
         responses=openapi.answer(
             HistoryState, {"changes": 1, "oldest": CHANGE["time"], "lag": 0.1, "gaps": []}
@@ -284,6 +292,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
 
     @api.get(
         "/history.csv.gz",
+        tags=["history"],
         response_class=Response,
         dependencies=reader,
         responses=openapi.problems(401, 422, 503)
@@ -311,7 +320,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
     def get_metrics() -> Response:  # not async: it reads the file
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    return MetricsMiddleware(api)
+    return api
 
 
 def _end_with(task: asyncio.Task[None]) -> None:

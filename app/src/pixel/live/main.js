@@ -83,6 +83,8 @@ choose(storedColour());
 // The view.
 
 let follow = () => {}; // what is on the stage, as soon as there is a stream
+let select = () => {}; // what is selected, for moderators
+let restart = () => {}; // the stream, for another user
 
 const parts = { stage, canvas: $("board"), grid: $("grid"), mark: $("cursor"), area: $("area") };
 const view = new View(parts, {
@@ -97,7 +99,7 @@ const view = new View(parts, {
     say(`Colour ${picker.value}`);
   },
   select() {
-    moderation.selected();
+    select();
   },
   cursor(cell, byKey) {
     describe(cell);
@@ -151,18 +153,20 @@ $("zoom-in").addEventListener("click", () => view.step(1));
 $("zoom-out").addEventListener("click", () => view.step(-1));
 $("fit").addEventListener("click", () => view.fit());
 $("show-help").addEventListener("click", () => $("help").showModal());
+
+const moderation = new Moderation(board, view, session, say);
+select = () => moderation.selected();
+$("moderate").addEventListener("click", () => moderation.toggle());
+
 addEventListener("keydown", ({ key, target, ctrlKey, metaKey, altKey }) => {
-  if (ctrlKey || metaKey || altKey) return;
-  if (document.querySelector("dialog[open]") || target.matches("input:not([type=radio]), select")) return;
-  if (key === "?") $("help").showModal();
-  else if (key === "Escape") stage.focus();
-  else if ((key === "m" || key === "M") && !$("moderate").hidden) moderation.toggle();
+  if (document.querySelector("dialog[open]") || ctrlKey || metaKey || altKey) return;
+  const typing = target.matches("#moderation :is(input, select)");
+  if (key === "Escape") stage.focus();
+  else if (!typing && key === "?") $("help").showModal();
+  else if (!typing && (key === "m" || key === "M") && !$("moderate").hidden) moderation.toggle();
 });
 
 // Signing in.
-
-const moderation = new Moderation(board, view, session, say);
-$("moderate").addEventListener("click", () => moderation.toggle());
 
 let author; // who is signed in: null is nobody, undefined that the server hasn't answered yet
 
@@ -173,7 +177,7 @@ function showRights(rights) {
   if ($("moderate").hidden) moderation.close();
   if (author !== undefined && author !== rights.author) {
     budget.clear();
-    stream.restart();
+    restart();
   }
   author = rights.author;
 }
@@ -261,6 +265,7 @@ const stream = new Stream(session, {
 });
 
 follow = (part) => stream.show(part);
+restart = () => stream.restart();
 session.check().then((problem) => problem && toast(`Signed out: ${problem}`));
 
 // Keys work at once; the focus is shown when one is used.
