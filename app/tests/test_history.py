@@ -611,9 +611,9 @@ def test_moderators_see_who_painted(moderator: dict[str, str], history: TestClie
     answer = history.get("/history/authors", headers=moderator).json()
     assert [(one["author"], one["changes"]) for one in answer["authors"]] == [
         ("addr:192.0.2.7", 2),
+        ("operator:olga", 1),
         (None, 1),
         ("key:a", 1),
-        ("operator:olga", 1),
     ]
     assert answer["examined"] is None
     here = history.get("/history/authors?area=900,0,1,9", headers=moderator).json()["authors"]
@@ -634,7 +634,7 @@ def test_a_bounded_number_of_changes_is_examined_for_authors(
     archive.close()
     assert queries.painters(path, Selection()) == ([("key:1", 100, 400, 499)], 400)
     assert queries.painters(path, Selection(None, None, None, 300)) == (
-        [("key:0", 50, 200, 249), ("key:1", 50, 250, 299)],
+        [("key:1", 50, 250, 299), ("key:0", 50, 200, 249)],
         200,
     )
     assert queries.painters(path, Selection(None, None, 450)) == ([("key:1", 50, 450, 499)], None)
@@ -802,6 +802,39 @@ def test_a_film_ends_with_the_canvas(redis_server: RedisServer, path: Path) -> N
     assert last.tobytes() == canvas
     with pytest.raises(ValueError, match="no changes"):
         list(Film(region, 5 * 10**12, None, 1, 1).frames(path))
+
+
+def test_a_film_as_mp4_ends_with_the_canvas(redis_server: RedisServer, path: Path) -> None:
+    paint(redis_server, [Change(x, 0, 1, 200) for x in range(5)])
+    time.sleep(0.01)
+    paint(redis_server, [Change(x, 2, 0, 255) for x in range(5)])
+    follow(path, redis_server)
+    film = path.with_name("film.mp4")
+    with film.open("wb") as file:
+        Film(Region(0, 0, 5, 3), None, None, 1, 3).write_mp4(path, file)
+    shown = subprocess.check_output(
+        ["ffmpeg", "-loglevel", "error", "-i", film, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    )
+    width, height = 16, 10  # 15 x 9, made even
+    frame = width * height * 3
+    assert len(shown) == 25 * frame
+    for x, y in ((0, 0), (4, 0), (0, 1), (3, 2)):
+        place = (3 * y + 1) * width + 3 * x + 1
+        wanted = {0: (0, 200, 0), 1: (0, 0, 0), 2: (255, 0, 0)}[y]
+        pixel = shown[-frame:][3 * place : 3 * place + 3]
+        assert all(abs(one - other) < 40 for one, other in zip(pixel, wanted, strict=True)), (x, y, pixel)
+
+
+def test_without_ffmpeg_an_mp4_is_refused_with_a_reason(
+    redis_server: RedisServer, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint(redis_server, [Change(0, 0, 1, 200)])
+    follow(path, redis_server)
+    monkeypatch.setenv("HISTORY_PATH", str(path))
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(commands, "load_pixel", redis_server.settings)
+    with pytest.raises(SystemExit, match="apt install ffmpeg, or use --format webp"):
+        commands.main(["timelapse", "--format", "mp4"])
 
 
 def test_a_follower_that_is_killed_archives_every_acknowledged_change_once(

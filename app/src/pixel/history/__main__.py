@@ -94,12 +94,13 @@ def backup(arguments: argparse.Namespace, pixel: Settings, history: settings.His
 
 
 def timelapse(arguments: argparse.Namespace, pixel: Settings, history: settings.HistorySettings) -> None:
-    """Write a film of the canvas, an animated WebP, to standard output."""
+    """Write a film of the canvas to standard output."""
     region, _, since, until = _selection(arguments, pixel)
     whole = Region(0, 0, pixel.canvas_width, pixel.canvas_height)
     film = Film(region or whole, since, until, arguments.seconds, arguments.scale)
     try:
-        film.write_webp(history.path, sys.stdout.buffer)
+        write = film.write_mp4 if arguments.format == "mp4" else film.write_webp
+        write(history.path, sys.stdout.buffer)
     except ValueError as error:
         raise SystemExit(f"timelapse: {error}") from None
 
@@ -139,6 +140,9 @@ def main(words: Sequence[str] | None = None) -> None:
             sub.add_argument("--user", default=operator, help="the operator who is recorded as author")
         if command is timelapse:
             sub.set_defaults(author=None)
+            sub.add_argument(
+                "--format", choices=("webp", "mp4"), default="webp", help="webp has no loss; mp4 needs ffmpeg"
+            )
             sub.add_argument("--seconds", type=float, default=20, help="length of the film (20)")
             sub.add_argument("--scale", type=int, choices=range(1, 17), default=1, help="size of a pixel (1)")
         if command is backup:

@@ -137,7 +137,7 @@ class Painter(NamedTuple):
 
 
 def painters(path: Path, selection: Selection) -> tuple[list[Painter], int | None]:
-    """The authors of selected changes, the busiest first.
+    """The authors of selected changes, the busiest and then the latest first.
 
     Only the newest SCANNED changes in the time are examined. The second value is the time of the oldest of
     them, if there are older ones in the time.
@@ -155,7 +155,7 @@ def painters(path: Path, selection: Selection) -> tuple[list[Painter], int | Non
             "SELECT name, count(*) AS number, min(time), max(time)"
             " FROM changes NOT INDEXED LEFT JOIN authors ON authors.id = author"
             f" WHERE changes.id >= ? AND changes.id < ? AND {condition}"
-            " GROUP BY author ORDER BY number DESC LIMIT ?",
+            " GROUP BY author ORDER BY number DESC, max(changes.id) DESC LIMIT ?",
             (oldest, until, *values, MOST_PAINTERS),
         ).fetchall()
         examined = None
