@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp
 
-from pixel import openapi
+from pixel import metrics, openapi
 from pixel.access import Access
 from pixel.canvas import Canvas, Region
 from pixel.history import queries
@@ -185,6 +185,7 @@ def create_api(settings: Settings, history: HistorySettings) -> FastAPI:
     canvas = Canvas(settings.canvas_width, settings.canvas_height)
     questions, exports = Slots(QUESTIONS, QUESTIONS_WAITING), Slots(EXPORTS, 0)
     registry = CollectorRegistry()
+    registry.register(metrics.REFUSALS)
     followers: list[Follower] = []
 
     @asynccontextmanager
