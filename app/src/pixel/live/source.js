@@ -7,6 +7,7 @@ export class KeyedSource {
   onerror = null;
   #listeners = { message: (event) => this.onmessage?.(event) };
   #request = new AbortController();
+  #id = ""; // of the last message that has one
 
   constructor(url, key) {
     this.#read(url, key);
@@ -52,7 +53,8 @@ export class KeyedSource {
     const fields = Object.fromEntries(
       message.split("\n").map((line) => [line.split(":", 1)[0], line.slice(line.indexOf(":") + 1).trimStart()]),
     );
-    const { event = "message", data, id: lastEventId = "" } = fields;
-    if (data !== undefined) this.#listeners[event]?.({ data, lastEventId });
+    const { event = "message", data, id = this.#id } = fields;
+    this.#id = id;
+    if (data !== undefined) this.#listeners[event]?.({ data, lastEventId: id });
   }
 }
