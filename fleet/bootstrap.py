@@ -34,6 +34,7 @@ LOCKS = {
 TEST_COMMANDS = {
     "chromium": "chromium",
     "curl": "curl",
+    "ffmpeg": "ffmpeg",
     "git": "git",
     "nginx": "nginx",
     "node": "nodejs",

@@ -269,6 +269,17 @@ def test_a_write_carries_only_the_headers_that_the_app_reads(tmp_path: Path) -> 
         assert (others | read).items() <= received("/pixels", others | read).items()
 
 
+def test_a_method_that_nginx_refuses_has_an_allow(tmp_path: Path) -> None:
+    with (
+        balancer(tmp_path) as port,
+        closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection,
+    ):
+        connection.request("TRACE", "/ping")
+        answer = connection.getresponse()
+        assert (answer.status, json.load(answer)["title"]) == (405, "Method Not Allowed")
+        assert "GET" in answer.headers["Allow"]
+
+
 OWN = "https://game.example.org"
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
@@ -298,7 +309,7 @@ def test_pages_of_named_origins_may_use_the_api(
         assert headers["Access-Control-Allow-Origin"] == (origin if accepted else None)
         if accepted:
             assert status == 204
-            assert "PUT" in headers["Access-Control-Allow-Methods"]
+            assert headers["Access-Control-Allow-Methods"] == "GET, HEAD, POST, PUT, DELETE"
             assert "Authorization" in headers["Access-Control-Allow-Headers"]
         # The balancer's own errors too, or a page could not read their reasons.
         for extra, expected in ({}, 200), ({"Content-Length": "99999999"}, 413):

@@ -198,6 +198,35 @@ class Service:
         shutil.rmtree(self.directory)
 
 
+@contextlib.contextmanager
+def history_service(server: RedisServer, directory: Path) -> Iterator[str]:
+    """Runs the history service of a Redis, with its file in a directory; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path(__file__).parent.parent / "src"),
+        "HISTORY_PATH": str(directory / "history.sqlite"),
+        "HISTORY_PORT": str(port),
+        "PIXEL_REDIS_URL": server.url,
+        "PIXEL_REDIS_USERNAME": "pixel",
+        "PIXEL_REDIS_PASSWORD": PASSWORD,
+    }
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return bool(httpx.get(f"{url}/healthz").status_code == 200)
+        return False
+
+    with subprocess.Popen([sys.executable, "-m", "pixel.history", "serve"], env=environment) as process:
+        try:
+            wait_until(answers, 20)
+            yield url
+        finally:
+            process.terminate()
+
+
 def worker_pids(service: Service) -> set[int]:
     """The processes of a service's workers."""
     pid = service.process.pid

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PASSWORD, RedisServer, wait_until
@@ -23,19 +24,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
+from pixel import keys, moderation
 from pixel.canvas import Canvas, Region, locate
 from pixel.cluster import Redis
 from pixel.history import __main__ as commands
+from pixel.history import moderation as moderators
 from pixel.history import queries
 from pixel.history.archive import Archive, Entry, read_tile
 from pixel.history.follower import Follower
+from pixel.history.parameters import Slots, moment
 from pixel.history.queries import Selection
-from pixel.history.service import Slots, create_app, moment
+from pixel.history.service import create_app
 from pixel.history.settings import HistorySettings
 from pixel.history.timelapse import Film
 from pixel.history.undo import Outcome, Undo
 from pixel.link import Link
-from pixel.names import EVENTS, tile_key
+from pixel.maintenance import Maintenance
+from pixel.names import EVENTS, MAINTENANCE, tile_key
 from pixel.pixel import Change, pack
 from pixel.problems import Problem
 from pixel.resp import Connection, Server
@@ -584,13 +589,163 @@ def test_other_answers_of_the_history(history: TestClient) -> None:
     assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
     assert history.head("/history").content == b""
     described = history.get("/openapi.json").json()["paths"]
-    assert sorted(described) == ["/history", "/history.csv.gz", "/history/state", "/pixel/{x}/{y}/history"]
+    assert sorted(described) == [
+        "/history",
+        "/history.csv.gz",
+        "/history/authors",
+        "/history/state",
+        "/history/undo",
+        "/pixel/{x}/{y}/history",
+    ]
     lines = dict(line.rsplit(" ", 1) for line in history.get("/metrics").text.splitlines() if line[0] != "#")
     assert lines["pixel_history_changes"] == "5.0"
     assert lines["pixel_history_archived_total"] == "5.0"
     assert lines["pixel_history_gaps_total"] == "0.0"
     assert float(lines["pixel_history_lag_seconds"]) < 10
     assert float(lines["pixel_history_bytes"]) > 10_000
+
+
+async def create_key(server: RedisServer, name: str, scopes: str) -> dict[str, str]:
+    """Create a key; returns the header with its token."""
+    command = keys.parse(["create", name, "--scopes", scopes])
+    return {"Authorization": f"Bearer {await keys.execute(command, Redis(server.settings()))}"}
+
+
+@pytest.fixture
+def moderator(redis_server: RedisServer) -> dict[str, str]:
+    return asyncio.run(create_key(redis_server, "mod", "moderate"))
+
+
+def undo_all(history: TestClient, moderator: dict[str, str], **wanted: Any) -> list[dict[str, Any]]:
+    """All parts of an undo."""
+    parts: list[dict[str, Any]] = []
+    while not parts or parts[-1]["next"] is not None:
+        after = parts[-1]["next"] if parts else 0
+        answer = history.post("/history/undo", json=wanted | {"after": after}, headers=moderator)
+        assert answer.status_code == 200, answer.text
+        parts.append(answer.json())
+    return parts
+
+
+def test_moderators_see_who_painted(moderator: dict[str, str], history: TestClient) -> None:
+    answer = history.get("/history/authors", headers=moderator).json()
+    assert [(one["author"], one["changes"]) for one in answer["authors"]] == [
+        ("addr:192.0.2.7", 2),
+        ("operator:olga", 1),
+        (None, 1),
+        ("key:a", 1),
+    ]
+    assert answer["examined"] is None
+    here = history.get("/history/authors?area=900,0,1,9", headers=moderator).json()["authors"]
+    assert [one["author"] for one in here] == ["operator:olga"]
+    assert moment(here[0]["first"]) == moment(here[0]["last"])
+    late = history.get("/history/authors?since=2100-01-01", headers=moderator).json()
+    assert late == {"authors": [], "examined": None}
+
+
+def test_a_bounded_number_of_changes_is_examined_for_authors(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "SCANNED", 100)
+    archive = Archive(path)
+    archive.begin(0)
+    events = entries((n, Change(0, 0, 0, n % 256), f"key:{n // 250}") for n in range(500))
+    archive.append(events, events[-1].event, 500)
+    archive.close()
+    assert queries.painters(path, Selection()) == ([("key:1", 100, 400, 499)], 400)
+    assert queries.painters(path, Selection(None, None, None, 300)) == (
+        [("key:1", 50, 250, 299), ("key:0", 50, 200, 249)],
+        200,
+    )
+    assert queries.painters(path, Selection(None, None, 450)) == ([("key:1", 50, 450, 499)], None)
+
+
+def test_an_undo_over_http_can_be_undone(
+    moderator: dict[str, str], history: TestClient, redis_server: RedisServer
+) -> None:
+    wanted = {"authors": ["addr:192.0.2.7"], "area": "0,0,64,64"}
+    [counted] = undo_all(history, moderator, **wanted, cells=True)
+    assert (counted["applied"], counted["changed"], shown(redis_server, 1, 2, 1)) == (False, 2, 1)
+    assert counted["cells"] == [[1, 2, "G", 0], [1, 2, "B", 0]]
+    [done] = undo_all(history, moderator, **wanted, apply=True)
+    assert (done["applied"], done["changed"], done["cells"]) == (True, 2, None)
+    assert [shown(redis_server, 1, 2, n) for n in range(3)] == [3, 0, 0]
+    wait_until(lambda: history.get("/history/state").json()["changes"] == 7)
+    newest = history.get("/pixel/1/2/history?limit=1").json()["changes"][0]
+    assert newest["author"] == done["author"] == "key:mod"
+    # What it has changed can be selected, and nothing else.
+    back = {"authors": [done["author"]], "since": done["since"], "until": done["until"]}
+    [undone_again] = undo_all(history, moderator, **back, apply=True)
+    assert undone_again["changed"] == 2
+    assert [shown(redis_server, 1, 2, n) for n in range(3)] == [3, 1, 2]
+    acts = asyncio.run(moderation.acts(Redis(redis_server.settings()), 10))
+    assert [(act.by, act.did, act.what["authors"]) for act in acts] == [
+        ("key:mod", "undo", ["key:mod"]),
+        ("key:mod", "undo", ["addr:192.0.2.7"]),
+    ]
+
+
+def test_the_parts_of_a_long_undo(
+    moderator: dict[str, str], history: TestClient, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request ends after a time, or after a number of listed cells; the next one goes on."""
+    cells = [(x, y) for y in range(0, 400, 50) for x in range(0, 400, 50)]
+    paint(redis_server, [Change(x, y, 0, 77) for x, y in cells], ("key:vandal", len(cells)))
+    wait_until(lambda: history.get("/history/state").json()["changes"] == 5 + len(cells))
+    monkeypatch.setattr(moderators, "UNDO_CELLS", 10)
+    wanted = {"authors": ["key:vandal"]}
+    parts = undo_all(history, moderator, **wanted, cells=True)
+    assert len(parts) > 4
+    assert sorted((x, y) for part in parts for x, y, _, _ in part["cells"]) == sorted(cells)
+    assert all(value == 0 for part in parts for *_, value in part["cells"])
+    monkeypatch.setattr(moderators, "UNDO_SECONDS", 0)
+    parts = undo_all(history, moderator, **wanted, area="0,0,400,400", apply=True)
+    assert len(parts) == 2 * 400 // 16 + 1  # the strips of two tiles, and the end
+    assert sum(part["changed"] for part in parts) == len(cells)
+    assert {shown(redis_server, x, y, 0) for x, y in cells} == {0}
+    acts = asyncio.run(moderation.acts(Redis(redis_server.settings()), 10))
+    assert len(acts) == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "field"),
+    [
+        ({}, "the body"),
+        ({"apply": True}, "the body"),
+        ({"area": "1,2,3"}, "area"),
+        ({"since": "yesterday"}, "since"),
+        ({"until": "2026-13-01"}, "until"),
+        ({"authors": "key:a"}, "authors"),
+        ({"authors": ["key:a"], "apply": "true"}, "apply"),
+        ({"authors": ["key:a"], "after": -1}, "after"),
+    ],
+)
+def test_an_invalid_undo_is_refused_by_field(
+    moderator: dict[str, str], history: TestClient, wanted: dict[str, Any], field: str
+) -> None:
+    answer = history.post("/history/undo", json=wanted, headers=moderator)
+    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, field)
+
+
+def test_moderation_needs_its_scope(history: TestClient, redis_server: RedisServer) -> None:
+    painter = asyncio.run(create_key(redis_server, "painter", "paint,batch"))
+    time.sleep(1)
+    for headers, expected in (({}, 401), (painter, 403)):
+        assert history.get("/history/authors", headers=headers).status_code == expected
+        answer = history.post("/history/undo", json={"authors": ["key:a"], "apply": True}, headers=headers)
+        assert (answer.status_code, answer.json()["status"]) == (expected, expected)
+    assert shown(redis_server, 1, 2, 1) == 1
+
+
+def test_during_maintenance_moderators_undo_nothing(
+    moderator: dict[str, str], history: TestClient, redis_server: RedisServer
+) -> None:
+    with redis_server.admin() as admin:
+        admin.set(MAINTENANCE, Maintenance("read-only", "New disks").encode())
+    wanted = {"authors": ["addr:192.0.2.7"]}
+    answer = history.post("/history/undo", json=wanted | {"apply": True}, headers=moderator)
+    assert (answer.status_code, answer.json()["maintenance"]) == (503, "read-only")
+    assert undo_all(history, moderator, **wanted)[0]["changed"] == 2
 
 
 async def test_questions_beyond_the_bounds_are_refused() -> None:
@@ -667,6 +822,39 @@ def test_a_film_ends_with_the_canvas(redis_server: RedisServer, path: Path) -> N
     assert last.tobytes() == canvas
     with pytest.raises(ValueError, match="no changes"):
         list(Film(region, 5 * 10**12, None, 1, 1).frames(path))
+
+
+def test_a_film_as_mp4_ends_with_the_canvas(redis_server: RedisServer, path: Path) -> None:
+    paint(redis_server, [Change(x, 0, 1, 200) for x in range(5)])
+    time.sleep(0.01)
+    paint(redis_server, [Change(x, 2, 0, 255) for x in range(5)])
+    follow(path, redis_server)
+    film = path.with_name("film.mp4")
+    with film.open("wb") as file:
+        Film(Region(0, 0, 5, 3), None, None, 1, 3).write_mp4(path, file)
+    shown = subprocess.check_output(
+        ["ffmpeg", "-loglevel", "error", "-i", film, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    )
+    width, height = 16, 10  # 15 x 9, made even
+    frame = width * height * 3
+    assert len(shown) == 25 * frame
+    for x, y in ((0, 0), (4, 0), (0, 1), (3, 2)):
+        place = (3 * y + 1) * width + 3 * x + 1
+        wanted = {0: (0, 200, 0), 1: (0, 0, 0), 2: (255, 0, 0)}[y]
+        pixel = shown[-frame:][3 * place : 3 * place + 3]
+        assert all(abs(one - other) < 40 for one, other in zip(pixel, wanted, strict=True)), (x, y, pixel)
+
+
+def test_without_ffmpeg_an_mp4_is_refused_with_a_reason(
+    redis_server: RedisServer, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint(redis_server, [Change(0, 0, 1, 200)])
+    follow(path, redis_server)
+    monkeypatch.setenv("HISTORY_PATH", str(path))
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(commands, "load_pixel", redis_server.settings)
+    with pytest.raises(SystemExit, match="apt install ffmpeg, or use --format webp"):
+        commands.main(["timelapse", "--format", "mp4"])
 
 
 def test_a_follower_that_is_killed_archives_every_acknowledged_change_once(

@@ -1,5 +1,6 @@
 """The live page in a real browser: its functions, and failures of network, service and Redis."""
 
+import asyncio
 import contextlib
 import os
 import re
@@ -9,17 +10,21 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
-from conftest import RedisServer, Service, wait_until, worker_pids
+from conftest import RedisServer, Service, history_service, wait_until, worker_pids
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 from starlette.testclient import TestClient
 
+from pixel import keys
+from pixel.cluster import Redis
 from pixel.maintenance import Maintenance
-from pixel.names import EVENTS, MAINTENANCE
+from pixel.names import EVENTS, KEYS, KEYS_VERSION, MAINTENANCE
 from pixel.routes import live
 
 PARTS = sorted(f"/live/{name}" for name in live._FILES)
@@ -748,3 +753,236 @@ def test_the_page_asks_for_no_history_if_there_is_none(canvas: str, open_page: C
         page.wait_for_timeout(700)
     assert len(asked) == 1
     expect(page.locator("#origin")).to_have_text("")
+
+
+async def _create_key(server: RedisServer, *words: str) -> str:
+    return await keys.execute(keys.parse(["create", *words]), Redis(server.settings()))
+
+
+def create_key(server: RedisServer, *words: str) -> str:
+    """Create a key with this name and these options; returns its token."""
+    # In a thread of its own: Playwright keeps an event loop in this one.
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(asyncio.run, _create_key(server, *words)).result()
+
+
+def sign_in(page: Page, token: str) -> None:
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_label("Your key").fill(token)
+    page.keyboard.press("Enter")
+
+
+def test_with_a_key_the_page_shows_a_private_canvas(
+    redis_server: RedisServer, start_service: Callable[..., Service], open_page: Callable[..., Page]
+) -> None:
+    token = create_key(redis_server, "alice", "--scopes", "paint")
+    service = start_service(redis_server.url, PIXEL_ANONYMOUS="none", PIXEL_WORKERS="1")
+    page = open_page(service.url, until="Sign in to see the canvas")
+    sign_in(page, "pixel_wrong")
+    expect(page.locator("#sign-in-problem")).to_have_text("The key is unknown.")
+    page.get_by_label("Your key").fill(token)
+    page.keyboard.press("Enter")
+    is_live(page)
+    expect(page.locator("#account")).to_have_attribute("title", "Signed in as alice")
+    expect(page.get_by_role("button", name="Moderate")).to_be_hidden()
+    # The stream needs the key too.
+    lines = {"Authorization": f"Bearer {token}"}
+    httpx.put(f"{service.url}/pixel/7/8", json={"R": 1, "G": 2, "B": 3}, headers=lines)
+    sees(page, 7, 8, (1, 2, 3))
+    zoom_until(page, 8)
+    page.mouse.click(*point(page, 512, 512))
+    sees(page, 512, 512, RED)
+    wait_until(lambda: httpx.get(f"{service.url}/pixel/512/512", headers=lines).json()["R"] == RED[0])
+    # Tabs are signed in, and out, together; it outlasts the tab.
+    other = open_page(service.url, beside=page)
+    other.get_by_role("button", name="Sign out").click()
+    for one in (page, other):
+        expect(one.locator("#connection")).to_have_text("Sign in to see the canvas", timeout=10_000)
+    assert page.evaluate("localStorage.getItem('pixel-key')") is None
+    sign_in(other, token)
+    is_live(page)
+    is_live(other)
+    assert token not in service.output()
+
+
+def test_a_revoked_key_signs_out(
+    redis_server: RedisServer, start_service: Callable[..., Service], open_page: Callable[..., Page]
+) -> None:
+    token = create_key(redis_server, "alice", "--scopes", "paint")
+    service = start_service(redis_server.url, PIXEL_WORKERS="1")
+    page = open_page(service.url)
+    sign_in(page, token)
+    expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+    with redis_server.admin() as admin:
+        admin.delete(KEYS)
+        admin.incr(KEYS_VERSION)
+    time.sleep(1)
+    page.reload()
+    expect(page.locator("#toast")).to_have_text("Signed out: The key is unknown.")
+    expect(page.get_by_role("button", name="Sign in")).to_be_visible()
+    is_live(page)
+
+
+def test_the_page_shows_what_is_left_of_the_budget(
+    redis_server: RedisServer, start_service: Callable[..., Service], open_page: Callable[..., Page]
+) -> None:
+    token = create_key(redis_server, "alice", "--scopes", "paint", "--per-minute", "60", "--burst", "7")
+    service = start_service(redis_server.url, PIXEL_WORKERS="1")
+    page = open_page(service.url)
+    budget = page.locator("#budget")
+    expect(budget).to_be_hidden()
+    sign_in(page, token)
+    expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+    zoom_until(page, 8)
+    page.mouse.click(*point(page, 512, 512))
+    expect(budget).to_have_text("1 pixel left")
+    page.mouse.click(*point(page, 513, 512))
+    expect(budget).to_have_text(re.compile("Next pixel in [123] s"))
+    page.mouse.click(*point(page, 514, 512))
+    expect(page.locator("#toast")).to_contain_text("The budget is 60 channel writes a minute")
+    expect(budget).to_have_text("1 pixel left", timeout=6_000)
+    expect(budget).to_have_text("2 pixels left", timeout=8_000)
+
+
+@pytest.fixture
+def history_url(redis_server: RedisServer, tmp_path: Path) -> Iterator[str]:
+    """The address of a history service of the same Redis."""
+    with history_service(redis_server, tmp_path) as url:
+        yield url
+
+
+@pytest.fixture
+def moderated(
+    redis_server: RedisServer,
+    start_service: Callable[..., Service],
+    open_page: Callable[..., Page],
+    history_url: str,
+) -> Callable[..., tuple[str, Page]]:
+    """Opens the page for a moderator; the canvas has a picture, partly painted over by a vandal."""
+
+    def open_one(**options: Any) -> tuple[str, Page]:
+        moderator = create_key(redis_server, "mod", "--scopes", "paint,moderate")
+        service = start_service(redis_server.url, PIXEL_RECORD_ADDRESSES="true", PIXEL_WORKERS="1")
+        assert httpx.get(f"{service.url}/readyz", timeout=20).status_code == 200
+        lines = {"X-Forwarded-For": "198.51.100.4"}
+        for x in range(500, 510):
+            httpx.put(f"{service.url}/pixel/{x}/512", json=dict(zip("RGB", BLUE, strict=True)), headers=lines)
+        lines = {"X-Forwarded-For": "192.0.2.7"}
+        for x in range(503, 506):
+            httpx.put(
+                f"{service.url}/pixel/{x}/512", json=dict(zip("RGB", WHITE, strict=True)), headers=lines
+            )
+        wait_until(lambda: httpx.get(f"{history_url}/history/state").json()["changes"] == 39)
+        page = open_page(service.url, **options)
+        # The balancer does this.
+        page.route(
+            re.compile("/history"),
+            lambda route: route.continue_(url=route.request.url.replace(service.url, history_url)),
+        )
+        sign_in(page, moderator)
+        expect(page.get_by_role("button", name="Moderate")).to_be_visible()
+        return service.url, page
+
+    return open_one
+
+
+def test_a_moderator_undoes_what_a_vandal_has_painted(moderated: Callable[..., tuple[str, Page]]) -> None:
+    url, page = moderated()
+    zoom_until(page, 10)
+    page.keyboard.press("m")
+    panel = page.get_by_role("complementary", name="Moderation")
+    expect(panel).to_be_visible()
+    page.mouse.move(*point(page, 498, 510))
+    page.mouse.down()
+    page.mouse.move(*point(page, 512, 514), steps=4)
+    page.mouse.up()
+    assert [panel.get_by_label(name, exact=True).input_value() for name in ("x", "y", "width", "height")] == [
+        "498",
+        "510",
+        "15",
+        "5",
+    ]
+    assert stored(url, 498, 510) == (0, 0, 0)  # a drag paints nothing
+    expect(panel.locator("#authors li")).to_have_text(["198.51.100.430", "192.0.2.79"])
+    expect(panel.get_by_role("button", name="Undo", exact=True)).to_be_disabled()
+    panel.get_by_label("192.0.2.7").check()
+    panel.get_by_role("button", name="Preview undo").click()
+    expect(panel.locator("#outcome")).to_have_text("9 channels would change.")
+    for x in range(503, 506):
+        sees(page, x, 512, BLUE)
+    assert stored(url, 504, 512) == WHITE
+    panel.get_by_role("button", name="End the preview").click()
+    sees(page, 504, 512, WHITE)
+    panel.get_by_role("button", name="Undo", exact=True).click()
+    expect(panel.locator("#outcome")).to_have_text("9 channels changed.")
+    for x in range(503, 506):
+        sees(page, x, 512, BLUE)
+        assert stored(url, x, 512) == BLUE
+    panel.get_by_role("button", name="Take the undo back").click()
+    sees(page, 504, 512, WHITE)
+    assert stored(url, 504, 512) == WHITE
+    page.keyboard.press("Escape")
+    page.keyboard.press("m")
+    expect(panel).to_be_hidden()
+    wait_until(lambda: differences(page) == 0)
+
+
+def test_a_moderator_protects_and_blocks_by_keyboard(moderated: Callable[..., tuple[str, Page]]) -> None:
+    url, page = moderated()
+    keyboard = page.keyboard
+    keyboard.press("m")
+    for value in ("500", "512", "10", "1"):
+        keyboard.type(value)
+        keyboard.press("Tab")
+    panel = page.get_by_role("complementary", name="Moderation")
+    reason = panel.get_by_label("Reason")
+    expect(panel.locator("#authors li")).to_have_count(2)
+    panel.get_by_label("192.0.2.7").focus()
+    keyboard.press("Space")
+    reason.fill("Be kind")
+    panel.get_by_role("button", name="Protect the area").focus()
+    keyboard.press("Enter")
+    in_force = panel.locator("#restrictions li")
+    expect(in_force).to_contain_text(["500,512,10,1 is protected"])
+    panel.get_by_role("button", name="Block", exact=True).focus()
+    keyboard.press("Enter")
+    expect(in_force).to_contain_text(["500,512,10,1 is protected", "192.0.2.7 until"])
+
+    def status(x: int, address: str) -> int:
+        lines = {"X-Forwarded-For": address}
+        return int(
+            httpx.put(f"{url}/pixel/{x}/512", json={"R": 1, "G": 2, "B": 3}, headers=lines).status_code
+        )
+
+    wait_until(lambda: status(1, "192.0.2.7") == 403)
+    assert (status(1, "198.51.100.4"), status(500, "198.51.100.4")) == (200, 403)
+    for left in (1, 0):
+        panel.get_by_role("button", name="Remove").first.focus()
+        keyboard.press("Enter")
+        expect(panel.get_by_role("button", name="Remove")).to_have_count(left)
+    wait_until(lambda: status(500, "192.0.2.7") == 200)
+
+
+def test_a_moderator_works_on_a_phone(moderated: Callable[..., tuple[str, Page]]) -> None:
+    url, page = moderated(
+        viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True, device_scale_factor=2
+    )
+    page.get_by_role("button", name="Moderate").tap()
+    panel = page.get_by_role("complementary", name="Moderation")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    stage = page.locator("#stage").bounding_box()
+    assert stage is not None
+    assert stage["height"] > 150
+    touch = page.context.new_cdp_session(page)
+    for kind, places in (
+        ("touchStart", [point(page, 480, 500)]),
+        ("touchMove", [point(page, 500, 520)]),
+        ("touchMove", [point(page, 540, 530)]),
+        ("touchEnd", []),
+    ):
+        points = [{"x": x, "y": y} for x, y in places]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    panel.get_by_label("192.0.2.7").tap()
+    panel.get_by_role("button", name="Undo", exact=True).tap()
+    expect(panel.locator("#outcome")).to_have_text("9 channels changed.")
+    assert stored(url, 504, 512) == BLUE

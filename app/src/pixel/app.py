@@ -20,7 +20,7 @@ from pixel.openapi import DescribedAPI
 from pixel.pictures import PictureCache
 from pixel.pixel import Reader
 from pixel.requests import State, Turns
-from pixel.routes import canvas, docs, events, fleet, health, live, pixels
+from pixel.routes import canvas, docs, events, fleet, health, live, moderation, pixels
 from pixel.settings import Settings, load
 from pixel.store import Store
 
@@ -28,6 +28,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     pixels.router,
     canvas.router,
     events.router,
+    moderation.router,
     fleet.router,
     health.router,
     docs.router,
@@ -66,6 +67,7 @@ def create_api(settings: Settings) -> FastAPI:
     api = DescribedAPI(
         Canvas(settings.canvas_width, settings.canvas_height),
         settings.anonymous,
+        beside=lambda: _history_api(settings),
         title="Pixel Endpoint",
         summary="A durable shared canvas over HTTP.",
         version=settings.release,
@@ -75,6 +77,14 @@ def create_api(settings: Settings) -> FastAPI:
     for router in ROUTERS:
         api.include_router(router)
     return api
+
+
+def _history_api(settings: Settings) -> FastAPI:
+    """The history's API, for the description. Its import would cost each worker memory."""
+    from pixel.history import service
+    from pixel.history.settings import HistorySettings
+
+    return service.create_api(settings, HistorySettings())
 
 
 def create_app(settings: Settings) -> ASGIApp:

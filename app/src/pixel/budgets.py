@@ -63,6 +63,9 @@ class Writer(NamedTuple):
 
     budget: Budget | None = None
 
+    moderates: bool = False
+    """Whether it may write in protected areas."""
+
 
 class _Account:
     """The requests of a batch that are charged to one account, in groups of equal cost."""

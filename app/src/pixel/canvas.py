@@ -4,10 +4,11 @@ The canvas is stored in tiles of 256x256 pixels, rows from the top, three bytes 
 A tile at the edge of the canvas is as large as any other.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from PIL import Image
 
@@ -18,7 +19,10 @@ TILE = 256
 
 TILE_BYTES = TILE * TILE * 3
 
-CHANNELS = ("R", "G", "B")
+Channel = Literal["R", "G", "B"]
+CHANNELS: tuple[Channel, ...] = ("R", "G", "B")
+
+_AREA = re.compile(r"[0-9]{1,5}(,[0-9]{1,5}){3}")
 
 
 def locate(x: int, y: int) -> tuple[str, int]:
@@ -75,6 +79,15 @@ class Canvas:
         """Whether a region has pixels, and all of them are on the canvas."""
         x, y, w, h = region
         return w > 0 and h > 0 and 0 <= x <= self.width - w and 0 <= y <= self.height - h
+
+    def parse_area(self, text: str) -> Region:
+        """A region as in 0,0,16,16: x, y, width, height. Raises ValueError."""
+        if not _AREA.fullmatch(text):
+            raise ValueError("must be x,y,width,height, as in 0,0,16,16")
+        region = Region(*map(int, text.split(",")))
+        if not self.has(region):
+            raise ValueError(f"must be a part of the canvas, which has {self.width}x{self.height} pixels")
+        return region
 
 
 def encode_png(raw: bytes, width: int, height: int, scale: int) -> bytes:

@@ -14,7 +14,8 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.routing import Mount, Route
 
-from pixel.problems import Problem
+from pixel import metrics
+from pixel.problems import Problem, Refusal
 
 INTERNAL_ERROR = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This is a fault of the server; it is logged.")
 
@@ -27,6 +28,8 @@ async def fault_answer(request: Request, error: Exception) -> Response:
 async def problem_answer(request: Request, error: Exception) -> Response:
     """The answer to a problem that a route has raised."""
     assert isinstance(error, Problem)
+    if isinstance(error, Refusal):
+        metrics.REFUSALS.labels(error.reason).inc()
     return error.response(request.scope["headers"])
 
 

@@ -151,7 +151,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     one.add_argument("--scopes", type=_scopes, required=True, help=f"one or more of {','.join(SCOPES)}")
     one.add_argument("--per-minute", type=_count, help="budget: channel writes a minute (default: no budget)")
     one.add_argument("--burst", type=_count, help="budget: channel writes at once (default: per minute)")
-    one.add_argument("--expires", type=_period, help="time until it expires: 90m, 12h, 30d (default: never)")
+    one.add_argument("--expires", type=period, help="time until it expires: 90m, 12h, 30d (default: never)")
     for change, text in ((rotate, "replace a key's token, and print the new one"), (revoke, "revoke a key")):
         one = commands.add_parser(change.__name__, help=text)
         one.set_defaults(change=change)
@@ -199,7 +199,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _period(text: str) -> int:
+def period(text: str) -> int:
+    """Seconds of a time as in 90m, 12h or 30d. Raises ArgumentTypeError."""
     if not (match := _PERIOD.fullmatch(text)):
         raise argparse.ArgumentTypeError("a number of minutes, hours or days, as in 90m, 12h or 30d")
     return int(match[1]) * _UNITS[match[2]]

@@ -31,7 +31,6 @@ from pixel.problems import Problem
 from pixel.resp import Connection, ReplyError
 from pixel.settings import Settings, load
 from pixel.store import Store
-from pixel.stream import EventId
 
 State = Literal["off", "read-only", "on"]
 STATES: tuple[State, ...] = ("off", "read-only", "on")
@@ -96,7 +95,7 @@ class Maintenance(msgspec.Struct, frozen=True):
 class Gate:
     """Follows the maintenance state and refuses requests accordingly.
 
-    While writes are refused, ``Store.write`` is replaced, so that it needs no check otherwise.
+    Writes are checked only while they are refused (``Store.check_writes``).
     """
 
     def __init__(self, store: Store, hub: Hub) -> None:
@@ -105,7 +104,7 @@ class Gate:
         self._known = False
         self.maintenance = Maintenance()
         self.refuses_reads = False
-        store.write = self._write
+        store.check_writes("maintenance", self._check_write)
 
     def check(self, method: str) -> None:
         """Raise a 503 ``Problem`` if a request for the canvas with this HTTP method is refused."""
@@ -138,7 +137,7 @@ class Gate:
             log.warning("maintenance is %s", maintenance.state)
         self.maintenance = maintenance
         self.refuses_reads = maintenance.refuses("GET")
-        self._store.write = self._write if maintenance.refuses("POST") else self._store.commit
+        self._store.check_writes("maintenance", self._check_write if maintenance.refuses("POST") else None)
         self._hub.notice = maintenance.notice
         if self.refuses_reads:
             self._hub.close()
@@ -147,15 +146,12 @@ class Gate:
         for state in STATES[1:]:
             metrics.MAINTENANCE_WORKERS.labels(state).set(state == maintenance.state)
 
-    def _write(
-        self, changes: Sequence[Change], begin_by: float | None = None, writer: Writer | None = None
-    ) -> asyncio.Future[EventId]:
-        """``Store.write`` while writes are refused; readiness probes, which change nothing, are not."""
+    def _check_write(self, changes: Sequence[Change], _: Writer | None) -> None:
+        """Refuse a write; readiness probes, which change nothing, are not refused."""
         if not self._known:
             raise Problem.not_written("Redis has not been read since this worker started")
         if changes:
             raise self.maintenance.problem("POST")
-        return self._store.commit(changes, begin_by, writer)
 
 
 async def change(settings: Settings, wanted: Maintenance | None) -> tuple[Maintenance, bool]:

@@ -37,7 +37,7 @@ if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
 _STARTED = float(os.environ.get("SERVICE_STARTED", time.monotonic()))
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
-_METHODS = {"GET", "HEAD", "OPTIONS", "POST", "PUT"}
+_METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "POST", "PUT"}
 
 WORKERS = Gauge("pixel_workers", "Workers alive.", multiprocess_mode="livesum")
 STARTED = Gauge("pixel_start_time_seconds", "When the service started.", multiprocess_mode="min")
@@ -74,10 +74,10 @@ LAPSED_LEASES = Counter(
 )
 REFUSALS = Counter(
     "pixel_refusals",
-    "Requests refused by reason: no_key, bad_key, scope (of the key) or budget.",
+    "Requests refused by reason: no_key, bad_key, scope (of the key), budget, blocked or protected.",
     ["reason"],
 )
-for reason in ("no_key", "bad_key", "scope", "budget"):
+for reason in ("no_key", "bad_key", "scope", "budget", "blocked", "protected"):
     REFUSALS.labels(reason)
 MAINTENANCE_WORKERS = Gauge(
     "pixel_maintenance_workers",

@@ -18,10 +18,16 @@ KEYS = _PREFIX + "keys"
 """A hash: the name of each client's key, and the key as JSON; see ``keys``."""
 
 KEYS_VERSION = _PREFIX + "keys:version"
-"""A counter, which each change of a client's key increments."""
+"""A counter, which each change of a client's key or of a restriction increments."""
 
 MAINTENANCE = _PREFIX + "maintenance"
 """The maintenance state; see ``maintenance``."""
+
+RESTRICTIONS = _PREFIX + "restrictions"
+"""The protected areas and blocked clients; see ``moderation``."""
+
+ACTS = _PREFIX + "moderation"
+"""The stream of what moderators did; see ``moderation``."""
 
 
 @cache

@@ -1,5 +1,6 @@
 """The OpenAPI description, generated from the types of the bodies."""
 
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ _DETAILS = {
     403: "This request needs a key with scope batch; nothing was written.",
     404: "There is no such pixel.",
     408: "The body took too long to arrive.",
+    409: "There are 500 blocks already: remove some.",
     413: "The body is larger than 1024 bytes.",
     415: "The body must be sent as application/json.",
     422: "value must be an integer from 0 to 255.",
@@ -76,7 +78,12 @@ _RETRY_HEADER = {"description": "Seconds.", "schema": {"type": "integer"}}
 # By status, the headers of a problem.
 _PROBLEM_HEADERS = {
     401: {"WWW-Authenticate": {"description": "Bearer.", "schema": {"type": "string"}}},
-    403: {"WWW-Authenticate": {"description": "Bearer; names the scope.", "schema": {"type": "string"}}},
+    403: {
+        "WWW-Authenticate": {
+            "description": "Bearer; names the scope, if the key doesn't have it.",
+            "schema": {"type": "string"},
+        }
+    },
     429: {"Retry-After": _RETRY_HEADER} | _BUDGET_HEADERS,
     503: {"Retry-After": _RETRY_HEADER},
 }
@@ -84,8 +91,12 @@ _PROBLEM_HEADERS = {
 _KEY = {
     "type": "http",
     "scheme": "bearer",
-    "description": "A key's token. Scope paint allows single pixels, batch arrays of them.",
+    "description": "A key's token. Scope paint allows single pixels, batch arrays of them,"
+    " moderate moderation.",
 }
+
+MODERATION = "moderation"
+"""Tag of the routes that need a key of scope moderate, whatever clients without a key may do."""
 
 _INSTANCE_HEADER = {
     "description": "The instance that answered.",
@@ -153,7 +164,14 @@ def _schema(kind: Any) -> Any:
 class DescribedAPI(FastAPI):
     """FastAPI with our answers to exceptions; describes the msgspec types, the canvas and the use of keys."""
 
-    def __init__(self, canvas: Canvas, anonymous: Literal["paint", "read", "none"], **options: Any) -> None:
+    def __init__(
+        self,
+        canvas: Canvas,
+        anonymous: Literal["paint", "read", "none"],
+        *,
+        beside: Callable[[], FastAPI] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(
             docs_url=None,
             redoc_url=None,
@@ -163,6 +181,8 @@ class DescribedAPI(FastAPI):
             exception_handlers=HANDLERS,
             **options,
         )
+        # Another application at the same address, whose routes are described too.
+        self._beside = beside
         # The methods that need a key.
         self._closed = {"paint": (), "read": ("post", "put"), "none": ("get", "post", "put")}[anonymous]
         self._most = {
@@ -175,6 +195,7 @@ class DescribedAPI(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The description; made at its first use."""
         if self.openapi_schema is None:
+            others = self._beside().openapi()["paths"] if self._beside else {}
             schema = super().openapi()
             _, components = msgspec.json.schema_components(_described, ref_template=_REF)
             # Replace FastAPI's own schemas, which no answer uses.
@@ -185,6 +206,7 @@ class DescribedAPI(FastAPI):
             for path in schema["paths"].values():
                 for method, operation in path.items():
                     self._complete(method, operation)
+            schema["paths"] |= others
             for name in ("Pixel", "PixelColour"):
                 for axis in ("x", "y"):
                     components[name]["properties"][axis]["maximum"] = self._most[axis]
@@ -198,6 +220,7 @@ class DescribedAPI(FastAPI):
         if "application/json" in responses.get("422", {}).get("content", {}):
             del responses["422"]  # FastAPI's own, which no route answers with
         if "401" in responses:
-            operation["security"] = [{"key": []}, *([] if method in self._closed else [{}])]
+            closed = method in self._closed or MODERATION in operation.get("tags", ())
+            operation["security"] = [{"key": []}, *([] if closed else [{}])]
         for response in responses.values():
             response.setdefault("headers", {})["X-Pixel-Instance"] = _INSTANCE_HEADER

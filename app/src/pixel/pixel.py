@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from pixel.canvas import CHANNELS, Canvas
+from pixel.canvas import CHANNELS, Canvas, Channel
 from pixel.problems import Problem
 from pixel.settings import MAX_BATCH
 
-Channel = Literal["R", "G", "B"]
 Coordinate = Annotated[int, msgspec.Meta(ge=0)]
 Value = Annotated[int, msgspec.Meta(ge=0, le=255)]
 
@@ -127,7 +126,7 @@ class Reader:
             "channel": _Rule(lambda value: value in CHANNELS, 'must be "R", "G" or "B"'),
             "value": _integer(255),
         }
-        self._colour_rules = dict.fromkeys(CHANNELS, _integer(255))
+        self._colour_rules: dict[str, _Rule] = dict.fromkeys(CHANNELS, _integer(255))
 
     def pixel(self, body: bytes) -> Pixel:
         """The body of ``POST /pixel``."""

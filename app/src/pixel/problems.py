@@ -107,3 +107,20 @@ class Problem(Exception):
             headers,
             "application/problem+json",
         )
+
+
+class Refusal(Problem):
+    """401 or 403: the request is not allowed. ``reason`` is the label of the metric that counts it."""
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        detail: str,
+        reason: str,
+        *,
+        challenge: str | None = None,
+        members: dict[str, Any] | None = None,
+    ) -> None:
+        headers = None if challenge is None else {"WWW-Authenticate": f'Bearer realm="pixel"{challenge}'}
+        super().__init__(status, detail, headers=headers, members=members)
+        self.reason = reason

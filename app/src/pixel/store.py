@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ from pixel.commit import GroupCommit
 from pixel.keys import Key, decode
 from pixel.lifetime import RedisClock, StartLimit
 from pixel.link import Link
-from pixel.names import EVENTS, KEYS, KEYS_VERSION, MAINTENANCE, viewers_key
+from pixel.names import EVENTS, KEYS, KEYS_VERSION, MAINTENANCE, RESTRICTIONS, viewers_key
 from pixel.pixel import RECORD_BYTES, Change
 from pixel.problems import Problem
 from pixel.reads import PixelReads
@@ -31,11 +31,15 @@ _NEWEST = ("XREVRANGE", EVENTS, "+", "-", "COUNT", 1)
 
 
 class Write(Protocol):
-    """``GroupCommit.write``, or a function in its place."""
+    """``GroupCommit.write``, or checks before it."""
 
     def __call__(
         self, changes: Sequence[Change], begin_by: float | None = None, writer: Writer | None = None, /
     ) -> asyncio.Future[EventId]: ...
+
+
+Check = Callable[[Sequence[Change], Writer | None], None]
+"""Raises a ``Problem`` if a writer may not make changes; a readiness probe has none."""
 
 
 class Events(NamedTuple):
@@ -76,9 +80,9 @@ class Store:
             *(Link(redis, settings.redis_timeout) for _ in range(4)),
             Link(redis, settings.redis_timeout, "keys"),
         ]
-        self.commit = self._commits.write
-        self.write: Write = self.commit
-        """Writes changes; during maintenance, ``maintenance.Gate`` replaces it with a refusal."""
+        self.write: Write = self._commits.write
+        """Writes changes, after the checks that there are (``check_writes``)."""
+        self._checks: dict[str, Check] = {}
         self.budgets = self._commits.budgets
         self.now = self._clock.now
         self.colour = PixelReads(self._questions).colour
@@ -89,6 +93,22 @@ class Store:
         self._commits.close()
         for link in self._links:
             link.close()
+
+    def check_writes(self, name: str, check: Check | None) -> None:
+        """Set or remove the check of this name, which each write has to pass: it raises a ``Problem``.
+
+        Without checks, a write costs what it costs without this method.
+        """
+        checks = {**self._checks, name: check}
+        self._checks = {name: check for name, check in checks.items() if check}
+        self.write = self._checked_write if self._checks else self._commits.write
+
+    def _checked_write(
+        self, changes: Sequence[Change], begin_by: float | None = None, writer: Writer | None = None
+    ) -> asyncio.Future[EventId]:
+        for check in self._checks.values():
+            check(changes, writer)
+        return self._commits.write(changes, begin_by, writer)
 
     async def probe(self) -> float:
         """Measure the seconds that a write takes now, with one that changes nothing."""
@@ -124,14 +144,16 @@ class Store:
         return sum(map(int, counts.values()))
 
     async def keys_version(self) -> bytes | None:
-        """A value that differs after each change of a key; None if there never was a key."""
+        """A value that differs after each change of a key or a restriction; None before the first one."""
         [version] = await self._keys.ask(("GET", KEYS_VERSION))
         return version  # type: ignore[no-any-return]
 
-    async def keys(self) -> tuple[bytes | None, dict[str, Key]]:
-        """The keys by name, and their version."""
-        version, pairs = await self._keys.ask_at_once(("GET", KEYS_VERSION), ("HGETALL", KEYS))
-        return version, decode(pairs)
+    async def keys(self) -> tuple[bytes | None, dict[str, Key], bytes | None]:
+        """The version, the keys by name, and the value of the key ``RESTRICTIONS``."""
+        version, pairs, restrictions = await self._keys.ask_at_once(
+            ("GET", KEYS_VERSION), ("HGETALL", KEYS), ("GET", RESTRICTIONS)
+        )
+        return version, decode(pairs), restrictions
 
     async def last_event(self) -> EventId:
         """The newest event; ``NO_EVENT`` if there is none yet."""

@@ -21,7 +21,8 @@ from pixel import logs
 from pixel.canvas import Canvas, Region
 from pixel.cluster import Redis
 from pixel.history import queries, settings
-from pixel.history.service import create_app, moment, parse_area, show_time
+from pixel.history.parameters import moment, show_time
+from pixel.history.service import create_app
 from pixel.history.timelapse import Film
 from pixel.history.undo import Outcome, Undo
 from pixel.resp import Connection, ReplyError
@@ -97,12 +98,13 @@ def backup(arguments: argparse.Namespace, pixel: Settings, history: settings.His
 
 
 def timelapse(arguments: argparse.Namespace, pixel: Settings, history: settings.HistorySettings) -> None:
-    """Write a film of the canvas, an animated WebP, to standard output."""
+    """Write a film of the canvas to standard output."""
     region, _, since, until = _selection(arguments, pixel)
     whole = Region(0, 0, pixel.canvas_width, pixel.canvas_height)
     film = Film(region or whole, since, until, arguments.seconds, arguments.scale)
     try:
-        film.write_webp(history.path, sys.stdout.buffer)
+        write = film.write_mp4 if arguments.format == "mp4" else film.write_webp
+        write(history.path, sys.stdout.buffer)
     except ValueError as error:
         raise SystemExit(f"timelapse: {error}") from None
 
@@ -110,7 +112,9 @@ def timelapse(arguments: argparse.Namespace, pixel: Settings, history: settings.
 def _selection(arguments: argparse.Namespace, pixel: Settings) -> queries.Selection:
     try:
         return queries.Selection(
-            parse_area(arguments.area or None, Canvas(pixel.canvas_width, pixel.canvas_height)),
+            Canvas(pixel.canvas_width, pixel.canvas_height).parse_area(arguments.area)
+            if arguments.area
+            else None,
             arguments.author.split(",") if arguments.author else None,
             moment(arguments.since or None),
             moment(arguments.until or None),
@@ -140,6 +144,9 @@ def main(words: Sequence[str] | None = None) -> None:
             sub.add_argument("--user", default=operator, help="the operator who is recorded as author")
         if command is timelapse:
             sub.set_defaults(author=None)
+            sub.add_argument(
+                "--format", choices=("webp", "mp4"), default="webp", help="webp has no loss; mp4 needs ffmpeg"
+            )
             sub.add_argument("--seconds", type=float, default=20, help="length of the film (20)")
             sub.add_argument("--scale", type=int, choices=range(1, 17), default=1, help="size of a pixel (1)")
         if command is backup:

@@ -18,6 +18,9 @@ from pixel.stream import EventId
 SCANNED = 100_000
 """Most changes that are examined for one page."""
 
+MOST_PAINTERS = 100
+"""Most authors in one answer."""
+
 EXPORTED_AT_ONCE = 10_000
 """Changes that an export reads at once."""
 
@@ -122,6 +125,43 @@ def page(path: Path, selection: Selection, after: str | None, limit: int) -> Pag
             return Page(records, None)
         row = database.execute(f"{_COLUMNS} WHERE changes.id = ?", (oldest,)).fetchone()
         return Page(records, _record(row).cursor)
+
+
+class Painter(NamedTuple):
+    """An author's changes among those examined: their number, and the times of the first and the last."""
+
+    author: str | None
+    changes: int
+    first: int
+    last: int
+
+
+def painters(path: Path, selection: Selection) -> tuple[list[Painter], int | None]:
+    """The authors of selected changes, the busiest and then the latest first.
+
+    Only the newest SCANNED changes in the time are examined. The second value is the time of the oldest of
+    them, if there are older ones in the time.
+    """
+    with reading(path) as database:
+        since = first_from(database, (selection.since or 0,))
+        until = (
+            read_position(database).next
+            if selection.until is None
+            else first_from(database, (selection.until,))
+        )
+        oldest = max(since, until - SCANNED)
+        condition, values = conditions(database, selection)
+        rows = database.execute(
+            "SELECT name, count(*) AS number, min(time), max(time)"
+            " FROM changes NOT INDEXED LEFT JOIN authors ON authors.id = author"
+            f" WHERE changes.id >= ? AND changes.id < ? AND {condition}"
+            " GROUP BY author ORDER BY number DESC, max(changes.id) DESC LIMIT ?",
+            (oldest, until, *values, MOST_PAINTERS),
+        ).fetchall()
+        examined = None
+        if oldest > since:
+            [examined] = database.execute("SELECT time FROM changes WHERE id = ?", (oldest,)).fetchone()
+        return [Painter(*row) for row in rows], examined
 
 
 def pixel_page(path: Path, x: int, y: int, after: str | None, limit: int) -> Page:

@@ -9,15 +9,13 @@ import csv
 import io
 import logging
 import os
-import re
 import signal
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from http import HTTPStatus
 from time import monotonic
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import Depends, FastAPI, Query, Response
@@ -28,13 +26,15 @@ from prometheus_client.registry import Collector
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp
 
-from pixel import openapi
+from pixel import metrics, openapi
 from pixel.access import Access
 from pixel.canvas import Canvas, Region
 from pixel.cluster import Redis
 from pixel.history import queries
 from pixel.history.archive import Archive
 from pixel.history.follower import Follower
+from pixel.history.moderation import create_router
+from pixel.history.parameters import Area, Period, Slots, show_time, wanted_area
 from pixel.history.settings import HistorySettings
 from pixel.link import Link
 from pixel.middleware import MetricsMiddleware
@@ -117,26 +117,6 @@ PAGE = {"changes": [CHANGE], "next": None}
 _BINARY = {"type": "string", "format": "binary"}
 
 
-class Slots:
-    """Lets a number of questions run at the same time, and refuses them when too many wait."""
-
-    def __init__(self, most: int, waiting: int) -> None:
-        self._slots = asyncio.Semaphore(most)
-        self._free = most + waiting
-
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Wait for a slot. Raises a 503 ``Problem`` if too many wait."""
-        if self._free == 0:
-            raise Problem.unavailable("Too many questions about the history are waiting.")
-        self._free -= 1
-        try:
-            async with self._slots:
-                yield
-        finally:
-            self._free += 1
-
-
 class _Metrics(Collector):
     """The state of the history, for Prometheus."""
 
@@ -156,32 +136,6 @@ class _Metrics(Collector):
         yield CounterMetricFamily("pixel_history_archived", "Changes archived.", self._follower.changes)
         # The file counts them, so that a restart of the service resets nothing.
         yield CounterMetricFamily("pixel_history_gaps", "Gaps in the history.", state.gaps)
-
-
-def moment(text: str | None) -> int | None:
-    """Milliseconds of a time as in 2026-11-21T02:31:38Z (UTC without an offset). Raises ValueError."""
-    if text is None:
-        return None
-    time = datetime.fromisoformat(text)
-    return round((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
-
-
-def show_time(milliseconds: int) -> str:
-    """The time in milliseconds since the epoch as text, as in 2026-11-21T02:31:38.442Z."""
-    time = datetime.fromtimestamp(milliseconds / 1000, UTC)
-    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def parse_area(text: str | None, canvas: Canvas) -> Region | None:
-    """A region as in 0,0,16,16: x, y, width, height. Raises ValueError."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,5}(,[0-9]{1,5}){3}", text):
-        raise ValueError("must be x,y,width,height, as in 0,0,16,16")
-    region = Region(*map(int, text.split(",")))
-    if not canvas.has(region):
-        raise ValueError(f"must be a part of the canvas, which has {canvas.width}x{canvas.height} pixels")
-    return region
 
 
 def public(author: str | None) -> str | None:
@@ -217,41 +171,28 @@ def _csv(export: Iterator[list[queries.Record]]) -> Iterator[bytes]:
     yield packer.compress(text.getvalue().encode()) + packer.flush()
 
 
-Time = Annotated[
-    str | None,
-    Query(max_length=40, description="As in 2026-11-21T02:31:38Z; UTC if it has no offset."),
-]
 Cursor = Annotated[str | None, Query(pattern=queries.CURSOR, description="``next`` of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=MOST)]
 
 
-def _period(since: Time = None, until: Time = None) -> tuple[int | None, int | None]:
-    """The wanted time. Raises a 422 ``Problem``."""
-    times = []
-    for name, text in (("since", since), ("until", until)):
-        try:
-            times.append(moment(text))
-        except (ValueError, OverflowError):
-            raise Problem.invalid(name, "must be a time, as in 2026-11-21T02:31:38Z") from None
-    return times[0], times[1]
-
-
-Period = Annotated[tuple[int | None, int | None], Depends(_period)]
-
-
 def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
-    """The application. It follows the event stream while it runs."""
+    """The whole application."""
+    return MetricsMiddleware(create_api(settings, history))
+
+
+def create_api(settings: Settings, history: HistorySettings) -> FastAPI:
+    """FastAPI's part of the application. It follows the event stream while it runs."""
     canvas = Canvas(settings.canvas_width, settings.canvas_height)
     questions, exports = Slots(QUESTIONS, QUESTIONS_WAITING), Slots(EXPORTS, 0)
     registry = CollectorRegistry()
+    registry.register(metrics.REFUSALS)
     followers: list[Follower] = []
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Access]]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         store = Store(settings)
         access = Access(store, settings)
-        if access.is_private:
-            await access.start()
+        await access.start()
         archive = Archive(history.path)
         link = Link(Redis(settings), settings.redis_timeout)
         follower = Follower(archive, link, Region(0, 0, canvas.width, canvas.height))
@@ -263,7 +204,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
         ]
         for task in tasks:
             task.add_done_callback(_end_with)
-        yield {"access": access}
+        yield {"access": access, "store": store, "settings": settings}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -279,7 +220,9 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
         version=settings.release,
         lifespan=lifespan,
     )
-    api.state.routers = ()
+    moderation = create_router(history.path, questions)
+    api.state.routers = (moderation,)
+    api.include_router(moderation)
     reader = [Depends(check_reader)]
 
     async def ask(question: Callable[[], queries.Page]) -> Response:
@@ -288,6 +231,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
 
     @api.get(
         "/pixel/{x}/{y}/history",
+        tags=["history"],
         dependencies=reader,
         responses=openapi.answer(HistoryPage, PAGE) | openapi.problems(401, 404, 422, 503),
     )
@@ -301,12 +245,13 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
 
     @api.get(
         "/history",
+        tags=["history"],
         dependencies=reader,
         responses=openapi.answer(HistoryPage, PAGE) | openapi.problems(401, 422, 503),
     )
     async def area_history(
         period: Period,
-        area: Annotated[str | None, Query(max_length=30, description="x,y,width,height")] = None,
+        area: Area = None,
         author: Annotated[str | None, Query(max_length=100, description="As in key:alice.")] = None,
         after: Cursor = None,
         limit: Limit = 100,
@@ -316,10 +261,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
         A page may have fewer changes than ``limit``, or none, and yet a ``next``: it examines a bounded
         number of changes.
         """
-        try:
-            region = parse_area(area, canvas)
-        except ValueError as error:
-            raise Problem.invalid("area", str(error)) from None
+        region = wanted_area(area, canvas)
         if author is not None and public(author) != author:
             raise Problem.invalid("author", "must not be an address; those are known to operators only")
         selection = queries.Selection(region, None if author is None else [author], *period)
@@ -327,6 +269,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
 
     @api.get(
         "/history/state",
+        tags=["history"],
         dependencies=reader,
         responses=openapi.answer(
             HistoryState, {"changes": 1, "oldest": CHANGE["time"], "lag": 0.1, "gaps": []}
@@ -350,6 +293,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
 
     @api.get(
         "/history.csv.gz",
+        tags=["history"],
         response_class=Response,
         dependencies=reader,
         responses=openapi.problems(401, 422, 503)
@@ -377,7 +321,7 @@ def create_app(settings: Settings, history: HistorySettings) -> ASGIApp:
     def get_metrics() -> Response:  # not async: it reads the file
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    return MetricsMiddleware(api)
+    return api
 
 
 def _end_with(task: asyncio.Task[None]) -> None:

@@ -1,9 +1,12 @@
-"""The history as a film: the canvas at regular times, as an animated WebP."""
+"""The history as a film: the canvas at regular times, as an animated WebP or an MP4."""
 
 import sqlite3
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 from PIL import Image
 
@@ -83,6 +86,39 @@ class Film(NamedTuple):
             lossless=True,
             method=0,
         )
+
+    def write_mp4(self, path: Path, file: IO[bytes]) -> None:
+        """Write the film as an MP4 that browsers and phones play, so not without loss, with ffmpeg.
+
+        H.264 without loss (``libx264rgb``) is played by few programs; the WebP has no loss. The file may be a
+        pipe. Raises ValueError as ``frames`` does, or if ffmpeg is missing or fails.
+        """
+        frames = self.frames(path)
+        first = next(frames)
+        scaling = f"scale=iw*{self.scale}:ih*{self.scale}:flags=neighbor:out_color_matrix=bt709"
+        command = [
+            *("ffmpeg", "-loglevel", "error", "-f", "rawvideo", "-pixel_format", "rgb24"),
+            *("-video_size", f"{self.region.w}x{self.region.h}", "-framerate", str(FRAME_RATE), "-i", "-"),
+            # Sides are even, because four pixels share a colour.
+            *("-vf", f"{scaling},pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p"),
+            *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
+            *("-c:v", "libx264", "-preset", "veryfast", "-crf", "14"),
+            # A pipe can't be rewound to write the index.
+            *("-movflags", "frag_keyframe+empty_moov", "-f", "mp4", "-"),
+        ]
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file)
+        except FileNotFoundError:
+            raise ValueError("an MP4 needs ffmpeg: apt install ffmpeg, or use --format webp") from None
+        with process:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # ffmpeg has failed, and has said why
+                for frame in chain([first], frames):
+                    process.stdin.write(frame)
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+        if process.returncode:
+            raise ValueError(f"ffmpeg has failed with status {process.returncode}")
 
     def _images(self, path: Path) -> Iterator[Image.Image]:
         size = self.region.w, self.region.h

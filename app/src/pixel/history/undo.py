@@ -8,7 +8,8 @@ transaction that is delayed does the same, so it needs no lease (compare ``pixel
 
 import asyncio
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ TRIES = 200
 
 PAUSES = 2
 """Length of the pause after a transaction, in lengths of the transaction; other writes have this time."""
+
+STRIP = 16
+"""Rows of a tile that are planned and changed together: 12 transactions at most."""
 
 _EVENTS_AT_ONCE = 256
 _TIMEOUT = 10.0  # seconds
@@ -61,6 +65,17 @@ class Outcome(msgspec.Struct):
     busy: int = 0
     """Their tile was changed by others too often."""
 
+    def __add__(self, other: "Outcome") -> "Outcome":
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        return Outcome(*(one + another for one, another in pairs))
+
+
+class Part(NamedTuple):
+    """What was done in a strip of the canvas: the outcome, and the new values of the changed cells."""
+
+    outcome: Outcome
+    values: list[Change]
+
 
 class Undo:
     """Undoes selected changes, or counts them.
@@ -94,21 +109,32 @@ class Undo:
     async def run(self, *, apply: bool) -> Outcome:
         """Undo the changes if ``apply``; otherwise count only."""
         outcome = Outcome()
-        for tile in _tiles(self._canvas, self._selection.region):
-            position, cells = await asyncio.to_thread(self._plan, tile, outcome)
-            # Changes that are not yet in the history are in the stream.
-            later = _Tail(position)
-            for start in range(0, len(cells), EVENT_CHANGES):
-                await self._restore(cells[start : start + EVENT_CHANGES], later, outcome, apply=apply)
+        async for part in self.parts(apply=apply):
+            outcome += part.outcome
         return outcome
 
-    def _plan(self, tile: Region, outcome: Outcome) -> tuple[EventId, list[Cell]]:
-        """The cells of a tile to restore, by the history up to an event."""
+    async def parts(self, *, apply: bool, start: int = 0) -> AsyncGenerator[Part]:
+        """The same strip by strip, from the strip with this number on. Each strip is independent."""
+        for strip in islice(_strips(self._canvas, self._selection.region), start, None):
+            outcome, values = Outcome(), list[Change]()
+            position, cells = await asyncio.to_thread(self._plan, strip, outcome)
+            # Changes that are not yet in the history are in the stream.
+            later = _Tail(position)
+            for first in range(0, len(cells), EVENT_CHANGES):
+                some = cells[first : first + EVENT_CHANGES]
+                values += await self._restore(some, later, outcome, apply=apply)
+            yield Part(outcome, values)
+
+    def _plan(self, strip: Region, outcome: Outcome) -> tuple[EventId, list[Cell]]:
+        """The cells of a strip to restore, by the history up to an event."""
         with reading(self._path) as database:
-            selection = self._selection._replace(region=tile)
+            selection = self._selection._replace(region=strip)
             return read_position(database).event, list(_cells(database, selection, outcome))
 
-    async def _restore(self, cells: Sequence[Cell], later: "_Tail", outcome: Outcome, *, apply: bool) -> None:
+    async def _restore(
+        self, cells: Sequence[Cell], later: "_Tail", outcome: Outcome, *, apply: bool
+    ) -> list[Change]:
+        """Give cells of a strip their former values, or count them; returns the new values."""
         loop = asyncio.get_running_loop()
         key, _ = locate(cells[0].x, cells[0].y)
         for _ in range(TRIES):
@@ -120,12 +146,14 @@ class Undo:
                 if cell.place not in later.places
                 and tile[locate(cell.x, cell.y)[1] + cell.channel] == cell.shown
             ]
-            if not apply or await self._write(key, chosen):
-                outcome.changed += len(chosen)
-                outcome.painted_over += len(cells) - len(chosen)
+            values = [Change(cell.x, cell.y, cell.channel, cell.former) for cell in chosen]
+            if not apply or await self._write(key, values):
+                outcome.changed += len(values)
+                outcome.painted_over += len(cells) - len(values)
                 await asyncio.sleep(PAUSES * (loop.time() - started) if apply else 0)
-                return
+                return values
         outcome.busy += len(cells)
+        return []
 
     async def _read(self, key: str, later: "_Tail") -> bytes:
         """Watch and read a tile, and all changes that are not yet in the history."""
@@ -134,11 +162,10 @@ class Undo:
             [found] = await self._ask(later.command)
         return bytes(tile or b"").ljust(TILE_BYTES, b"\0")
 
-    async def _write(self, key: str, cells: Sequence[Cell]) -> bool:
-        """Write former values; returns whether Redis has, or the tile was changed in between."""
+    async def _write(self, key: str, values: Sequence[Change]) -> bool:
+        """Write values; returns whether Redis has, or the tile was changed in between."""
         commands: list[Command] = []
-        if cells:
-            values = [Change(cell.x, cell.y, cell.channel, cell.former) for cell in cells]
+        if values:
             fields: list[str | int] = []
             for x, y, channel, value in values:
                 fields += ("SET", "u8", (locate(x, y)[1] + channel) * 8, value)
@@ -178,17 +205,17 @@ class _Tail:
         return len(found) == _EVENTS_AT_ONCE
 
 
-def _tiles(canvas: Canvas, region: Region | None) -> Iterator[Region]:
-    """A region of the canvas, or all of it, in parts that are each within one tile."""
+def _strips(canvas: Canvas, region: Region | None) -> Iterator[Region]:
+    """A region of the canvas, or all of it, in parts that are each within one tile, and STRIP rows high."""
     x, y, w, h = region or Region(0, 0, canvas.width, canvas.height)
-    for top in range(y - y % TILE, y + h, TILE):
+    for top in range(y - y % STRIP, y + h, STRIP):
         for left in range(x - x % TILE, x + w, TILE):
             start = max(left, x), max(top, y)
-            yield Region(*start, min(left + TILE, x + w) - start[0], min(top + TILE, y + h) - start[1])
+            yield Region(*start, min(left + TILE, x + w) - start[0], min(top + STRIP, y + h) - start[1])
 
 
 def _cells(database: sqlite3.Connection, selection: Selection, outcome: Outcome) -> Iterator[Cell]:
-    """The cells in a tile whose last change is one of those to undo; the others are counted."""
+    """The cells in a strip whose last change is one of those to undo; the others are counted."""
     condition, values = conditions(database, selection)
     other, other_values = conditions(database, selection, "other")
     snapshots = _Snapshots(database)
@@ -223,7 +250,7 @@ def _cells(database: sqlite3.Connection, selection: Selection, outcome: Outcome)
 
 
 class _Snapshots:
-    """The snapshots of a history file, for the cells of one tile."""
+    """The snapshots of a history file, for the cells of one strip."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database

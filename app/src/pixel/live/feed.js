@@ -1,5 +1,7 @@
 // The event stream, of which all tabs of a browser share one: browsers open few connections to a host.
 
+import { KeyedSource } from "./source.js";
+
 const SILENCE = 10_000; // milliseconds; a stream that works receives something every two seconds
 const HELD_BACK = 6_000; // milliseconds; a stream that works receives something at once
 const HELD_BACK_RETRY = 20_000;
@@ -16,14 +18,15 @@ export function isAfter(one, other) {
 /** The state that the answer to a refused request means, and the reason. */
 export async function refusal(answer) {
   const { maintenance, detail = "" } = await answer.json().catch(() => ({}));
-  return [maintenance ? "maintenance" : "lost", detail];
+  const state = answer.status === 401 ? "private" : "lost";
+  return [maintenance ? "maintenance" : state, detail];
 }
 
 /**
  * Follows the event stream for the tabs at some message ports. A tab sends
  *
- * - {follow: event, part, subscription, url}: send me the changes after an event, at least those
- *   of a region [x, y, w, h] of the canvas, or of all of it if part is null,
+ * - {follow: event, part, subscription, url, key}: send me the changes after an event, at least those
+ *   of a region [x, y, w, h] of the canvas, or of all of it if part is null; the key may be null,
  * - {hurry: true}: the network may be back,
  * - {leave: true}: stop sending.
  *
@@ -31,13 +34,14 @@ export async function refusal(answer) {
  *
  * - {event, changes}: arrays [x, y, channel, value], and the last event that they contain,
  * - {status}: as the server sends it,
- * - {state, text}: "live", "lost", "maintenance" with its message, or "held" if a proxy holds the
- *   stream back,
+ * - {state, text}: "live", "lost", "private" if reading needs a key, "maintenance" with its message, or
+ *   "held" if a proxy holds the stream back,
  * - {resync: event}: fetch the canvas as of this event or later, and follow again.
  */
 export class Feed {
   #subscriptions = new Map(); // port -> {subscription, part}
   #url = "";
+  #key = null;
   #part = null; // that the stream is about
   #source = null;
   #state = ""; // empty without a subscription
@@ -58,8 +62,10 @@ export class Feed {
     };
   }
 
-  #follow(port, { follow, part, subscription, url }) {
+  #follow(port, { follow, part, subscription, url, key }) {
     this.#subscriptions.set(port, { subscription, part });
+    const renewed = key !== this.#key;
+    this.#key = key;
     if (!this.#state) {
       this.#url = url;
       this.#restart(follow);
@@ -67,8 +73,8 @@ export class Feed {
       this.#listen();
     } else if (isAfter(this.#complete, follow)) {
       this.#send({ resync: this.#complete }, [port]);
-    } else if (String(this.#wanted()) !== String(this.#part)) {
-      // Begin again with another part, where those are who know the least.
+    } else if (renewed || String(this.#wanted()) !== String(this.#part)) {
+      // Begin again with another part or key, where those are who know the least.
       this.#restart(isAfter(this.#event, follow) ? follow : this.#event);
       this.#listen();
       this.#send({ state: this.#state, text: this.#text }, [port]);
@@ -119,7 +125,7 @@ export class Feed {
     const names = ["x", "y", "w", "h"];
     const part = this.#part?.map((value, index) => `${names[index]}=${value}&`).join("") ?? "";
     const url = `${this.#url}?${part}after=${this.#event}`;
-    const source = (this.#source = new EventSource(url));
+    const source = (this.#source = this.#key ? new KeyedSource(url, this.#key) : new EventSource(url));
     this.#received = false;
     this.#expect(HELD_BACK);
     source.onmessage = ({ data, lastEventId }) => {
@@ -171,11 +177,12 @@ export class Feed {
     this.#send({ state, text });
   }
 
-  /** Report maintenance, if that is why a stream was refused: the browser doesn't say. */
+  /** Report maintenance or a missing key, if that is why a stream was refused: the browser doesn't say. */
   async #explain(url) {
     const request = new AbortController();
     try {
-      const answer = await fetch(url, { signal: request.signal });
+      const headers = this.#key ? { Authorization: `Bearer ${this.#key}` } : {};
+      const answer = await fetch(url, { headers, signal: request.signal });
       if (answer.ok) return;
       const [state, text] = await refusal(answer);
       if (this.#state === "lost") this.#tell(state, text);
@@ -201,7 +208,7 @@ export class Feed {
 
   #lose() {
     this.#stop();
-    if (this.#state !== "maintenance") this.#tell("lost");
+    if (this.#state !== "maintenance" && this.#state !== "private") this.#tell("lost");
     this.#timer = setTimeout(() => this.#listen(), this.#pause * (0.5 + Math.random()));
     this.#pause = Math.min(2 * this.#pause, LONGEST_PAUSE);
   }

@@ -1,8 +1,11 @@
 // The page: connects its parts.
 
 import { Board } from "./board.js";
+import { Budget } from "./budget.js";
 import { Origin } from "./origin.js";
+import { Moderation } from "./moderation.js";
 import { Painter } from "./painter.js";
+import { Session } from "./session.js";
 import { Stream } from "./stream.js";
 import { View } from "./view.js";
 
@@ -14,7 +17,7 @@ const COLOURS = {
 };
 const CHANNELS = { R: 0, G: 1, B: 2 };
 const STATES = {
-  loading: "Loading", live: "Live", lost: "Reconnecting", polling: "Polling", maintenance: "Maintenance",
+  loading: "Loading", live: "Live", lost: "Reconnecting", private: "Sign in to see the canvas", polling: "Polling", maintenance: "Maintenance",
 };
 const HINTS = { polling: "A proxy holds back the stream of changes; the canvas is fetched every 2 s." };
 const STATUS = ["viewers", "writes", "instance", "release"];
@@ -30,11 +33,13 @@ const number = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const stage = $("stage");
 const picker = $("picker");
 const board = new Board($("board"));
-const origin = new Origin((text) => {
+const budget = new Budget($("budget"));
+const session = new Session({ change: (rights) => showRights(rights), budget: (state) => budget.show(state) });
+const origin = new Origin(session, (text) => {
   $("origin").textContent = text;
   $("origin").hidden = !text;
 });
-const painter = new Painter(board, (reason) => toast(`Not painted: ${reason}`));
+const painter = new Painter(board, session, (reason) => toast(`Not painted: ${reason}`));
 
 // The colour to paint in.
 
@@ -78,8 +83,11 @@ choose(storedColour());
 // The view.
 
 let follow = () => {}; // what is on the stage, as soon as there is a stream
+let select = () => {}; // what is selected, for moderators
+let restart = () => {}; // the stream, for another user
 
-const view = new View(stage, $("board"), $("grid"), $("cursor"), {
+const parts = { stage, canvas: $("board"), grid: $("grid"), mark: $("cursor"), area: $("area") };
+const view = new View(parts, {
   paint(x, y) {
     if (!board.width) return;
     painter.paint(x, y, rgb(picker.value));
@@ -89,6 +97,9 @@ const view = new View(stage, $("board"), $("grid"), $("cursor"), {
   pick(x, y) {
     choose(hex(board.colour(board.place(x, y))));
     say(`Colour ${picker.value}`);
+  },
+  select() {
+    select();
   },
   cursor(cell, byKey) {
     describe(cell);
@@ -142,10 +153,56 @@ $("zoom-in").addEventListener("click", () => view.step(1));
 $("zoom-out").addEventListener("click", () => view.step(-1));
 $("fit").addEventListener("click", () => view.fit());
 $("show-help").addEventListener("click", () => $("help").showModal());
-addEventListener("keydown", ({ key }) => {
-  if ($("help").open) return;
-  if (key === "?") $("help").showModal();
-  else if (key === "Escape") stage.focus();
+
+const moderation = new Moderation(board, view, session, say);
+select = () => moderation.selected();
+$("moderate").addEventListener("click", () => moderation.toggle());
+
+addEventListener("keydown", ({ key, target, ctrlKey, metaKey, altKey }) => {
+  if (document.querySelector("dialog[open]") || ctrlKey || metaKey || altKey) return;
+  const typing = target.matches("#moderation :is(input, select)");
+  if (key === "Escape") stage.focus();
+  else if (!typing && key === "?") $("help").showModal();
+  else if (!typing && (key === "m" || key === "M") && !$("moderate").hidden) moderation.toggle();
+});
+
+// Signing in.
+
+let author; // who is signed in: null is nobody, undefined that the server hasn't answered yet
+
+function showRights(rights) {
+  $("account").textContent = rights.author ? "Sign out" : "Sign in";
+  $("account").title = rights.author ? `Signed in as ${rights.author.replace(/^key:/, "")}` : "";
+  $("moderate").hidden = !rights.scopes.includes("moderate");
+  if ($("moderate").hidden) moderation.close();
+  if (author !== undefined && author !== rights.author) {
+    budget.clear();
+    restart();
+  }
+  author = rights.author;
+}
+
+$("account").addEventListener("click", () => {
+  if (session.key) {
+    session.signOut();
+    say("Signed out");
+    return;
+  }
+  $("key").value = "";
+  $("sign-in-problem").hidden = true;
+  $("sign-in").showModal();
+});
+$("sign-in-cancel").addEventListener("click", () => $("sign-in").close());
+$("sign-in-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  try {
+    await session.signIn($("key").value.trim());
+    $("sign-in").close();
+    say("Signed in");
+  } catch (error) {
+    $("sign-in-problem").textContent = error.message;
+    $("sign-in-problem").hidden = false;
+  }
 });
 
 let toasting = 0;
@@ -172,7 +229,7 @@ function showState(state, text = "") {
   $("connection").textContent = (!paused && text) || STATES[state];
 }
 
-const stream = new Stream({
+const stream = new Stream(session, {
   load(size, part, bytes, event) {
     const first = !board.width;
     board.load(size, part, bytes);
@@ -203,11 +260,13 @@ const stream = new Stream({
     if (state === connected && state !== "loading") return;
     connected = state;
     showState(state, text && state !== "maintenance" ? `${STATES[state]}: ${text}` : text);
-    if (state === "lost" || state === "maintenance" || state === "polling") for (const id of STATUS) $(id).textContent = "–";
+    if (state !== "live" && state !== "loading") for (const id of STATUS) $(id).textContent = "–";
   },
 });
 
 follow = (part) => stream.show(part);
+restart = () => stream.restart();
+session.check().then((problem) => problem && toast(`Signed out: ${problem}`));
 
 // Keys work at once; the focus is shown when one is used.
 stage.focus({ preventScroll: true, focusVisible: false });

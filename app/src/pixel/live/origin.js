@@ -8,13 +8,18 @@ const NAMES = { key: "", operator: "operator " };
 const relative = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
 
 export class Origin {
+  #session;
   #show;
   #question = ""; // the pixel and its colour
   #timer = 0;
   #available = true;
 
-  /** @param {(text: string) => void} show */
-  constructor(show) {
+  /**
+   * @param {import("./session.js").Session} session
+   * @param {(text: string) => void} show
+   */
+  constructor(session, show) {
+    this.#session = session;
     this.#show = show;
   }
 
@@ -31,7 +36,8 @@ export class Origin {
   async #answer({ x, y }, question) {
     let changes;
     try {
-      const answer = await fetch(`pixel/${x}/${y}/history?limit=1`, { signal: AbortSignal.timeout(TIMEOUT) });
+      const options = { signal: AbortSignal.timeout(TIMEOUT) };
+      const answer = await this.#session.fetch(`pixel/${x}/${y}/history?limit=1`, options);
       if (answer.status === 404) this.#available = false;
       if (!answer.ok) return;
       ({ changes } = await answer.json());

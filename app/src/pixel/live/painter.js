@@ -1,21 +1,25 @@
 // Painting: a pixel is shown at once, sent, and taken back if it is refused.
 
 import { isAfter } from "./feed.js";
+import { reason, unreachable } from "./session.js";
 
 const TIMEOUT = 10_000; // milliseconds for an answer
 
 export class Painter {
   #board;
+  #session;
   #refused;
   #received = "0-0"; // the last event that the board contains
   #strokes = new Map(); // place of a pixel -> the colour painted there whose event hasn't arrived
 
   /**
    * @param {import("./board.js").Board} board
+   * @param {import("./session.js").Session} session
    * @param {(reason: string) => void} refused
    */
-  constructor(board, refused) {
+  constructor(board, session, refused) {
     this.#board = board;
+    this.#session = session;
     this.#refused = refused;
   }
 
@@ -61,7 +65,7 @@ export class Painter {
       let sent, event;
       do {
         sent = stroke.rgb;
-        event = await put(x, y, sent);
+        event = await this.#put(x, y, sent);
       } while (sent !== stroke.rgb);
       // The colour stays until its event arrives: changes by others may arrive before it.
       if (isAfter(event, this.#received)) stroke.event = event;
@@ -73,22 +77,16 @@ export class Painter {
       stroke.sending = false;
     }
   }
-}
-
-/** Returns the event that contains the change. Throws an Error with the reason for a refusal. */
-async function put(x, y, [R, G, B]) {
-  let answer;
-  try {
-    answer = await fetch(`pixel/${x}/${y}`, {
+  /** Returns the event that contains the change. Throws an Error with the reason for a refusal. */
+  async #put(x, y, [R, G, B]) {
+    const options = {
       method: "PUT",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ R, G, B }),
       signal: AbortSignal.timeout(TIMEOUT),
-    });
-  } catch {
-    throw new Error("The server can’t be reached.");
+    };
+    const answer = await this.#session.fetch(`pixel/${x}/${y}`, options).catch(unreachable);
+    if (!answer.ok) throw new Error(await reason(answer));
+    return answer.headers.get("X-Pixel-Event") ?? "0-0";
   }
-  if (answer.ok) return answer.headers.get("X-Pixel-Event") ?? "0-0";
-  const problem = await answer.json().catch(() => ({}));
-  throw new Error(problem.detail ?? problem.title ?? `The server answered ${answer.status}.`);
 }

@@ -4,7 +4,7 @@ import { Feed, isAfter, refusal } from "./feed.js";
 
 // A worker of an earlier release runs as long as one of its tabs is open. Change this name whenever
 // the messages of feed.js change.
-const WORKER = "pixel-3";
+const WORKER = "pixel-4";
 const UNSEEN = 60_000; // milliseconds after which a hidden tab no longer follows
 const LARGE = 2 ** 20; // pixels; of a larger canvas only what is on the stage is followed
 const GRID = 256; // pixels; where the followed part begins and ends, so that viewers share parts
@@ -22,10 +22,11 @@ const LONGEST_PAUSE = 8_000;
  * - change(changes, event): arrays [x, y, channel, value], and the last event that they contain,
  * - status({viewers, writes, instance, release, maintenance}): of the fleet, null while Redis can't
  *   be asked; the instance and release that send it; and the message of a maintenance or null,
- * - state(state, text): "loading", "live", "lost", "maintenance", or "polling" while a proxy holds the
- *   stream back; and details.
+ * - state(state, text): "loading", "live", "lost", "private" if reading needs a key, "maintenance", or
+ *   "polling" while a proxy holds the stream back; and details.
  */
 export class Stream {
+  #session;
   #on;
   #port;
   #subscription = 0;
@@ -43,7 +44,9 @@ export class Stream {
   #timer = 0;
   #unseen = 0;
 
-  constructor(on) {
+  /** @param {import("./session.js").Session} session */
+  constructor(session, on) {
+    this.#session = session;
     this.#on = on;
     this.#connect();
     addEventListener("online", () => this.#hurry());
@@ -54,6 +57,12 @@ export class Stream {
       if (document.hidden) this.#unseen = setTimeout(() => this.#leave(), UNSEEN);
       else this.#hurry();
     });
+    this.#load();
+  }
+
+  /** Begin again: the user has signed in or out. */
+  restart() {
+    this.#tag = "";
     this.#load();
   }
 
@@ -173,7 +182,8 @@ export class Stream {
     this.#subscription += 1;
     const url = new URL("events", document.baseURI).href;
     const part = this.#isAll(this.#part) ? null : this.#part;
-    this.#port.postMessage({ follow: this.#event, part, subscription: this.#subscription, url });
+    const { key } = this.#session;
+    this.#port.postMessage({ follow: this.#event, part, subscription: this.#subscription, url, key });
   }
 
   #leave() {
@@ -225,7 +235,7 @@ export class Stream {
     const headers = { "Cache-Control": "max-age=0" };
     if (this.#tag) headers["If-None-Match"] = this.#tag;
     const url = `canvas.rgb${query.length ? "?" : ""}${query.join("&")}`;
-    const answer = await fetch(url, { cache: "no-store", headers });
+    const answer = await this.#session.fetch(url, { cache: "no-store", headers });
     if (answer.status === 304) {
       this.#event = answer.headers.get("X-Pixel-Event") ?? this.#event;
       this.#on.change([], this.#event);

@@ -11,6 +11,7 @@ const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
  * Lengths are CSS pixels from the upper left corner of the stage. `on` receives
  *
  * - paint(x, y), pick(x, y): a click on a pixel,
+ * - select([x, y, w, h]): the area that was marked by a drag, while `selecting` is set,
  * - cursor(cell, byKey): the pixel {x, y} that is now under the cursor; null if none,
  * - view({x, y, zoom, part}): the pixel in the middle of the stage, the size of a pixel, and the part
  *   [x, y, w, h] of the canvas that is on the stage.
@@ -20,6 +21,7 @@ export class View {
   #canvas;
   #grid;
   #mark;
+  #frameOfArea;
   #on;
   #width = 0; // of the canvas, in pixels
   #height = 0;
@@ -31,11 +33,15 @@ export class View {
   #fitted = true; // until the first zoom or move
   #cursor = null;
   #pointers = new Map(); // pressed ones
+  #selecting = false;
+  #anchor = null; // the pixel {x, y} where a drag began that selects
+  #area = null; // [x, y, w, h] that is selected
   #click = null; // where a pointer went down that may become a click
   #frame = 0;
 
-  constructor(stage, canvas, grid, mark, on) {
-    [this.#stage, this.#canvas, this.#grid, this.#mark, this.#on] = [stage, canvas, grid, mark, on];
+  constructor({ stage, canvas, grid, mark, area }, on) {
+    [this.#stage, this.#canvas, this.#grid, this.#mark, this.#frameOfArea] = [stage, canvas, grid, mark, area];
+    this.#on = on;
     new ResizeObserver(() => this.#resize()).observe(stage);
     for (const type of ["down", "move", "up", "cancel", "leave"]) {
       stage.addEventListener(`pointer${type}`, (event) => this[`_${type}`](event));
@@ -57,6 +63,31 @@ export class View {
 
   get cursor() {
     return this.#cursor;
+  }
+
+  /** Whether a drag selects an area instead of moving the view; two fingers still move it. */
+  get selecting() {
+    return this.#selecting;
+  }
+
+  set selecting(selecting) {
+    this.#selecting = selecting;
+    this.#stage.classList.toggle("selecting", selecting);
+  }
+
+  /** The selected area [x, y, w, h], or null. */
+  get area() {
+    return this.#area;
+  }
+
+  set area(area) {
+    this.#area = area;
+    this.#render();
+  }
+
+  /** The part [x, y, w, h] of the canvas that is on the stage. */
+  get part() {
+    return this.#part(this.#left, this.#top);
   }
 
   /** The canvas has this many pixels. */
@@ -147,6 +178,7 @@ export class View {
       this.#canvas.classList.toggle("reduced", zoom * devicePixelRatio < 1);
       this.#renderGrid(left, top);
       this.#renderCursor(left, top);
+      this.#renderArea(left, top);
       const { x, y } = this.#middle();
       this.#on.view({
         x: clamp(Math.floor((x - left) / zoom), 0, this.#width - 1),
@@ -196,6 +228,32 @@ export class View {
     style.width = style.height = `${size}px`;
   }
 
+  #renderArea(left, top) {
+    const { style } = this.#frameOfArea;
+    this.#frameOfArea.hidden = !this.#area;
+    if (!this.#area) return;
+    const [x, y, w, h] = this.#area.map((length) => length * this.#zoom);
+    style.transform = `translate(${left + x}px, ${top + y}px)`;
+    style.width = `${w}px`;
+    style.height = `${h}px`;
+  }
+
+  /** Select from the anchor to the pixel at a point. */
+  #extend(point) {
+    const end = this.#nearest(point);
+    const [x, y] = [Math.min(this.#anchor.x, end.x), Math.min(this.#anchor.y, end.y)];
+    const [right, bottom] = [Math.max(this.#anchor.x, end.x), Math.max(this.#anchor.y, end.y)];
+    this.area = [x, y, right - x + 1, bottom - y + 1];
+  }
+
+  /** The pixel {x, y} of the canvas that is nearest to a point. */
+  #nearest(point) {
+    return {
+      x: clamp(Math.floor((point.x - this.#left) / this.#zoom), 0, this.#width - 1),
+      y: clamp(Math.floor((point.y - this.#top) / this.#zoom), 0, this.#height - 1),
+    };
+  }
+
   /** The pixel {x, y} at a point, or null. */
   #cell(point) {
     const x = Math.floor((point.x - this.#left) / this.#zoom);
@@ -220,7 +278,8 @@ export class View {
     this.#stage.setPointerCapture(event.pointerId);
     this.#pointers.set(event.pointerId, this.#point(event));
     const alone = this.#pointers.size === 1 && event.button === 0;
-    this.#click = alone ? this.#point(event) : null;
+    this.#click = alone && !this.#selecting ? this.#point(event) : null;
+    this.#anchor = alone && this.#selecting && this.#width ? this.#nearest(this.#point(event)) : null;
   }
 
   _move(event) {
@@ -228,6 +287,10 @@ export class View {
     const before = this.#pointers.get(event.pointerId);
     if (!before) {
       this.#setCursor(this.#cell(point));
+      return;
+    }
+    if (this.#anchor) {
+      this.#extend(point);
       return;
     }
     if (this.#click) {
@@ -256,6 +319,12 @@ export class View {
   _up(event) {
     if (!this.#pointers.delete(event.pointerId) || this.#pointers.size) return;
     this.#stage.classList.remove("panning");
+    if (this.#anchor) {
+      this.#extend(this.#point(event));
+      this.#anchor = null;
+      this.#on.select(this.#area);
+      return;
+    }
     const cell = this.#click && this.#cell(this.#click);
     this.#click = null;
     if (!cell) return;
@@ -267,7 +336,7 @@ export class View {
 
   _cancel(event) {
     this.#pointers.delete(event.pointerId);
-    this.#click = null;
+    this.#click = this.#anchor = null;
     this.#stage.classList.remove("panning");
   }
 

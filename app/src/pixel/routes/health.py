@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from pixel import crashes, metrics, openapi
+from pixel.access import Rights
 from pixel.maintenance import Maintenance
 from pixel.problems import Problem
 from pixel.requests import State, json_response, state_of
@@ -53,6 +54,16 @@ def _identity(state: State) -> Identity:
 async def ping(request: Request) -> Response:
     """The instance that answers."""
     return json_response(_identity(state_of(request)))
+
+
+@router.get(
+    "/access",
+    responses=openapi.answer(Rights, {"author": "key:alice", "scopes": ["paint", "batch"]})
+    | openapi.problems(401, 503),
+)
+async def get_access(request: Request) -> Response:
+    """Whom the key in the request belongs to, and what it allows; without a key, what everybody may do."""
+    return json_response(state_of(request)["access"].rights(dict(request.scope["headers"])))
 
 
 @router.get("/healthz", responses=openapi.answer(Health, {"status": "ok"}))
