@@ -40,7 +40,8 @@ class EventId(NamedTuple):
     def of(cls, entry: Sequence[Any]) -> "EventId":
         """The ID of an entry of the stream, as Redis returns it: its ID in Redis, and its fields."""
         event, fields = entry
-        return cls(*map(int, event.split(b"-")), int(fields[-1]) if fields[-2] == b"e" else 0)
+        milliseconds, sequence = map(int, event.split(b"-"))
+        return cls(milliseconds, sequence, int(fields[-1]) if fields[-2] == b"e" else 0)
 
     def text(self) -> bytes:
         """The ID as text, as in 1795225898442-0, or 1795225898442-0-7 in a cluster."""
