@@ -115,8 +115,7 @@ class Redis:
         if self.is_cluster:
             replicas = Replicas(self)
             await replicas.check(connection)
-            [count] = await connection.ask(replicas.wait(CONFIRM))
-            if not replicas.suffice(count):
+            if not replicas.suffice(*await connection.ask(*replicas.wait(CONFIRM))):
                 raise ConnectionError("the change was made, but too few replicas have it on their disks")
 
     async def nodes(self, server: Server) -> list[Node] | None:
@@ -187,12 +186,16 @@ class Replicas:
         """Whether the replicas have to be checked before the next write."""
         return self.are_short or monotonic() - self._checked > CHECK
 
-    def wait(self, seconds: float) -> Command:
-        """The command that waits for the replicas."""
-        return ("WAIT", self._needed, max(int(seconds * 1000), 1))
+    def wait(self, seconds: float) -> list[Command]:
+        """The commands that wait for the replicas."""
+        wait: Command = ("WAIT", self._needed, max(int(seconds * 1000), 1))
+        # If all depends on one replica, it must not have been resynchronised meanwhile.
+        return [wait, ("INFO", "stats")] if len(self._logged) == 1 else [wait]
 
-    def suffice(self, acknowledged: object) -> bool:
-        """Whether so many replicas, the reply to ``wait``, are enough."""
+    def suffice(self, acknowledged: object, *stats: bytes) -> bool:
+        """Whether enough replicas have acknowledged, by the replies to ``wait``."""
+        for text in stats:
+            self._count_resyncs(text)
         number = acknowledged if isinstance(acknowledged, int) else 0
         if number != self.acknowledged:
             self.acknowledged = number
@@ -216,16 +219,20 @@ class Replicas:
             if "slave" in node.flags and not node.flags & {"fail", "noaddr"} and node.master not in masters
         }
         self._needed = max(len(replicas), 1)
+        self._count_resyncs(stats)
+        self._logged &= replicas.keys()
+        self._checked = monotonic()
+        for name in replicas.keys() - self._logged - self._checks.keys():
+            self._checks[name] = asyncio.create_task(self._check_log(replicas[name], self._resyncs))
+        while not self._logged and self._checks:
+            await asyncio.wait(self._checks.values(), return_when=asyncio.FIRST_COMPLETED)
+
+    def _count_resyncs(self, stats: bytes) -> None:
+        """After a full resynchronisation of a replica, the logs of all have to be checked again."""
         resyncs = int(_fields(stats)["sync_full"])
         if resyncs != self._resyncs:
             self._resyncs = resyncs
             self._logged.clear()
-        self._logged &= replicas.keys()
-        self._checked = monotonic()
-        for name in replicas.keys() - self._logged - self._checks.keys():
-            self._checks[name] = asyncio.create_task(self._check_log(replicas[name], resyncs))
-        while not self._logged and self._checks:
-            await asyncio.wait(self._checks.values(), return_when=asyncio.FIRST_COMPLETED)
 
     async def _check_log(self, node: Node, resyncs: int) -> None:
         try:

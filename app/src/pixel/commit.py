@@ -295,10 +295,10 @@ class GroupCommit:
             while replicas.are_short:
                 async with asyncio.timeout(self._timeout):
                     # Until the next write, this asks for the last one again.
-                    [acknowledged] = await connection.ask(replicas.wait(_REPLICAS_PAUSE))
-                if replicas.suffice(acknowledged):
+                    acknowledged = await connection.ask(*replicas.wait(_REPLICAS_PAUSE))
+                if replicas.suffice(*acknowledged):
                     break
-                self._health.fails(f"{acknowledged} replicas acknowledge writes")
+                self._health.fails(f"{acknowledged[0]} replicas acknowledge writes")
                 if monotonic() - since > _RESTART:
                     self._refuse("Too few replicas of Redis acknowledge writes")
                 if (await self._redis.find()).epoch > connection.epoch:
@@ -354,21 +354,22 @@ class GroupCommit:
                 if rest < _LEAST_WAIT:
                     batch.refuse("Redis was too slow for this write to begin")
                     return
-                confirmation = [self._replicas.wait(min(rest, _LEASE * self._timeout))]
+                confirmation = self._replicas.wait(min(rest, _LEASE * self._timeout))
             asked, started = monotonic(), perf_counter()
             replies = connection.execute([*before, *self._lease.conditions, *commands, *confirmation])
             timer = self._loop.call_later(self._timeout, connection.close, "no answer in time")
             try:
-                *queued, results = await replies
+                answers = await replies
             except ConnectionError as error:
                 self._doubt(batch, error)
                 return
             finally:
                 timer.cancel()
+            end = len(answers) - len(confirmation)
+            *queued, results = answers[:end]
             if self._replicas:
-                acknowledged, results = results, queued.pop()
-                if isinstance(results, list) and not self._replicas.suffice(acknowledged):
-                    was_switched = isinstance(acknowledged, NotMasterError)
+                if isinstance(results, list) and not self._replicas.suffice(*answers[end:]):
+                    was_switched = isinstance(answers[end], NotMasterError)
                     if not (was_switched and await self._has_new_master(results[-1], connection, batch)):
                         batch.doubt("Too few replicas of Redis have acknowledged it")
                         return
@@ -405,15 +406,15 @@ class GroupCommit:
                     replicas = Replicas(self._redis)
                     await replicas.check(connection)
                     # The probe makes WAIT refer to all that was written before it.
-                    *_, results, acknowledged = await connection.ask(
-                        ("MULTI",), *looks, _PROBE, ("EXEC",), replicas.wait(seconds)
-                    )
+                    transaction: list[Command] = [("MULTI",), *looks, _PROBE, ("EXEC",)]
+                    replies = await connection.ask(*transaction, *replicas.wait(seconds))
                 finally:
                     connection.close()
         except (OSError, ReplyError):
             return False
+        results, acknowledged = replies[len(transaction) - 1], replies[len(transaction) :]
         found = [EventId.of(entry) for entries in results[:-1] for entry in entries]
-        return found == wanted and replicas.suffice(acknowledged)
+        return found == wanted and replicas.suffice(*acknowledged)
 
     def _rest(self, batch: _Batch) -> float:
         """Seconds within which a batch has to be answered."""
