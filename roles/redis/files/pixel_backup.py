@@ -165,8 +165,7 @@ def become(user: int, group: int) -> None:
 
 def rights_of_owner(directory: Path) -> contextlib.AbstractContextManager[None]:
     """Have the rights of a directory's owner, so that a link that the owner made there leads nowhere else."""
-    with rights_of(0, 0):
-        owner = directory.stat()
+    owner = directory.stat()
     return rights_of(owner.st_uid, owner.st_gid)
 
 
@@ -456,7 +455,7 @@ class Backup:
             except Problem as problem:
                 self.history_problem = problem
         with contextlib.ExitStack() as stack:
-            with rights_of_owner(settings.log):
+            with rights_of_owner(settings.log.parent):
                 log = open_log(settings.log)
             for file in log.values():
                 stack.enter_context(file)
