@@ -20,7 +20,7 @@ from pixel.history import queries
 from pixel.history.parameters import Area, Period, Slots, moment, show_time, wanted_area
 from pixel.history.undo import Outcome, Undo
 from pixel.maintenance import Maintenance
-from pixel.pixel import Change, Channel
+from pixel.pixel import Change
 from pixel.problems import Problem
 from pixel.requests import decode_body, find_moderator, json_response, read_json, state_of
 from pixel.resp import Connection, ReplyError, Server
@@ -57,7 +57,8 @@ class Painters(msgspec.Struct, frozen=True):
 
 
 Moment = Annotated[str, msgspec.Meta(max_length=40, extra_json_schema={"format": "date-time"})]
-Cell = tuple[int, int, Channel, int]
+Cell = Annotated[list[int | str], msgspec.Meta(min_length=4, max_length=4)]
+"""x, y, channel and value."""
 
 
 class WantedUndo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -220,7 +221,7 @@ async def _undo(
             author=author,
             since=show_time(_milliseconds(since)),
             until=show_time(_milliseconds(until) + 1),
-            cells=[(x, y, CHANNELS[channel], value) for x, y, channel, value in values]
+            cells=[[x, y, CHANNELS[channel], value] for x, y, channel, value in values]
             if wanted.cells
             else None,
             next=following,
