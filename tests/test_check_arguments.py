@@ -307,8 +307,6 @@ WRONG = [
     ("redis_backup_name", "a b"),
     ("redis_backup_host", "elsewhere"),
     ("redis_backup_memory_max", "plenty"),
-
-
     ("redis_hosts", ["c5", "t2"]),
     ("redis_voter_port", 80),
     ("redis_cluster_user", "admin"),

@@ -970,6 +970,9 @@ def test_a_moderator_works_on_a_phone(moderated: Callable[..., tuple[str, Page]]
     page.get_by_role("button", name="Moderate").tap()
     panel = page.get_by_role("complementary", name="Moderation")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+    help_box = page.locator("#show-help").bounding_box()
+    assert help_box is not None
+    assert help_box["x"] + help_box["width"] < 390
     stage = page.locator("#stage").bounding_box()
     assert stage is not None
     assert stage["height"] > 150

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from pixel import moderation, openapi
-from pixel.canvas import CHANNELS, Canvas, Channel
+from pixel.canvas import CHANNELS, Canvas
 from pixel.cluster import Redis
 from pixel.history import queries
 from pixel.history.parameters import Area, Period, Slots, moment, show_time, wanted_area
@@ -58,7 +58,8 @@ class Painters(msgspec.Struct, frozen=True):
 
 
 Moment = Annotated[str, msgspec.Meta(max_length=40, extra_json_schema={"format": "date-time"})]
-Cell = tuple[int, int, Channel, int]
+Cell = Annotated[list[int | str], msgspec.Meta(min_length=4, max_length=4)]
+"""x, y, channel and value."""
 
 
 class WantedUndo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -224,7 +225,7 @@ async def _undo(
             author=author,
             since=show_time(_milliseconds(since)),
             until=show_time(_milliseconds(until) + 1),
-            cells=[(x, y, CHANNELS[channel], value) for x, y, channel, value in values]
+            cells=[[x, y, CHANNELS[channel], value] for x, y, channel, value in values]
             if wanted.cells
             else None,
             next=following,

@@ -259,7 +259,8 @@ const stream = new Stream(session, {
   state(state, text) {
     if (state === connected && state !== "loading") return;
     connected = state;
-    showState(state, text && state !== "maintenance" ? `${STATES[state]}: ${text}` : text);
+    const details = text && state !== "private" && state !== "maintenance";
+    showState(state, details ? `${STATES[state]}: ${text}` : state === "maintenance" ? text : "");
     if (state !== "live" && state !== "loading") for (const id of STATUS) $(id).textContent = "–";
   },
 });
