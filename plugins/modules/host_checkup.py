@@ -117,7 +117,8 @@ drained:
   elements: str
   returned: always
 backends:
-  description: Hash of the backends and weights of this balancer, which all balancers share; empty if it is none.
+  description: >-
+    Hash of the backends and weights of this balancer, which all balancers share; empty if it is none.
   type: str
   returned: always
 reboot_required:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT / "roles/redis/files"), str(ROOT / "molecule/redis_cluster")]
+sys.path[:0] = [str(ROOT / "roles/redis/files"), str(ROOT / "molecule/redis_cluster/files")]
 
 
 @pytest.fixture(scope="session")
