@@ -368,11 +368,13 @@ class GroupCommit:
             end = len(answers) - len(confirmation)
             *queued, results = answers[:end]
             if self._replicas:
-                if isinstance(results, list) and not self._replicas.suffice(*answers[end:]):
-                    was_switched = isinstance(answers[end], NotMasterError)
-                    if not (was_switched and await self._has_new_master(results[-1], connection, batch)):
-                        batch.doubt("Too few replicas of Redis have acknowledged it")
-                        return
+                if (
+                    isinstance(results, list)
+                    and not self._replicas.suffice(*answers[end:])
+                    and not await self._suffice_now(answers[end], results[-1], connection, batch)
+                ):
+                    batch.doubt("Too few replicas of Redis have acknowledged it")
+                    return
                 if not isinstance(results, list) and (moved := _moved(*queued, results)):
                     self._put_back(batch)
                     connection.close(str(moved))
@@ -390,6 +392,22 @@ class GroupCommit:
             metrics.LAPSED_LEASES.inc(not refused)
             self._grown.clear()
             self._lease.end = 0
+
+    async def _suffice_now(
+        self, acknowledged: object, last: object, connection: Connection, batch: _Batch
+    ) -> bool:
+        """Whether the replicas suffice at a second look, after a planned switch or a resynchronisation."""
+        assert self._replicas
+        if isinstance(acknowledged, NotMasterError):
+            return await self._has_new_master(last, connection, batch)
+        if not self._replicas.has_unknown_logs:
+            return False
+        try:
+            async with asyncio.timeout(self._rest(batch)):
+                await self._replicas.check(connection)
+        except (OSError, ReplyError):
+            return False
+        return not self._replicas.are_short
 
     async def _has_new_master(self, last: Any, former: Connection, batch: _Batch) -> bool:
         """Whether the new master and its replicas have a batch's last event, after a planned switch.
