@@ -43,9 +43,9 @@ def cluster() -> Iterator[RedisCluster]:
 
 
 @pytest.fixture
-async def stores(cluster: RedisCluster) -> AsyncIterator[list[Store]]:
-    """The stores of two workers."""
-    stores = [Store(cluster.settings()) for _ in range(2)]
+async def stores(cluster: RedisCluster, request: pytest.FixtureRequest) -> AsyncIterator[list[Store]]:
+    """The stores of two workers; the parameter holds further settings."""
+    stores = [Store(cluster.settings(**getattr(request, "param", {}))) for _ in range(2)]
     for store in stores:
         await store.probe()
     yield stores
@@ -144,11 +144,11 @@ async def test_a_fault_loses_no_acknowledged_write_and_undoes_none(
     assert ledger.outage() < 8
 
 
-async def test_a_planned_switch_fails_no_write_and_no_read(cluster: RedisCluster) -> None:
-    # Longer than usual: this machine may be busy.
-    stores = [Store(cluster.settings(start_limit=3)) for _ in range(2)]
-    for store in stores:
-        await store.probe()
+# Longer than usual: the machine may be busy.
+@pytest.mark.parametrize("stores", [{"start_limit": 3}], indirect=True, ids=[""])
+async def test_a_planned_switch_fails_no_write_and_no_read(
+    cluster: RedisCluster, stores: list[Store]
+) -> None:
     ledger = Ledger(*stores)
     reads: list[tuple[int, int, int]] = []
 
@@ -173,8 +173,6 @@ async def test_a_planned_switch_fails_no_write_and_no_read(cluster: RedisCluster
     values = [red | green << 8 | blue << 16 for red, green, blue in reads]
     assert values == sorted(values)
     assert len(set(values)) > 50
-    for store in stores:
-        store.close()
 
 
 async def test_without_any_replica_a_write_is_a_503_within_a_second(

@@ -195,11 +195,13 @@ class Replicas:
     def wait(self, seconds: float) -> list[Command]:
         """The commands that wait for the replicas."""
         wait: Command = ("WAIT", self._needed, max(int(seconds * 1000), 1))
-        # If all depends on one replica, it must not have been resynchronised meanwhile.
-        return [wait, ("INFO", "stats")] if len(self._logged) == 1 else [wait]
+        # If all depends on one replica, it must not have been resynchronised meanwhile. WAIT is the last
+        # command, as a master that becomes a replica closes the connection after WAIT's reply.
+        return [("INFO", "stats"), wait] if len(self._logged) == 1 else [wait]
 
-    def suffice(self, acknowledged: object, *stats: bytes) -> bool:
+    def suffice(self, *replies: Any) -> bool:
         """Whether enough replicas have acknowledged, by the replies to ``wait``."""
+        *stats, acknowledged = replies
         for text in stats:
             self._count_resyncs(text)
         number = acknowledged if isinstance(acknowledged, int) else 0
