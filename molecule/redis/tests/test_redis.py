@@ -42,7 +42,9 @@ def test_redis_listens_on_loopback_and_the_private_address_only(host: Any, addre
     assert sorted(listening) == sorted([f"tcp://{address}:6379", "tcp://127.0.0.1:6379"])
 
 
-@pytest.mark.parametrize("command", [("ping",), ("get", "pixel:{0}:tile:0:0"), ("info",), ("auth", "default", "")])
+@pytest.mark.parametrize(
+    "command", [("ping",), ("get", "pixel:{0}:tile:0:0"), ("info",), ("auth", "default", "")]
+)
 def test_an_unauthenticated_client_may_run_no_command(redis: Any, command: tuple[str, ...]) -> None:
     assert redis(None, *command).startswith(("NOAUTH", "WRONGPASS"))
 
