@@ -240,7 +240,7 @@ def test_a_release_with_the_former_names_of_keys_is_refused_once_they_are_gone(m
         carry_out(manager, option("stage", "a", rollback=True), False)
     assert str(caught.value).startswith(
         "Release a can't serve on t2: it is older than 1.1 and uses other names of keys in Redis than"
-        " release c"
+        " release c, so it would show an empty canvas."
     )
     assert not manager.staged.exists()
     # Dry runs before a build.

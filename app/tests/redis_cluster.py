@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import shlex
 import shutil
 import signal
@@ -60,6 +61,11 @@ class ClusterNode:
         with contextlib.suppress(redis.RedisError):
             return bool(self.ask("PING"))
         return False
+
+    def flags(self, other: "ClusterNode") -> list[str]:
+        """The flags of a node, as this one knows them."""
+        lines = [line.split() for line in self.ask("CLUSTER", "NODES").decode().splitlines()]
+        return next(line[2].split(",") for line in lines if line[0] == other.name)
 
     def ask(self, *command: Any) -> Any:
         """The reply to a command, with all permissions; raises redis.RedisError."""
@@ -133,8 +139,8 @@ class RedisCluster:
             return (
                 info["role"] == "master"
                 and sum(info.get(f"slave{n}", {}).get("state") == "online" for n in range(2)) == 2
-                and all("cluster_state:ok" in _text(view) for view in views)
-                and not any("fail" in _text(node.ask("CLUSTER", "NODES")) for node in self.nodes)
+                and all(b"cluster_state:ok" in view for view in views)
+                and not any(re.search(rb"\bfail\b", node.ask("CLUSTER", "NODES")) for node in self.nodes)
             )
         return False
 
@@ -144,10 +150,6 @@ class RedisCluster:
                 node.resume()
                 node.kill()
             shutil.rmtree(node.directory)
-
-
-def _text(reply: Any) -> str:
-    return reply.decode() if isinstance(reply, bytes) else str(reply)
 
 
 class Ledger:

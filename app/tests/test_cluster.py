@@ -43,9 +43,9 @@ def cluster() -> Iterator[RedisCluster]:
 
 
 @pytest.fixture
-async def stores(cluster: RedisCluster) -> AsyncIterator[list[Store]]:
-    """The stores of two workers."""
-    stores = [Store(cluster.settings()) for _ in range(2)]
+async def stores(cluster: RedisCluster, request: pytest.FixtureRequest) -> AsyncIterator[list[Store]]:
+    """The stores of two workers; the parameter holds further settings."""
+    stores = [Store(cluster.settings(**getattr(request, "param", {}))) for _ in range(2)]
     for store in stores:
         await store.probe()
     yield stores
@@ -68,15 +68,7 @@ async def writes_again(ledger: Ledger, since: float, seconds: float = 15) -> Non
 
 def is_failed(cluster: RedisCluster, node: ClusterNode) -> bool:
     """Whether the majority calls a node failed."""
-    lines = cluster.nodes[VOTERS[0]].ask("CLUSTER", "NODES")
-    text = lines.decode() if isinstance(lines, bytes) else str(lines)
-    return f"{node.port}" in text and any(
-        "fail" in str(flags).split(",") for name, flags in _flags(text).items() if name == node.name
-    )
-
-
-def _flags(text: str) -> dict[str, str]:
-    return {line.split()[0]: line.split()[2] for line in text.splitlines()}
+    return "fail" in cluster.nodes[VOTERS[0]].flags(node)
 
 
 async def paused_master(cluster: RedisCluster, seconds: float) -> None:
@@ -152,11 +144,11 @@ async def test_a_fault_loses_no_acknowledged_write_and_undoes_none(
     assert ledger.outage() < 8
 
 
-async def test_a_planned_switch_fails_no_write_and_no_read(cluster: RedisCluster) -> None:
-    # Longer than usual: this machine may be busy.
-    stores = [Store(cluster.settings(start_limit=3)) for _ in range(2)]
-    for store in stores:
-        await store.probe()
+# Longer than usual: the machine may be busy.
+@pytest.mark.parametrize("stores", [{"start_limit": 3}], indirect=True, ids=[""])
+async def test_a_planned_switch_fails_no_write_and_no_read(
+    cluster: RedisCluster, stores: list[Store]
+) -> None:
     ledger = Ledger(*stores)
     reads: list[tuple[int, int, int]] = []
 
@@ -181,8 +173,6 @@ async def test_a_planned_switch_fails_no_write_and_no_read(cluster: RedisCluster
     values = [red | green << 8 | blue << 16 for red, green, blue in reads]
     assert values == sorted(values)
     assert len(set(values)) > 50
-    for store in stores:
-        store.close()
 
 
 async def test_without_any_replica_a_write_is_a_503_within_a_second(
@@ -219,6 +209,25 @@ async def can_write(store: Store, seconds: float = 10) -> None:
             await asyncio.sleep(0.05)
         else:
             return
+
+
+async def test_a_replica_that_can_not_be_elected_is_not_waited_for(
+    cluster: RedisCluster, stores: list[Store]
+) -> None:
+    replica = cluster.nodes[REPLICAS[0]]
+    replica.ask("CONFIG", "SET", "cluster-replica-no-failover", "yes")
+    await wait_for(lambda: "nofailover" in cluster.nodes[MASTER].flags(replica))
+    await asyncio.sleep(0.5)  # the workers know it too
+    ledger = Ledger(*stores)
+    await asyncio.sleep(0.5)
+    replica.kill()
+    await wait_for(lambda: is_failed(cluster, replica))
+    await asyncio.to_thread(replica.start, "--cluster-replica-no-failover", "yes")
+    await wait_for(cluster.is_complete)
+    await asyncio.sleep(0.5)
+    await ledger.stop()
+    ledger.check(cluster.nodes[MASTER])
+    assert ledger.failures == []
 
 
 async def test_a_replica_counts_when_its_log_is_complete(cluster: RedisCluster, stores: list[Store]) -> None:

@@ -161,8 +161,7 @@ service:
   type: dict
   returned: when O(action) is V(status)
 renames:
-  description: >-
-    Whether O(release) uses other names of keys in Redis than the current release, or there is no current one.
+  description: Whether O(release) uses other names of keys in Redis than the current release, or is the first.
   type: bool
   returned: when O(action) is V(stage)
 warning:
@@ -690,9 +689,10 @@ class Manager:
             if self.releases.has_key_names(release):
                 return False
             raise Failure(
-                f"Release {release} can't serve on {self.host.name}: it is older than 1.1 and uses other names"
-                f" of keys in Redis than release {current}, so it would show an empty canvas. Nothing was"
-                " changed. Deploy release 1.1 or a later one."
+                f"Release {release} can't serve on {self.host.name}: it is older than 1.1 and uses other"
+                f" names of keys in Redis than release {current}, so it would show an empty canvas. Nothing"
+                " was changed."
+                " Deploy release 1.1 or a later one."
             )
         return self.releases.has_key_names(release)
 

@@ -160,10 +160,11 @@ class Redis:
 class Replicas:
     """Which replicas must acknowledge a write.
 
-    These are all replicas of the master that the majority of the cluster doesn't call failed
-    (flag ``fail``; ``fail?`` is the opinion of one node), and at least one. The log of at least one of
-    them must be complete on its disk: after a full resynchronisation, a replica acknowledges writes
-    while its log still has to be rewritten.
+    These are all replicas of the master that can be elected, and at least one. A replica can't be elected
+    if the majority of the cluster calls it failed (flag ``fail``; ``fail?`` is the opinion of one node),
+    or if it doesn't stand for election (``nofailover``), as it has not all data yet. The log of at least
+    one replica must be complete on its disk: after a full resynchronisation, a replica acknowledges
+    writes while its log still has to be rewritten.
     """
 
     def __init__(self, redis: Redis) -> None:
@@ -182,6 +183,11 @@ class Replicas:
         return self.acknowledged < self._needed or not self._logged
 
     @property
+    def has_unknown_logs(self) -> bool:
+        """Whether enough replicas acknowledge, but their logs have to be checked again."""
+        return self.acknowledged >= self._needed and not self._logged
+
+    @property
     def is_due(self) -> bool:
         """Whether the replicas have to be checked before the next write."""
         return self.are_short or monotonic() - self._checked > CHECK
@@ -189,11 +195,13 @@ class Replicas:
     def wait(self, seconds: float) -> list[Command]:
         """The commands that wait for the replicas."""
         wait: Command = ("WAIT", self._needed, max(int(seconds * 1000), 1))
-        # If all depends on one replica, it must not have been resynchronised meanwhile.
-        return [wait, ("INFO", "stats")] if len(self._logged) == 1 else [wait]
+        # If all depends on one replica, it must not have been resynchronised meanwhile. WAIT is the last
+        # command, as a master that becomes a replica closes the connection after WAIT's reply.
+        return [("INFO", "stats"), wait] if len(self._logged) == 1 else [wait]
 
-    def suffice(self, acknowledged: object, *stats: bytes) -> bool:
+    def suffice(self, *replies: Any) -> bool:
         """Whether enough replicas have acknowledged, by the replies to ``wait``."""
+        *stats, acknowledged = replies
         for text in stats:
             self._count_resyncs(text)
         number = acknowledged if isinstance(acknowledged, int) else 0
@@ -218,7 +226,7 @@ class Replicas:
             # Just after a failover, a replica may still be one of the former master.
             if "slave" in node.flags and not node.flags & {"fail", "noaddr"} and node.master not in masters
         }
-        self._needed = max(len(replicas), 1)
+        self._needed = max(sum("nofailover" not in node.flags for node in replicas.values()), 1)
         self._count_resyncs(stats)
         self._logged &= replicas.keys()
         self._checked = monotonic()

@@ -298,7 +298,7 @@ class GroupCommit:
                     acknowledged = await connection.ask(*replicas.wait(_REPLICAS_PAUSE))
                 if replicas.suffice(*acknowledged):
                     break
-                self._health.fails(f"{acknowledged[0]} replicas acknowledge writes")
+                self._health.fails(f"{acknowledged[-1]} replicas acknowledge writes")
                 if monotonic() - since > _RESTART:
                     self._refuse("Too few replicas of Redis acknowledge writes")
                 if (await self._redis.find()).epoch > connection.epoch:
@@ -368,11 +368,13 @@ class GroupCommit:
             end = len(answers) - len(confirmation)
             *queued, results = answers[:end]
             if self._replicas:
-                if isinstance(results, list) and not self._replicas.suffice(*answers[end:]):
-                    was_switched = isinstance(answers[end], NotMasterError)
-                    if not (was_switched and await self._has_new_master(results[-1], connection, batch)):
-                        batch.doubt("Too few replicas of Redis have acknowledged it")
-                        return
+                if (
+                    isinstance(results, list)
+                    and not self._replicas.suffice(*answers[end:])
+                    and not await self._suffice_now(answers[-1], results[-1], connection, batch)
+                ):
+                    batch.doubt("Too few replicas of Redis have acknowledged it")
+                    return
                 if not isinstance(results, list) and (moved := _moved(*queued, results)):
                     self._put_back(batch)
                     connection.close(str(moved))
@@ -391,13 +393,29 @@ class GroupCommit:
             self._grown.clear()
             self._lease.end = 0
 
-    async def _has_new_master(self, last: Any, former: Connection, batch: _Batch) -> bool:
+    async def _suffice_now(
+        self, acknowledged: object, last: object, connection: Connection, batch: _Batch
+    ) -> bool:
+        """Whether the replicas suffice at a second look, after a planned switch or a resynchronisation."""
+        assert self._replicas
+        if isinstance(acknowledged, NotMasterError):
+            return await self._has_new_master(last, connection, batch)
+        if not self._replicas.has_unknown_logs:
+            return False
+        try:
+            async with asyncio.timeout(self._rest(batch)):
+                await self._replicas.check(connection)
+        except (OSError, ReplyError):
+            return False
+        return not self._replicas.are_short
+
+    async def _has_new_master(self, last: object, former: Connection, batch: _Batch) -> bool:
         """Whether the new master and its replicas have a batch's last event, after a planned switch.
 
         The former master has given it all writes, and can't wait for replicas any more.
         """
         seconds = self._rest(batch)
-        wanted = [EventId.parse(last)._replace(epoch=former.epoch)] if batch.size else []
+        wanted = [EventId.parse(last)._replace(epoch=former.epoch)] if isinstance(last, bytes) else []
         looks = [("XRANGE", EVENTS, event.in_redis(), event.in_redis()) for event in wanted]
         try:
             async with asyncio.timeout(seconds):

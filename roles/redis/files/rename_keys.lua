@@ -14,7 +14,7 @@ local function new_name(key)
   if column then return 'pixel:{0}:tile:' .. column .. ':' .. row end
   local name = string.match(key, '^pixel:(.+)$')
   if name == 'events' or name == 'keys' or name == 'keys:version' or name == 'maintenance'
-    or name and string.match(name, '^budget:') then
+    or name == 'restrictions' or name == 'moderation' or name and string.match(name, '^budget:') then
     return 'pixel:{0}:' .. name
   end
 end
