@@ -129,6 +129,7 @@ def _free_port() -> int:
 def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_cluster, "STABLE", 0.5)
     monkeypatch.setattr(redis_cluster, "SETTLE", 0.5)
+    monkeypatch.setattr(redis_cluster, "LEAVE_TIMEOUT", 0.5)
 
 
 @pytest.fixture
@@ -433,7 +434,7 @@ def test_a_running_member_that_is_no_longer_configured_is_named(formed: Machines
     smaller.data, smaller.voters = formed.data[:2], formed.voters[:1]
     for address in formed.on(3):
         del smaller.processes[address]
-    with pytest.raises(Problem, match="is a running member of the cluster, but its host is not in group"):
+    with pytest.raises(Problem, match="is a running member of the cluster, and is not configured"):
         redis_cluster.form(smaller)
 
 

@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ SETTLE = 2.0
 FORM_TIMEOUT = 60.0
 SWITCH_TIMEOUT = 10.0
 SYNC_TIMEOUT = 300.0
+LEAVE_TIMEOUT = 5.0
 # systemd starts Redis again at once.
 CHECK_PAUSE = 5.0
 
@@ -307,7 +308,7 @@ def form(cluster: Cluster) -> None:
             raise Problem(f"Redis at {owner} doesn't answer; a new cluster begins there. Start it.")
         _check_empty(cluster, [address for address in views if address != owner])
     _give_slots(cluster, owner)
-    _forget(cluster, views, ids)
+    _forget(cluster, owner, views, ids)
     _meet(cluster, owner, views, ids)
     for voter, slot in zip(cluster.voters, SPARE_SLOTS, strict=False):
         if voter in ids:
@@ -378,23 +379,30 @@ def _check_empty(cluster: Cluster, addresses: list[str]) -> None:
             )
 
 
-def _forget(cluster: Cluster, views: dict[str, dict[str, Member]], ids: dict[str, str]) -> None:
+def _forget(cluster: Cluster, owner: str, views: dict[str, dict[str, Member]], ids: dict[str, str]) -> None:
     """Remove dead members in whose place another process answers, or which are no longer configured."""
     known = {member.id: member for view in views.values() for member in view.values()}
     for stale in known.values():
         is_away = stale.address in cluster.processes and stale.address not in ids
         if stale.id in ids.values() or is_away or "handshake" in stale.flags:
             continue
-        if not stale.has_failed and stale.address not in ids:
-            raise Problem(
-                f"{stale.address} is a running member of the cluster, but its host is not in group redis."
-                " Stop it."
+        if stale.address not in ids:
+            # It may have been stopped a moment ago.
+            wait(
+                partial(_has_left, cluster.processes[owner], stale.id),
+                LEAVE_TIMEOUT,
+                f"{stale.address} is a running member of the cluster, and is not configured. Stop it.",
             )
         for address, view in views.items():
             if stale.id in view:
                 with contextlib.suppress(ReplyError):  # It may have been removed in the meantime.
                     cluster.processes[address].call("CLUSTER", "FORGET", stale.id)
         cluster.note(f"{stale.address} ({stale.id[:8]}) is removed")
+
+
+def _has_left(process: Process, member_id: str) -> bool:
+    member = process.members().get(member_id)
+    return member is None or member.has_failed
 
 
 def _meet(cluster: Cluster, owner: str, views: dict[str, dict[str, Member]], ids: dict[str, str]) -> None:
