@@ -2,7 +2,7 @@
 
 Several addresses in ``PIXEL_REDIS_URL`` are nodes of a cluster; the others are found through them.
 After a failover, the nodes disagree for a while. Each claim to the slot has a configuration epoch, and
-the claim with the highest one is the latest. See docs/adr/0044-redis-cluster.md.
+the claim with the highest one is the latest. See docs/adr/0043-redis-cluster.md.
 """
 
 import asyncio
