@@ -92,6 +92,8 @@ class Settings:
     def start(self, *command: str, **options: Any) -> subprocess.Popen[str]:
         """Start a program, which can't become root again as this one can."""
         options |= {"user": os.geteuid(), "group": os.getegid()} if os.getuid() == 0 else {}
+        # The user may not be able to read the current directory, such as /root.
+        options.setdefault("cwd", self.home)
         basics = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.home), "TZ": "UTC"}
         options["env"] = basics | options.get("env", {})
         return subprocess.Popen(command, text=True, **options)
