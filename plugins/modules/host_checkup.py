@@ -117,7 +117,7 @@ drained:
   elements: str
   returned: always
 backends:
-  description: Hash of the backends and weights of this balancer, which all balancers share; empty if it is none.
+  description: Hash of the backends and weights that all balancers share; empty if this is no balancer.
   type: str
   returned: always
 reboot_required:
