@@ -51,7 +51,7 @@ def deploy(fleet: Fleet) -> None:
     # Ansible ignores an ansible.cfg in a world-writable directory unless ANSIBLE_CONFIG names it.
     environment = os.environ | {"PIXEL_FLEET": fleet.name, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
     playbook = VENV / "bin" / "ansible-playbook"
-    command = [playbook, f"--inventory=inventory/{fleet.inventory}", "site.yml"]
+    command = [str(playbook), f"--inventory=inventory/{fleet.inventory}", "site.yml"]
     done = subprocess.run(command, cwd=ROOT, env=environment)
     if done.returncode != 0:
         raise Problem("site.yml failed; fix the error above and run `make up` again.")

@@ -203,7 +203,7 @@ def test_a_fleet_keeps_its_inventory_and_its_hosts_until_another_is_named(
 
 @pytest.mark.parametrize("name", layout.HOSTS)
 def test_an_inventory_has_the_hosts_that_make_up_creates(name: str) -> None:
-    hosts = yaml.safe_load((layout.ROOT / "inventory" / name / "hosts.yml").read_text())
+    hosts = yaml.safe_load((bootstrap.ROOT / "inventory" / name / "hosts.yml").read_text())
     assert list(hosts["fleet"]["hosts"]) == layout.HOSTS[name]
 
 

@@ -184,7 +184,7 @@ OTHERS = [("POST", "/pixel"), ("GET", "/canvas.png"), ("GET", "/canvas.rgb"), ("
 
 def test_expensive_requests_have_a_limit_of_their_own(tmp_path: Path) -> None:
     """A client can send four of each kind at once; other requests of the same client are answered."""
-    limits = {"nginx_lb_limit_expensive_rate": 1, "nginx_lb_limit_expensive_burst": 3}
+    limits: dict[str, Any] = {"nginx_lb_limit_expensive_rate": 1, "nginx_lb_limit_expensive_burst": 3}
     for number, (method, path) in enumerate(EXPENSIVE):
         folder = tmp_path / str(number)
         folder.mkdir()

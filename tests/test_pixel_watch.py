@@ -44,8 +44,7 @@ def test_a_backend_that_is_not_up_still_has_a_weight() -> None:
 
 
 def test_a_balancer_without_an_address_that_moves_has_no_metric_of_it() -> None:
-    status = {"loaded": True, "address": None, "backends": {}}
-    assert pixel_watch.balancer(status) == ["pixel_lb_loaded 1"]
+    assert pixel_watch.balancer({"loaded": True, "address": None, "backends": {}}) == ["pixel_lb_loaded 1"]
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:

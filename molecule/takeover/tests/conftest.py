@@ -117,7 +117,7 @@ def power(hosts: dict[str, Any]) -> Iterator[Callable[[str, str], None]]:
     """Power a host off or on; afterwards all are on and serve."""
 
     def switch(name: str, action: str) -> None:
-        program = [sys.executable, ROOT / "fleet" / "fleet.py", "power", name, action]
+        program = [sys.executable, str(ROOT / "fleet" / "fleet.py"), "power", name, action]
         subprocess.run(program, env=os.environ, check=True)
 
     off: set[str] = set()
