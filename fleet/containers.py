@@ -28,26 +28,62 @@ def create(docker: Docker, fleet: Fleet) -> None:
         if name not in planned:
             _replace(docker, name, "it is no longer a host of the fleet")
     ensure_network(docker, fleet)
-    key = state.ensure_key(fleet)
     for host in fleet.hosts:
         ensure_container(docker, fleet, host, images[host.suite])
-    for host in fleet.hosts:
+    _let_in(docker, fleet, fleet.hosts)
+
+
+def replace(docker: Docker, fleet: Fleet, host: Host) -> None:
+    """Replace a host with an empty one."""
+    image = ensure_image(docker, host.suite)
+    _replace(docker, fleet.container(host), "an empty host takes its place")
+    ensure_container(docker, fleet, host, image)
+    _let_in(docker, fleet, [host])
+
+
+def _let_in(docker: Docker, fleet: Fleet, hosts: Collection[Host]) -> None:
+    """Authorize the fleet's SSH key on new hosts, and wait until they can be reached."""
+    key = state.ensure_key(fleet)
+    for host in hosts:
         _wait_for_boot(docker, fleet, host)
         _authorize(docker, fleet, host, key)
     state.write(docker, fleet)
-    for host in fleet.hosts:
+    for host in hosts:
         _wait_for_ssh(fleet, host)
 
 
-def power(docker: Docker, fleet: Fleet, host: Host, action: str) -> None:
-    """Power a host off (as by a power cut), on, or reboot it. `on` and `reboot` wait for the boot."""
-    name = fleet.container(host)
-    if action == "off":
-        docker("kill", name)
-        return
-    docker("restart" if action == "reboot" else "start", name)
-    _wait_for_boot(docker, fleet, host)
-    _wait_for_ssh(fleet, host)
+def power(docker: Docker, fleet: Fleet, hosts: Collection[Host], action: str) -> None:
+    """Change the power of hosts.
+
+    Args:
+        docker: The engine.
+        fleet: The fleet.
+        hosts: Its hosts that change at the same time.
+        action: `off` kills all processes, and the kernel closes their connections. `cut` does so after the
+            network, as by a power cut: no packet tells the peers. `freeze` stops the processes. `on` starts
+            or continues hosts, `reboot` restarts them; both wait for the boot.
+    """
+    names = [fleet.container(host) for host in hosts]
+    match action:
+        case "cut":
+            for name in names:
+                docker("exec", name, "ip", "link", "set", "eth0", "down")
+            docker("kill", *names)
+        case "off":
+            docker("kill", *names)
+        case "freeze":
+            docker("pause", *names)
+        case "on":
+            for name in _names(docker, fleet, "status=paused"):
+                if name in names:
+                    docker("unpause", name)
+            docker("start", *names)
+        case "reboot":
+            docker("restart", *names)
+    if action in ("on", "reboot"):
+        for host in hosts:
+            _wait_for_boot(docker, fleet, host)
+            _wait_for_ssh(fleet, host)
 
 
 def limit_cpus(docker: Docker, fleet: Fleet, host: Host, number: float | None) -> None:
@@ -65,9 +101,10 @@ def destroy(docker: Docker, fleet: Fleet) -> None:
     shutil.rmtree(fleet.state, ignore_errors=True)
 
 
-def _names(docker: Docker, fleet: Fleet) -> list[str]:
-    listing = docker("ps", "--all", "--filter", f"label={fleet.label}", "--format", "{{.Names}}")
-    return listing.stdout.split()
+def _names(docker: Docker, fleet: Fleet, *filters: str) -> list[str]:
+    """Return the names of the fleet's containers, or of those that pass filters of `docker ps`."""
+    options = [word for each in (f"label={fleet.label}", *filters) for word in ("--filter", each)]
+    return docker("ps", "--all", *options, "--format", "{{.Names}}").stdout.split()
 
 
 def _replace(docker: Docker, name: str, reason: str) -> None:

@@ -6,9 +6,13 @@ library and the `docker` command, so it runs before anything is installed.
 
     fleet.py up [local|ha]           install Docker, build the image, create the hosts of this inventory (the
                                      default is that of the existing fleet, or local), deploy, test one pixel
-    fleet.py create HOST[:SUITE]...  install Docker, build the image, create these hosts
+    fleet.py create HOST[:SUITE]...  install Docker, build the image, create these hosts; --inventory ha: as
+                                     three balancers that share an address
     fleet.py images SUITE...         install Docker, build the images of these Debian suites
-    fleet.py power HOST on|off|reboot
+    fleet.py power HOST... on|off|cut|freeze|reboot
+                                     `off` kills all processes, `cut` also lets no packet tell that to others,
+                                     `freeze` stops them; `on` starts or continues
+    fleet.py replace HOST            replace a host with an empty one
     fleet.py cpus HOST NUMBER|all    limit the processors a host may use; 0.05 is a twentieth of one
     fleet.py destroy                 remove hosts, network and state; the image stays for the next fleet
     fleet.py down                    the same, and remove the images that no other fleet uses
@@ -131,11 +135,14 @@ def main() -> None:
     raising.add_argument("inventory", nargs="?", choices=HOSTS, help="default: the fleet's own, or local")
     creating = commands.add_parser("create", help="create these hosts")
     creating.add_argument("hosts", nargs="+", metavar="HOST[:SUITE]")
+    creating.add_argument("--inventory", choices=HOSTS, help="default: the fleet's own, or local")
     building = commands.add_parser("images", help="build the images of these Debian suites")
     building.add_argument("suites", nargs="+", metavar="SUITE")
-    switching = commands.add_parser("power", help="power a host off, on, or reboot it")
-    switching.add_argument("host")
-    switching.add_argument("action", choices=("on", "off", "reboot"))
+    switching = commands.add_parser("power", help="power hosts off or on, freeze or reboot them")
+    switching.add_argument("named", nargs="+", metavar="HOST")
+    switching.add_argument("action", choices=("on", "off", "cut", "freeze", "reboot"))
+    replacing = commands.add_parser("replace", help="replace a host with an empty one")
+    replacing.add_argument("host")
     limiting = commands.add_parser("cpus", help="limit the processors a host may use")
     limiting.add_argument("host")
     limiting.add_argument("number", type=_processors, metavar="NUMBER|all")
@@ -173,7 +180,9 @@ def _execute(args: argparse.Namespace) -> None:
             case "create":
                 containers.create(docker, fleet)
             case "power":
-                containers.power(docker, fleet, fleet.host(args.host), args.action)
+                containers.power(docker, fleet, [fleet.host(name) for name in args.named], args.action)
+            case "replace":
+                containers.replace(docker, fleet, fleet.host(args.host))
             case "cpus":
                 containers.limit_cpus(docker, fleet, fleet.host(args.host), args.number)
             case "destroy" | "down":

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from bench.load.figures import Spread, percentile
 from bench.load.openloop import Sample
@@ -83,3 +84,10 @@ def shortage(samples: Iterable[Sample], normal: Normal, since: float, until: flo
         return None
     (first, _), (last, lack) = short[0], short[-1]
     return Shortage(since + first * SLICE, since + (last + 1) * SLICE, lack)
+
+
+def longest_outage(samples: Iterable[Sample], since: float, until: float) -> float:
+    """Returns the longest time in seconds without an acknowledgement."""
+    done = (sample.due + sample.seconds for sample in samples if sample.error is None)
+    times = sorted(time for time in done if since < time < until)
+    return max(later - earlier for earlier, later in pairwise([since, *times, until]))

@@ -1,4 +1,4 @@
-"""The events of the drill: what each does to the fleet, and which failures it excuses."""
+"""The events of the drill on two hosts: what each does to the fleet, and which failures it excuses."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from bench.drill.events import ANYTHING, AWAY, Event, Scene
 from bench.drill.hosts import BALANCER, OTHER, ROOT, Fleet, FleetError, tail
 
 FROZEN_SECONDS = 20
@@ -42,54 +41,6 @@ async def app(scope, receive, send):
 WORKERS = """\
 master=$(systemctl show --property MainPID --value pixel.service)
 set -- $(cat "/proc/$master/task/$master/children")"""
-
-
-class Scene:
-    """The fleet under drill, and the state that events share."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
-        self.label = time.strftime("drill-%Y%m%d-%H%M%S")
-        self.releases = 0
-        self.may_roll_back = False
-        self.end_writers: Callable[[], None] = lambda: None  # set by the drill for each run
-
-    def next_release(self) -> str:
-        self.releases += 1
-        return f"{self.label}-{self.releases}"
-
-    def host(self, turn: int) -> str:
-        """Alternates between the hosts."""
-        return (BALANCER, OTHER)[turn % 2]
-
-
-Act = Callable[[Scene, int], Coroutine[Any, Any, None]]
-
-
-@dataclass(frozen=True)
-class Event:
-    """One event, and the failures that it excuses.
-
-    Attributes:
-        name: name on the command line.
-        act: starts and ends the event.
-        runs: number of runs in a full drill.
-        planned: whether it is an operator's work: recovery is then measured from the first shortage
-            of capacity, not from the command.
-        excused: failures that are allowed until `grace` seconds after the end of the act; all
-            others are faults.
-        patience: seconds from the command until the fleet counts as not recovered.
-        prepare: runs before the load begins.
-    """
-
-    name: str
-    act: Act
-    runs: int = 3
-    planned: bool = False
-    excused: frozenset[str] = frozenset()
-    grace: float = 0.0
-    patience: float = 60.0
-    prepare: Callable[[Scene], Awaitable[None]] | None = None
 
 
 # Releases and configuration
@@ -269,7 +220,7 @@ async def stop_host(scene: Scene, _: int) -> None:
         await scene.fleet.ssh(OTHER, "systemctl poweroff")
     await until_off(scene.fleet.ssh_ports[OTHER])
     await asyncio.sleep(AWAY_SECONDS)
-    await scene.fleet.power(OTHER, "on")
+    await scene.fleet.power("on", OTHER)
 
 
 async def until_off(port: int, patience: float = 60) -> None:
@@ -285,7 +236,7 @@ async def until_off(port: int, patience: float = 60) -> None:
 
 
 async def cut_off(scene: Scene, _: int) -> None:
-    await scene.fleet.cut()
+    await scene.fleet.cut(OTHER)
     await asyncio.sleep(FROZEN_SECONDS)
     await scene.fleet.restore_network()
 
@@ -313,16 +264,11 @@ async def delay(scene: Scene, _: int) -> None:
 
 
 async def cut_power(scene: Scene, _: int) -> None:
-    await scene.fleet.power(BALANCER, "off")
+    await scene.fleet.power("off", BALANCER)
     await asyncio.sleep(AWAY_SECONDS)
-    await scene.fleet.power(BALANCER, "on")
+    await scene.fleet.power("on", BALANCER)
 
 
-AWAY = frozenset({"503"})
-ANYTHING = frozenset(
-    {"502", "503", "504", "cannot connect", "connection lost", "no answer in time"}
-    | {"no free connection in time"}
-)
 EVENTS = (
     Event("deploy", deploy, runs=10, planned=True, patience=180),
     Event("bad deploy", bad_deploy, planned=True, patience=180),
@@ -348,9 +294,3 @@ EVENTS = (
     Event("c5 power cut", cut_power, excused=ANYTHING, grace=10, patience=120),
 )
 QUICK = ("worker killed", "t2 worker stopped", "redis killed")
-
-
-def clear_cache(label: str) -> None:
-    """Removes the drill's releases from the control node's cache."""
-    for folder in (ROOT / ".cache" / "releases").glob(f"{label}-*"):
-        shutil.rmtree(folder, ignore_errors=True)

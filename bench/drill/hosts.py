@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,13 @@ from bench.load.disk import Flush
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-BALANCER = "c5"  # runs Nginx, Redis and instances of the app
-OTHER = "t2"  # runs only the app
+# Of two hosts, c5 runs Nginx, Redis and the app, and t2 only the app. Of three (`inventory/ha`), each
+# runs all of them, and c5 has the data master whenever it is available.
+BALANCER, OTHER, THIRD = "c5", "t2", "m5"
+HOSTS = {"local": (BALANCER, OTHER), "ha": (BALANCER, OTHER, THIRD)}
 PATIENCE = 30.0
+PLAY_PATIENCE = 900.0
+WHOLE_SECONDS = 90.0  # until the cluster is complete and the data master is on its preferred host
 # Requests to the fleet never use a proxy from the environment.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 NOWHERE = "02:00:00:00:00:01"  # a link-layer address that no host has
@@ -38,6 +42,12 @@ class Fleet:
     url: str
     addresses: Mapping[str, str]
     ssh_ports: Mapping[str, int]
+    inventory: str = "local"
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether the fleet has three hosts, any one of which may die."""
+        return self.inventory == "ha"
 
     @classmethod
     def load(cls) -> Fleet:
@@ -45,17 +55,19 @@ class Fleet:
         name = os.environ.get("PIXEL_FLEET") or "pixel"
         try:
             facts = json.loads((ROOT / ".fleet" / name / "fleet.json").read_text())
-            hosts = {host: facts["hosts"][host] for host in (BALANCER, OTHER)}
+            inventory = facts.get("inventory", "local")
+            hosts = {host: facts["hosts"][host] for host in HOSTS[inventory]}
         except (OSError, KeyError):
             raise FleetError(
-                f"there is no fleet {name!r} with hosts {BALANCER} and {OTHER}:"
-                " `make up` makes one, PIXEL_FLEET selects another"
+                f"there is no fleet {name!r} with hosts {BALANCER} and {OTHER}, or these and {THIRD}:"
+                " `make up` or `make up FLEET=ha` makes one, PIXEL_FLEET selects another"
             ) from None
         return cls(
             name,
             facts["url"],
             {host: fact["address"] for host, fact in hosts.items()},
             {host: fact["ssh_port"] for host, fact in hosts.items()},
+            inventory,
         )
 
     # Commands
@@ -72,33 +84,44 @@ class Fleet:
         return output
 
     async def play(
-        self, playbook: str, variables: Mapping[str, Any] | None = None, patience: float = 300
+        self, playbook: str, variables: Mapping[str, Any] | None = None, limit: str = "all"
     ) -> tuple[int, str]:
         """Runs a playbook; returns its exit status and its output."""
         program = str(ROOT / ".venv" / "bin" / "ansible-playbook")
+        options = ["--inventory", f"inventory/{self.inventory}", "--limit", limit] if self.is_cluster else []
         extra = ["--extra-vars", json.dumps(variables)] if variables else []
-        return await self._run(program, f"playbooks/{playbook}", *extra, patience=patience)
+        return await self._run(program, f"playbooks/{playbook}", *options, *extra, patience=PLAY_PATIENCE)
 
-    async def must_play(self, playbook: str, **variables: Any) -> None:
+    async def must_play(self, playbook: str, limit: str = "all", **variables: Any) -> None:
         """Runs a playbook; raises FleetError if it fails."""
-        status, output = await self.play(playbook, variables)
+        status, output = await self.play(playbook, variables, limit)
         if status != 0:
             raise FleetError(f"{playbook} failed:\n{tail(output, 25)}")
 
-    async def power(self, host: str, state: str) -> None:
-        """Cuts a host's power (`off`), or starts it (`on`) and waits until it has booted."""
-        program = str(ROOT / "fleet" / "fleet.py")
-        status, output = await self._run(sys.executable, program, "power", host, state, patience=120)
-        if status != 0:
-            raise FleetError(f"power {host} {state}: {tail(output)}")
+    async def power(self, state: str, *hosts: str) -> None:
+        """Changes the power of hosts; waits until those that are started have booted.
+
+        Args:
+            state: `off` (their processes end), `cut` (they also send nothing any more), `freeze`, or
+                `on`, which starts or continues them.
+            hosts: all change at the same time.
+        """
+        await self._change("power", *hosts, state, patience=120)
+
+    async def replace(self, host: str) -> None:
+        """Puts an empty machine in a host's place."""
+        await self._change("replace", host, patience=120)
 
     async def throttle(self, host: str, processors: float | None) -> None:
         """Limits a host to this number of CPUs; None removes the limit."""
+        await self._change("cpus", host, "all" if processors is None else str(processors), patience=30)
+
+    async def _change(self, *command: str, patience: float) -> None:
+        """Runs a command of `fleet/fleet.py`."""
         program = str(ROOT / "fleet" / "fleet.py")
-        number = "all" if processors is None else str(processors)
-        status, output = await self._run(sys.executable, program, "cpus", host, number, patience=30)
+        status, output = await self._run(sys.executable, program, *command, patience=patience)
         if status != 0:
-            raise FleetError(f"cpus {host} {number}: {tail(output)}")
+            raise FleetError(f"{' '.join(command)}: {tail(output)}")
 
     async def _run(self, *command: str, patience: float, text: str = "") -> tuple[int, str]:
         """Runs a program; returns its exit status and its output.
@@ -127,9 +150,13 @@ class Fleet:
 
     async def slow_flushes(self) -> list[Flush]:
         """Flushes since the start of Redis that took 0.1 s or more: the longest of each second."""
+        hosts = self.addresses if self.is_cluster else [BALANCER]
+        return [flush for host in hosts for flush in await self._slow_flushes(host)]
+
+    async def _slow_flushes(self, host: str) -> list[Flush]:
         password = (ROOT / ".fleet" / self.name / "credentials" / "redis_admin").read_text().strip()
         said = await self.ssh(
-            BALANCER,
+            host,
             f"""
             export REDISCLI_AUTH={password}
             for event in aof-fsync-always aof-write; do
@@ -173,13 +200,65 @@ class Fleet:
         status = json.loads(await self.ssh(BALANCER, "pixel-lb status"))
         return {host: status["backends"][host] for host in self.addresses}
 
-    # The network between the two hosts. Connections of the drill to them are not affected.
+    # The cluster and the balancers' address, of three hosts
 
-    async def cut(self) -> None:
-        """Stops all packets between the hosts, by a wrong link-layer address of each on the other."""
-        for host, peer in ((OTHER, BALANCER), (BALANCER, OTHER)):
-            address = self.addresses[peer]
-            await self.ssh(host, f"ip neigh replace {address} lladdr {NOWHERE} dev eth0 nud permanent")
+    async def cluster_status(self, host: str) -> list[dict[str, Any]]:
+        """Returns the Redis processes with their roles, as one host sees them."""
+        rows: list[dict[str, Any]] = json.loads(await self.ssh(host, "redis-cluster status"))
+        names = {address: name for name, address in self.addresses.items()}
+        return [row | {"host": names[row["address"].partition(":")[0]]} for row in rows]
+
+    async def until_whole(self, *away: str) -> None:
+        """Waits until all Redis processes but those of hosts that are away have their usual roles."""
+        host = next(host for host in self.addresses if host not in away)
+
+        async def lack() -> str:
+            return lack_of_cluster(await self.cluster_status(host), away)
+
+        await until(lack, WHOLE_SECONDS)
+
+    async def holders(self) -> list[str]:
+        """Returns the balancers that hold the address."""
+        hosts = list(self.addresses)
+        texts = await asyncio.gather(*(self.ssh(host, "pixel-lb status") for host in hosts))
+        return [host for host, text in zip(hosts, texts, strict=True) if json.loads(text)["address"]["held"]]
+
+    async def move_address(self, host: str) -> None:
+        """Moves the balancers' address to a host."""
+
+        async def lack() -> str:
+            holders = await self.holders()
+            return "" if holders == [host] else f"{', '.join(holders) or 'nobody'} holds the address"
+
+        if await lack():
+            others = [other for other in self.addresses if other != host]
+            await self._on(others, "systemctl stop keepalived")
+            await until(lack, PATIENCE)
+            await self._on(others, "systemctl start keepalived")
+
+    async def _on(self, hosts: Collection[str], script: str) -> None:
+        """Runs a script on several hosts at the same time."""
+        await asyncio.gather(*(self.ssh(host, script) for host in hosts))
+
+    # The network between the hosts. Connections of the drill to them are not affected.
+
+    async def cut(self, host: str) -> None:
+        """Stops all packets between a host and the others, by wrong link-layer addresses.
+
+        Its keepalived is stopped: the drill's clients are on both sides of the cut, and those of the
+        other hosts would follow its announcements of the balancers' address.
+        """
+        scripts = {peer: self._cut_from(host) for peer in self.addresses if peer != host}
+        scripts[host] = self._cut_from(*scripts)
+        if self.is_cluster:
+            scripts[host] += "\nsystemctl kill --signal=STOP keepalived.service"
+        await asyncio.gather(*(self.ssh(name, script) for name, script in scripts.items()))
+
+    def _cut_from(self, *peers: str) -> str:
+        return "\n".join(
+            f"ip neigh replace {self.addresses[peer]} lladdr {NOWHERE} dev eth0 nud permanent"
+            for peer in peers
+        )
 
     async def drop(self, rules: str) -> None:
         """Drops packets on the other host.
@@ -206,10 +285,12 @@ class Fleet:
             f"ip neigh replace {self.addresses[BALANCER]} lladdr {NOWHERE} dev eth0 nud permanent",
         )
 
-    async def join(self) -> None:
-        """Restores the link-layer address of each host on the other."""
-        for host, peer in ((BALANCER, OTHER), (OTHER, BALANCER)):
-            await self.ssh(host, f"ip neigh flush to {self.addresses[peer]} dev eth0 nud permanent")
+    async def join(self, *hosts: str) -> None:
+        """Reverts `cut` on some hosts, or on all."""
+        lines = [f"ip neigh flush to {address} dev eth0 nud permanent" for address in self.addresses.values()]
+        if self.is_cluster:
+            lines.append("systemctl kill --signal=CONT keepalived.service || true")
+        await self._on(hosts or self.addresses, "\n".join(lines))
 
     async def restore_network(self) -> None:
         """Reverts `cut`, `drop` and `delay`; packets that are still held back are lost."""
@@ -227,11 +308,11 @@ class Fleet:
     async def heal(self) -> None:
         """Reverts all faults that a drill may have left; a healthy fleet is not changed."""
         await self.throttle(OTHER, None)
-        for host in (BALANCER, OTHER):
+        for host in self.addresses:
             try:
                 await self.ssh(host, "true")
             except FleetError:
-                await self.power(host, "on")
+                await self.power("on", host)
             await self.ssh(
                 host,
                 """
@@ -241,11 +322,47 @@ class Fleet:
                 """,
             )
         await self.restore_network()
+        if self.is_cluster:
+            await self._on(self.addresses, "systemctl start keepalived.service redis-cluster.service")
+            await self.until_whole()
         drained = [
             host for host, said in (await self.balancer_status()).items() if said["state"] == "drained"
         ]
         for host in drained:
             await self.ssh(BALANCER, f"pixel-lb undrain {host}")
+
+
+def lack_of_cluster(rows: Sequence[Mapping[str, Any]], away: Collection[str] = ()) -> str:
+    """Returns what the cluster lacks, but for hosts that are away; empty if it lacks nothing.
+
+    Args:
+        rows: the output of `redis-cluster status`, with the host of each process.
+        away: hosts whose processes are ignored. If the preferred one is away, another has the data.
+    """
+    here = [row for row in rows if row["host"] not in away]
+    for row in here:
+        if row.get("state") != "ok":
+            return f"Redis at {row['address']}: {row.get('error') or row.get('state')}"
+    owners = [row["host"] for row in here if row["owns_data"]]
+    if len(owners) != 1 or (owners != [BALANCER] and BALANCER not in away):
+        return f"the data master is on {' and '.join(owners) or 'no host'}"
+    unready = [row["host"] for row in here if not row.get("is_ready", True)]
+    return f"the replica on {' and '.join(unready)} is not ready" if unready else ""
+
+
+async def until(lack: Callable[[], Awaitable[str]], seconds: float) -> None:
+    """Waits until nothing is lacking; raises FleetError with what is, after some seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            missing = await lack()
+        except FleetError as error:
+            missing = str(error)
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            raise FleetError(f"after {seconds:.0f} s: {missing}")
+        await asyncio.sleep(0.5)
 
 
 async def end(process: asyncio.subprocess.Process, talking: asyncio.Task[Any]) -> None:

@@ -26,6 +26,9 @@ class Run:
             write has undone, cells with another wrong value.
         before, during: latencies of the open loop.
         took: duration in seconds of the act: a playbook or a fault.
+        outage: longest time in seconds without an acknowledged write of the open loop.
+        gaps, phantoms: channels of all viewers' copies that differ from the canvas at the end.
+        resyncs: how often viewers had to fetch the canvas again.
         recovery: seconds until full capacity; None if it was not reached again.
         lack: reason of the last reduction of capacity.
         behind_flush: failed requests that waited for Redis's disk.
@@ -41,6 +44,10 @@ class Run:
     before: Spread
     during: Spread
     took: float
+    outage: float
+    gaps: int
+    phantoms: int
+    resyncs: int
     recovery: float | None
     lack: str = ""
     faults: Sequence[str] = ()
@@ -72,6 +79,12 @@ class Outcome:
         return statistics.median(float(spread._asdict()[mark]) for spread in spreads)
 
     @property
+    def outage(self) -> dict[str, float | None]:
+        """Median and worst time in seconds without an acknowledged write."""
+        seconds = [run.outage for run in self.runs]
+        return {"median": _rounded(statistics.median(seconds)), "worst": _rounded(max(seconds))}
+
+    @property
     def recovery(self) -> dict[str, float | None]:
         """Median and worst recovery in seconds; None, for a run that did not recover, is the worst."""
         seconds = [run.recovery for run in self.runs if run.recovery is not None]
@@ -97,20 +110,31 @@ class Outcome:
             "p99_ms_worst": _rounded(max(run.during.p99 for run in self.runs)),
             "before_ms": {mark: _rounded(self.median("before", mark)) for mark in ("p50", "p99")},
             "took_s": _rounded(statistics.median(run.took for run in self.runs)),
+            "outage_s": self.outage,
+            "viewers": {figure: self.total(figure) for figure in ("gaps", "phantoms", "resyncs")},
             "recovery_s": self.recovery,
             "faults": self.faults,
         }
 
 
 def unexcused(
-    failures: Iterable[Sample], excused: frozenset[str], since: float, until: float
+    failures: Iterable[Sample], excused: frozenset[str], spans: Sequence[tuple[float, float]]
 ) -> Counter[str]:
-    """Counts the failures that the event does not excuse, because of their kind or their time."""
+    """Counts the failures that the event does not excuse, because of their kind or their time.
+
+    Args:
+        failures: requests that failed.
+        excused: kinds of failures that the event excuses.
+        spans: begin and end of the times in which it does.
+    """
     return Counter(
         kind(sample.error)
         for sample in failures
         if sample.error is not None
-        and not (kind(sample.error) in excused and since - IN_FLIGHT <= sample.due <= until)
+        and not (
+            kind(sample.error) in excused
+            and any(since - IN_FLIGHT <= sample.due <= until for since, until in spans)
+        )
     )
 
 
@@ -121,13 +145,13 @@ def kind(error: str) -> str:
 
 HEAD = (
     *("event", "runs", "sent", "acknowledged", "failed", "lost", "undone"),
-    *("p50/p99 ms before", "during", "took s", "full capacity s"),
+    *("gaps, phantoms", "p50/p99 ms before", "during", "took s", "no write s", "full capacity s"),
 )
 LEFT = {"event", "failed"}
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Returns a table. Figures are medians of the runs; full capacity is median (worst)."""
+    """Returns a table. Figures are medians of the runs, the last two with the worst of them."""
     rows = [HEAD, *(_row(outcome) for outcome in outcomes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = [
@@ -148,7 +172,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
     failed = ", ".join(f"{count} x {name}" for name, count in outcome.failed.most_common())
-    recovery = outcome.recovery
+    recovery, outage = outcome.recovery, outcome.outage
     return (
         outcome.event,
         str(len(outcome.runs)),
@@ -157,9 +181,11 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         failed or "-",
         str(outcome.total("lost") + outcome.total("wrong")),
         str(outcome.total("undone")),
+        f"{outcome.total('gaps')}, {outcome.total('phantoms')}",
         "/".join(f"{outcome.median('before', mark):.1f}" for mark in ("p50", "p99")),
         "/".join(f"{outcome.median('during', mark):.1f}" for mark in ("p50", "p99")),
         f"{statistics.median(run.took for run in outcome.runs):.1f}",
+        f"{_seconds(outage['median'])} ({_seconds(outage['worst'])})",
         f"{_seconds(recovery['median'])} ({_seconds(recovery['worst'])})",
     )
 

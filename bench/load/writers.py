@@ -171,6 +171,7 @@ class Writers:
         count: int,
         timeout: float = 10.0,
         watch: Callable[[Sample], None] | None = None,
+        others: int = 0,
     ) -> None:
         """Prepares the writers.
 
@@ -181,6 +182,7 @@ class Writers:
             count: number of writers.
             timeout: seconds until a request times out.
             watch: called with every request that is done.
+            others: number of writers of another instance, whose pixels are left alone.
         """
         self._target = target
         self._width = size[0]
@@ -188,7 +190,7 @@ class Writers:
         self._watch = watch
         self._seen: set[tuple[int, Register]] = set()
         self._verdict = WritersVerdict(count)
-        places = pixels_of(*size, count)
+        places = pixels_of(*size, count + others)
         self._pixels = [
             [
                 _Pixel(x, y, self._held(before, x, y), at_once=writer % 2 == 0)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.drill.capacity import SLICE, Normal, shortage
+from bench.drill.capacity import SLICE, Normal, longest_outage, shortage
 from bench.load.openloop import Sample
 
 RATE = 200
@@ -106,3 +106,22 @@ def test_the_limit_of_latency_follows_a_slow_machine() -> None:
     slow = Normal.of(load(5, lambda sample: sample._replace(seconds=0.2)), RATE)
     assert spell(load(10, lambda sample: sample._replace(seconds=0.5)), slow) is None
     assert spell(load(10, lambda sample: sample._replace(seconds=0.7)), slow) == (0, 10)
+
+
+def test_the_longest_outage_is_between_two_acknowledgements() -> None:
+    samples = load(10, between(4, 6, error="status 503"))
+    assert longest_outage(samples, START, START + 9) == pytest.approx(2, abs=0.01)
+    assert longest_outage(samples, START + 5, START + 9) == pytest.approx(1, abs=0.01)
+
+
+def test_writes_that_wait_and_are_acknowledged_late_are_an_outage() -> None:
+    waiting = [
+        sample._replace(seconds=START + 6 - sample.due) if 4 <= sample.due - START < 6 else sample
+        for sample in load(10)
+    ]
+    assert longest_outage(waiting, START, START + 9) == pytest.approx(2, abs=0.01)
+
+
+def test_an_outage_that_does_not_end_lasts_until_the_end() -> None:
+    failing = load(10, between(4, 10, error="cannot connect"))
+    assert longest_outage(failing, START, START + 9) == pytest.approx(5, abs=0.01)

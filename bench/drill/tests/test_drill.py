@@ -14,7 +14,8 @@ import pytest
 from bench.drill import __main__ as drill
 from bench.drill import hosts
 from bench.drill.capacity import Normal, Shortage
-from bench.drill.faults import EVENTS, NEVER_READY, QUICK, REFUSAL, Scene, never_ready_source
+from bench.drill.events import Scene
+from bench.drill.faults import EVENTS, NEVER_READY, QUICK, REFUSAL, never_ready_source
 from bench.drill.hosts import Fleet, FleetError
 from bench.load.figures import Spread
 
@@ -37,18 +38,26 @@ def test_only_redis_and_the_balancer_excuse_a_failure() -> None:
     assert excusing["redis stopped"] == {"503"}
 
 
+@pytest.fixture
+def two_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fleet, "load", lambda: FLEET)
+
+
+@pytest.mark.usefixtures("two_hosts")
 def test_quick_is_once_each() -> None:
     options = drill.parse_arguments(["--quick"])
     assert [event.name for event in options.events] == list(QUICK)
     assert options.runs == 1
 
 
+@pytest.mark.usefixtures("two_hosts")
 def test_events_can_be_named() -> None:
     options = drill.parse_arguments(["--events", "t2 frozen, deploy", "--runs", "2"])
     assert [event.name for event in options.events] == ["t2 frozen", "deploy"]
     assert options.runs == 2
 
 
+@pytest.mark.usefixtures("two_hosts")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,7 +79,7 @@ def test_without_a_fleet_it_says_how_to_make_one(
 ) -> None:
     monkeypatch.setenv("PIXEL_FLEET", "there-is-none")
     assert drill.main(["--quick"]) == 2
-    assert "`make up` makes one" in capsys.readouterr().err
+    assert "`make up` or `make up FLEET=ha` makes one" in capsys.readouterr().err
 
 
 def test_the_bad_release_is_the_app_that_is_never_ready() -> None:

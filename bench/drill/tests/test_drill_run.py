@@ -9,7 +9,7 @@ import pytest
 
 from bench.drill import __main__ as drill
 from bench.drill.__main__ import Drill
-from bench.drill.faults import Act, Event, Scene
+from bench.drill.events import Act, Event, Scene
 from bench.drill.hosts import Fleet, FleetError
 from bench.drill.outcomes import Run
 from bench.load.disk import Flush
@@ -41,6 +41,8 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
         "PENDING": 0.3,
         "CONNECTIONS": 8,
         "WRITERS": 4,
+        "FOLLOWERS": 0,
+        "CAUGHT_UP": 1.0,
         "SETTLE": 0.4,
     }.items():
         monkeypatch.setattr(drill, name, value)
@@ -153,6 +155,73 @@ def test_an_event_can_end_the_writers() -> None:
 
     (run,) = happen(service, Event("end", act, patience=5))
     assert run.faults == []
+    assert run.failed == {}
+
+
+def test_an_outage_beyond_the_limit_is_a_fault() -> None:
+    service = StandIn()
+    act = failing_for(service, Deed.BROKEN, 0.6)
+    excused = Event("away", act, excused=frozenset({"503"}), grace=1, outage=0.3, patience=5)
+    (run,) = happen(service, excused)
+    assert run.outage == pytest.approx(0.6, abs=0.2)
+    assert run.faults == [f"no write was acknowledged for {run.outage:.1f} s, the limit is 0.3 s"]
+
+
+def test_only_the_blows_of_an_act_excuse_failures() -> None:
+    service = StandIn()
+
+    async def act(scene: Scene, turn: int) -> None:
+        with scene.blow():
+            await failing_for(service, Deed.BROKEN, 0.2)(scene, turn)
+        await asyncio.sleep(0.5)
+        await failing_for(service, Deed.DROP, 0.2)(scene, turn)
+
+    anything = frozenset({"503", "connection lost"})
+    (run,) = happen(service, Event("twice", act, excused=anything, grace=0.2, patience=5))
+    assert run.failed["503"] > 0
+    assert run.faults == [f"{run.failed['connection lost']} x connection lost"]
+
+
+def test_viewers_that_miss_a_change_and_see_one_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drill, "WRITERS", 0)  # no later write hides the difference
+    monkeypatch.setattr(drill, "FOLLOWERS", 2)
+    service = StandIn()
+
+    async def act(_scene: Scene, turn: int) -> None:
+        if turn == 1:
+            service.silent_changes = 1
+            service.false_changes = 1
+
+    right, wrong = happen(service, Event("misled", act, patience=5), times=2)
+    assert (right.faults, right.gaps, right.phantoms) == ([], 0, 0)
+    assert (wrong.gaps, wrong.phantoms) == (2, 2)
+    assert wrong.faults == [f"viewer {number}: 1 gaps, 1 phantoms" for number in (1, 2)]
+
+
+def happen_apart(service: StandIn, apart: StandIn, act: Act) -> Run:
+    """Runs an event that cuts off a host, for whose own clients there is another service."""
+
+    async def session() -> Run:
+        fleet = Healed("nobody", service.url, {"stand-in": f"127.0.0.1:{apart.port}"}, {})
+        event = Event("cut off", act, apart="stand-in", patience=5)
+        return await Drill(Scene(fleet), 200, (WIDTH, HEIGHT)).happen(event, 0)
+
+    with service.serving(), apart.serving():
+        return asyncio.run(session())
+
+
+def test_the_clients_of_a_host_that_is_cut_off_may_fail() -> None:
+    service, apart = StandIn(), StandIn()
+    apart.canvas, apart.changes = service.canvas, service.changes
+    run = happen_apart(service, apart, failing_for(apart, Deed.BROKEN, 0.3))
+    assert (run.faults, run.failed) == ([], {})
+    assert apart.writes > 0
+
+
+def test_their_acknowledged_writes_may_not_be_undone() -> None:
+    service, apart = StandIn(), StandIn()  # the second one has a canvas of its own
+    run = happen_apart(service, apart, failing_for(apart, Deed.STORE, 0.3))
+    assert run.undone > 0
     assert run.failed == {}
 
 

@@ -25,13 +25,19 @@ def a_run(**changes: Any) -> Run:
         "before": CALM,
         "during": Spread(2, 4, 6, 8, 10),
         "took": 1.5,
+        "outage": 0.7,
+        "gaps": 0,
+        "phantoms": 0,
+        "resyncs": 1,
         "recovery": 2.0,
     }
     return Run(**(usual | changes))
 
 
 def test_the_file_has_the_agreed_shape() -> None:
-    outcome = Outcome("redis killed", [a_run(), a_run(recovery=3.0, failed={"503": 5}), a_run()])
+    outcome = Outcome(
+        "redis killed", [a_run(), a_run(recovery=3.0, failed={"503": 5}, outage=4.2), a_run(gaps=2)]
+    )
     row = outcome.as_json()
     agreed = {
         "event": "redis killed",
@@ -43,6 +49,8 @@ def test_the_file_has_the_agreed_shape() -> None:
         "undone": 0,
         "p99_ms": 6,
         "recovery_s": {"median": 2.0, "worst": 3.0},
+        "outage_s": {"median": 0.7, "worst": 4.2},
+        "viewers": {"gaps": 2, "phantoms": 0, "resyncs": 3},
     }
     assert agreed.items() <= row.items()
     assert json.loads(json.dumps(row, allow_nan=False)) == row
@@ -75,12 +83,17 @@ def failure(due: float, error: str) -> Sample:
     ],
 )
 def test_failures_are_excused_by_their_kind_and_time(due: float, error: str, counts: bool) -> None:
-    seen = unexcused([failure(due, error)], frozenset({"503"}), since=10, until=12)
+    seen = unexcused([failure(due, error)], frozenset({"503"}), [(10, 12)])
     assert seen == ({error.removeprefix("status "): 1} if counts else {})
 
 
+def test_between_two_blows_nothing_is_excused() -> None:
+    failures = [failure(due, "status 503") for due in (10.5, 15.0, 20.5)]
+    assert unexcused(failures, frozenset({"503"}), [(10, 12), (20, 22)]) == {"503": 1}
+
+
 def test_where_nothing_is_excused_every_failure_counts() -> None:
-    seen = unexcused([failure(10.5, "status 503")] * 3, frozenset(), since=10, until=12)
+    seen = unexcused([failure(10.5, "status 503")] * 3, frozenset(), [(10, 12)])
     assert seen == {"503": 3}
 
 
@@ -107,7 +120,10 @@ def test_the_table_has_a_line_an_event_and_says_what_is_wrong() -> None:
         Outcome("deploy", [a_run(behind_flush=4), a_run(behind_flush=3)]),
     ]
     head, redis, frozen, _, *rest = table(outcomes).splitlines()
-    assert " ".join(redis.split()) == "redis killed 1 100 90 10 x 503 0 0 1.0/3.0 2.0/6.0 1.5 2.0 (2.0)"
+    assert (
+        " ".join(redis.split())
+        == "redis killed 1 100 90 10 x 503 0 0 0, 0 1.0/3.0 2.0/6.0 1.5 0.7 (0.7) 2.0 (2.0)"
+    )
     assert frozen.endswith("never (never)")
     assert " 2       7 " in frozen
     assert len({len(head), len(redis), len(frozen)}) == 1

@@ -51,6 +51,9 @@ class StandIn:
         self.later = 0.2  # seconds until a late write is executed
         self.writes = 0
         self.port = 0
+        self.changes: list[list[Any]] = []  # of the event stream; a change's ID is its number
+        self.silent_changes = 0  # the next ones are not in the stream
+        self.false_changes = 0  # the next ones are followed by another value in the stream only
 
     @property
     def url(self) -> str:
@@ -95,6 +98,8 @@ class StandIn:
                 found = re.search(rb"(?i)content-length: (\d+)", head)
                 body = await reader.readexactly(int(found[1]) if found else 0)
                 last = self.close_each or b"\r\nconnection: close\r\n" in head.lower()
+                if path == "/events":
+                    await self._stream(head, writer)
                 answer = await self._answer(method, path, body)
                 if answer is None:
                     break
@@ -103,9 +108,22 @@ class StandIn:
                     break
         writer.close()
 
+    async def _stream(self, head: bytes, writer: asyncio.StreamWriter) -> None:
+        found = re.search(rb"(?i)last-event-id: (\d+)", head)
+        sent = int(found[1]) if found else len(self.changes)
+        writer.write(b"HTTP/1.1 200 X\r\nX-Pixel-Instance: stand-in\r\nConnection: close\r\n\r\n")
+        while True:
+            changes = self.changes[sent:]
+            sent += len(changes)
+            data = f"id: {sent}\ndata: {json.dumps(changes)}\n\n" if changes else ":\n\n"
+            writer.write(data.encode())
+            await writer.drain()
+            await asyncio.sleep(0.1)
+
     async def _answer(self, method: str, path: str, body: bytes) -> bytes | None:
         if path == "/canvas.rgb" and self.whole_canvas:
-            return self._message(200, bytes(self.canvas), chunked=True)
+            position = f"X-Pixel-Width: {WIDTH}\r\nX-Pixel-Event: {len(self.changes)}\r\n"
+            return self._message(200, bytes(self.canvas), chunked=True, fields=position)
         if found := re.fullmatch(r"/pixel/(\d+)/(\d+)", path):
             x, y = int(found[1]), int(found[2])
             at = (y * WIDTH + x) * 3
@@ -152,9 +170,19 @@ class StandIn:
 
     def _store(self, at: int, value: bytes) -> None:
         self.canvas[at : at + len(value)] = value
+        cell, first = divmod(at, 3)
+        changes = [[cell % WIDTH, cell // WIDTH, "RGB"[first + n], byte] for n, byte in enumerate(value)]
+        if self.silent_changes:
+            self.silent_changes -= 1
+            return
+        self.changes += changes
+        if self.false_changes:
+            self.false_changes -= 1
+            x, y, channel, byte = changes[0]
+            self.changes.append([x, y, channel, (byte + 1) % 256])
 
-    def _message(self, status: int, body: bytes, chunked: bool = False) -> bytes:
-        head = f"HTTP/1.1 {status} X\r\nX-Pixel-Instance: stand-in\r\n"
+    def _message(self, status: int, body: bytes, chunked: bool = False, fields: str = "") -> bytes:
+        head = f"HTTP/1.1 {status} X\r\nX-Pixel-Instance: stand-in\r\n{fields}"
         if self.close_each:
             head += "Connection: close\r\n"
         if chunked:
