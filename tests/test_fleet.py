@@ -248,6 +248,62 @@ def test_containers_and_networks_of_others_are_left_alone() -> None:
     assert not docker.calls("network rm")
 
 
+@pytest.fixture
+def up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "_wait_for_boot", lambda *_: None)
+    monkeypatch.setattr(containers, "_wait_for_ssh", lambda *_: None)
+
+
+@pytest.mark.usefixtures("up_at_once")
+@pytest.mark.parametrize(
+    ("action", "commands"),
+    [
+        ("off", ["kill pixel-c5 pixel-t2"]),
+        (
+            "cut",
+            [
+                "exec pixel-c5 ip link set eth0 down",
+                "exec pixel-t2 ip link set eth0 down",
+                "kill pixel-c5 pixel-t2",
+            ],
+        ),
+        ("freeze", ["pause pixel-c5 pixel-t2"]),
+        ("on", ["unpause pixel-t2", "start pixel-c5 pixel-t2"]),
+        ("reboot", ["restart pixel-c5 pixel-t2"]),
+    ],
+)
+def test_the_power_of_several_hosts_changes_at_once(action: str, commands: list[str]) -> None:
+    docker, one = Engine(**{"ps_--all": "pixel-t2\npixel-m5\n"}), plan()
+    containers.power(docker, one, one.hosts, action)
+    assert [asked for asked in docker.asked if not asked.startswith("ps ")] == commands
+
+
+def test_hosts_can_be_created_for_an_inventory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    created: list[layout.Fleet] = []
+    monkeypatch.setattr(layout, "ROOT", tmp_path)
+    monkeypatch.setattr(engine.Docker, "ensure", lambda _: None)
+    monkeypatch.setattr(containers, "create", lambda _, one: created.append(one))
+    monkeypatch.setattr("sys.argv", ["fleet.py", "create", "--inventory=ha", "c5", "t2", "m5"])
+    fleet.main()
+    assert created[0].inventory == "ha"
+    assert created[0].url == f"http://{created[0].subnet[-2]}"
+
+
+@pytest.mark.usefixtures("up_at_once")
+def test_a_host_is_replaced_and_the_others_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(layout, "ROOT", tmp_path)
+    monkeypatch.setattr(containers, "ensure_image", lambda *_: "image")
+    monkeypatch.setattr(containers, "require_disk_space", lambda _: None)
+    one = plan(PIXEL_FLEET_DATA=str(tmp_path))
+    one.state.mkdir(parents=True)
+    docker = Engine(container_inspect="none")
+    containers.replace(docker, one, one.host("t2"))
+    assert docker.calls("rm") == ["rm --force --volumes pixel-t2"]
+    [run] = docker.calls("run")
+    assert "--name pixel-t2" in run
+    assert json.loads((one.state / "fleet.json").read_text())["hosts"].keys() == {"c5", "t2"}
+
+
 def test_a_path_with_spaces_is_quoted_in_the_ssh_configuration(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -137,12 +137,14 @@ async def deploy_degraded(scene: Scene, _: int) -> None:
 
 
 async def replace(scene: Scene, _: int) -> None:
-    """Puts an empty machine in m5's place, which `site.yml` fills."""
+    """Puts an empty machine in m5's place, which `site.yml` fills; the others keep their release."""
+    former = await scene.fleet.releases()
     await strike(scene, "cut", THIRD)
     await asyncio.sleep(OFF_SECONDS)
     await scene.fleet.replace(THIRD)
-    await scene.fleet.must_play("site.yml")
+    await scene.fleet.must_play("site.yml", pixel_app_release=former[BALANCER])
     await scene.fleet.until_whole()
+    await expect_releases(scene.fleet, former)
 
 
 def start_cold(missing: str) -> Act:
@@ -198,8 +200,8 @@ def address_on(host: str) -> Callable[[Scene], Awaitable[None]]:
 
 def event(name: str, act: Act, address: str = BALANCER, **others: Any) -> Event:
     """An event with the limits of three hosts; `address` is the host that holds the balancers' address."""
-    usual = {"runs": 5, "grace": OUTAGE, "outage": OUTAGE, "patience": 180.0, "prepare": address_on(address)}
-    return Event(name, act, **(usual | others))
+    usual: dict[str, Any] = {"runs": 5, "grace": OUTAGE, "outage": OUTAGE, "patience": 180.0}
+    return Event(name, act, prepare=address_on(address), **(usual | others))
 
 
 EVENTS = (

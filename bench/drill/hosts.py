@@ -84,15 +84,16 @@ class Fleet:
         return output
 
     async def play(
-        self, playbook: str, variables: Mapping[str, Any] | None = None, limit: str = "all"
+        self, playbook: str, variables: Mapping[str, Any] | None = None, limit: str = ""
     ) -> tuple[int, str]:
-        """Runs a playbook; returns its exit status and its output."""
+        """Runs a playbook, on some hosts if there is a limit; returns its exit status and its output."""
         program = str(ROOT / ".venv" / "bin" / "ansible-playbook")
-        options = ["--inventory", f"inventory/{self.inventory}", "--limit", limit] if self.is_cluster else []
-        extra = ["--extra-vars", json.dumps(variables)] if variables else []
-        return await self._run(program, f"playbooks/{playbook}", *options, *extra, patience=PLAY_PATIENCE)
+        options = ["--inventory", f"inventory/{self.inventory}"]
+        options += ["--limit", limit] if limit else []
+        options += ["--extra-vars", json.dumps(variables)] if variables else []
+        return await self._run(program, *options, f"playbooks/{playbook}", patience=PLAY_PATIENCE)
 
-    async def must_play(self, playbook: str, limit: str = "all", **variables: Any) -> None:
+    async def must_play(self, playbook: str, limit: str = "", **variables: Any) -> None:
         """Runs a playbook; raises FleetError if it fails."""
         status, output = await self.play(playbook, variables, limit)
         if status != 0:
