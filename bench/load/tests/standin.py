@@ -178,8 +178,7 @@ class StandIn:
         self.changes += changes
         if self.false_changes:
             self.false_changes -= 1
-            x, y, channel, byte = changes[0]
-            self.changes.append([x, y, channel, (byte + 1) % 256])
+            self.changes.append([*changes[0][:3], (value[0] + 1) % 256])
 
     def _message(self, status: int, body: bytes, chunked: bool = False, fields: str = "") -> bytes:
         head = f"HTTP/1.1 {status} X\r\nX-Pixel-Instance: stand-in\r\n{fields}"

@@ -156,7 +156,9 @@ def description(fleet: dict[str, Any], moderator: str) -> Iterator[Any]:
 
     @schema.hook
     def map_body(context: schemathesis.HookContext, body: Any) -> Any:
-        if context.operation.path == "/history/undo" and isinstance(body, dict) and body.get("apply") is True:
+        operation = context.operation
+        assert operation is not None
+        if operation.path == "/history/undo" and isinstance(body, dict) and body.get("apply") is True:
             return integers(body) | {"apply": False}
         return integers(body)
 

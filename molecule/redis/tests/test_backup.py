@@ -17,14 +17,14 @@ KEY = "a-long-secret-key-of-tests"
 # The S3 server of an earlier run of these tests is gone; a host remembers that it was used.
 FILL = """
 rm -f /var/lib/pixel-backup/status.json
-$redis setrange pixel:0:0 1000 canvas >/dev/null
+$redis setrange "pixel:{0}:tile:0:0" 1000 canvas >/dev/null
 for number in 1 2 3 4 5 6 7 8 9; do
-  $redis hset pixel:keys $number "$(printf '%080d' $number)" >/dev/null
+  $redis hset "pixel:{0}:keys" $number "$(printf '%080d' $number)" >/dev/null
 done
 """
 DIGESTS = """
-$redis getrange pixel:0:0 1000 -1
-$redis hgetall pixel:keys | paste - - | sort
+$redis getrange "pixel:{0}:tile:0:0" 1000 -1
+$redis hgetall "pixel:{0}:keys" | paste - - | sort
 """
 # The packages stay, to save time.
 WIPE = """

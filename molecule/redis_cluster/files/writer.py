@@ -55,5 +55,6 @@ class Writer:
         except (OSError, ReplyError) as error:
             moved = str(error).split()[-1] if str(error).startswith("MOVED") else None
             self._master.close()
-            self._master = self._connect(moved or random.choice(self._addresses))
+            others = [address for address in self._addresses if address != self._master.address]
+            self._master = self._connect(moved or random.choice(others))
             return False

@@ -29,10 +29,10 @@ def addresses(fleet: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def connect(password: Any) -> Callable[[str], Any]:
-    """Connect to a process as the app."""
+    """Connect to a process as the app, and with its timeout."""
     from redis_cluster import Process
 
-    return lambda address: Process(address, "pixel", password("app"))
+    return lambda address: Process(address, "pixel", password("app"), timeout=1.0)
 
 
 @pytest.fixture(scope="session")

@@ -110,8 +110,9 @@ def parse_members(text: str) -> dict[str, Member]:
 class Process:
     """A connection to one Redis process."""
 
-    def __init__(self, address: str, user: str, password: str) -> None:
+    def __init__(self, address: str, user: str, password: str, timeout: float = CALL_TIMEOUT) -> None:
         self.address = address
+        self._timeout = timeout
         self._login = (user, password)
         self._socket: socket.socket | None = None
         self._buffer = b""
@@ -131,7 +132,7 @@ class Process:
 
     def _connect(self) -> None:
         host, _, port = self.address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)), CALL_TIMEOUT)
+        self._socket = socket.create_connection((host, int(port)), self._timeout)
         self._buffer = b""
         if self._login[1]:
             try:
