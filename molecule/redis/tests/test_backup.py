@@ -78,7 +78,7 @@ def backups(s3: None, everywhere: Any) -> dict[str, str]:
 
 def test_each_host_has_a_verified_backup(backups: Any, everywhere: Any) -> None:
     for text in everywhere("pixel-backup status; pixel-backup list").values():
-        status, _, row = text.splitlines()
+        status, _, row, *_ = text.splitlines()
         assert (json.loads(status)["error"], json.loads(status)["verified"] > 0) == ("", True)
         assert re.fullmatch(r"[0-9a-f]{8}  20\d\d-\d\d-\d\d \d\d:\d\dZ  yes       canvas.rdb", row)
 
