@@ -17,7 +17,7 @@ from redis_cluster import (
     RedisCluster,
 )
 
-from pixel import keys
+from pixel import keys, metrics
 from pixel.canvas import Region
 from pixel.cluster import Node, Redis
 from pixel.events import Hub
@@ -211,15 +211,23 @@ async def can_write(store: Store, seconds: float = 10) -> None:
             return
 
 
+def counted_replicas() -> float:
+    [metric] = metrics.REPLICAS.collect()
+    return metric.samples[0].value
+
+
 async def test_a_replica_that_can_not_be_elected_is_not_waited_for(
     cluster: RedisCluster, stores: list[Store]
 ) -> None:
     replica = cluster.nodes[REPLICAS[0]]
+    await can_write(stores[0])
+    assert counted_replicas() == 2
     replica.ask("CONFIG", "SET", "cluster-replica-no-failover", "yes")
     await wait_for(lambda: "nofailover" in cluster.nodes[MASTER].flags(replica))
     await asyncio.sleep(0.5)  # the workers know it too
     ledger = Ledger(*stores)
     await asyncio.sleep(0.5)
+    assert counted_replicas() == 1
     replica.kill()
     await wait_for(lambda: is_failed(cluster, replica))
     await asyncio.to_thread(replica.start, "--cluster-replica-no-failover", "yes")

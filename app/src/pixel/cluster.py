@@ -169,7 +169,9 @@ class Replicas:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._electable = 0
         self._needed = 1
+        self._counted = -1  # the value of the metric; none yet
         self.acknowledged = 0
         """How many have acknowledged the last write."""
         self._logged: set[str] = set()  # names of replicas whose logs are complete
@@ -204,10 +206,12 @@ class Replicas:
         *stats, acknowledged = replies
         for text in stats:
             self._count_resyncs(text)
-        number = acknowledged if isinstance(acknowledged, int) else 0
-        if number != self.acknowledged:
-            self.acknowledged = number
-            metrics.REPLICAS.set(number)
+        self.acknowledged = acknowledged if isinstance(acknowledged, int) else 0
+        # A replica that doesn't stand for election acknowledges too.
+        counted = min(self.acknowledged, self._electable)
+        if counted != self._counted:
+            self._counted = counted
+            metrics.REPLICAS.set(counted)
         return not self.are_short
 
     async def check(self, connection: Connection) -> None:
@@ -226,7 +230,8 @@ class Replicas:
             # Just after a failover, a replica may still be one of the former master.
             if "slave" in node.flags and not node.flags & {"fail", "noaddr"} and node.master not in masters
         }
-        self._needed = max(sum("nofailover" not in node.flags for node in replicas.values()), 1)
+        self._electable = sum("nofailover" not in node.flags for node in replicas.values())
+        self._needed = max(self._electable, 1)
         self._count_resyncs(stats)
         self._logged &= replicas.keys()
         self._checked = monotonic()

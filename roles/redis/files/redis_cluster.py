@@ -304,9 +304,13 @@ def form(cluster: Cluster) -> None:
     ids = {address: _myself(view).id for address, view in views.items()}
     owner = _owner(cluster, views)
     if owner is None:
+        # A process that doesn't answer may belong to a cluster with data.
+        for address in cluster.processes:
+            if address not in views:
+                raise Problem(
+                    f"Redis at {address} doesn't answer; a new cluster begins with all processes. Start it."
+                )
         owner = cluster.data[0]
-        if owner not in views:
-            raise Problem(f"Redis at {owner} doesn't answer; a new cluster begins there. Start it.")
         _check_empty(cluster, [address for address in views if address != owner])
     _give_slots(cluster, owner)
     _forget(cluster, owner, views, ids)
