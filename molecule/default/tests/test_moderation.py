@@ -86,7 +86,7 @@ def test_an_operator_protects_an_area_and_blocks_a_client(
     for item in (*restrictions["areas"], *restrictions["blocks"]):
         assert item["by"].startswith("operator:")
         assert item["id"] in listed.words
-        play("playbooks/moderate.yml", remove=item["id"]).changes()
+        play("playbooks/moderate.yml", lift=item["id"]).changes()
     time.sleep(2)
     assert statuses("/pixel/907/907", **blocked) == {200: 40}
     acts = ask("GET", "/moderation/acts?limit=4", moderator)[2]
