@@ -160,7 +160,7 @@ def test_a_change_is_rolled_out_without_a_failed_write(
     play: Any, status: Any, addresses: list[str], connect: Any
 ) -> None:
     with Writer(addresses, connect) as writer:
-        changed = play("molecule/redis_cluster/converge.yml", redis_maxclients=9000).changed_tasks()
+        changed = play("molecule/redis_cluster/converge.yml", redis_tcp_backlog=400).changed_tasks()
         wait_for_master(status, "n2", addresses[0])
         time.sleep(1)
     tasks = ("Configure Redis", "Restart them, host by host and without a failed write")
