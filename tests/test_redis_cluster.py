@@ -130,6 +130,7 @@ def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_cluster, "STABLE", 0.5)
     monkeypatch.setattr(redis_cluster, "SETTLE", 0.5)
     monkeypatch.setattr(redis_cluster, "LEAVE_TIMEOUT", 0.5)
+    monkeypatch.setattr(redis_cluster, "READY_TIMEOUT", 2.0)
 
 
 @pytest.fixture
@@ -312,6 +313,26 @@ def test_the_preferred_host_takes_the_master_role_back(formed: Machines) -> None
         assert formed.ask(first).call("GET", KEY) == f"later {is_empty}"
         for host in (2, 3):
             run_agent(formed, host, until=lambda row: row.get("is_ready"))
+
+
+def test_only_a_host_with_all_data_is_ready(formed: Machines) -> None:
+    """A backup of another host would be an old state."""
+    for host in (1, 2, 3):
+        redis_cluster.check_ready(formed.cluster(host))
+    problem = "^Redis at 127.0.0.{}:.* is neither the working master nor a ready replica"
+    formed.kill(formed.data[1])
+    with pytest.raises(Problem, match=problem.format(2)):
+        redis_cluster.check_ready(formed.cluster(2))
+    formed.start(formed.data[1])
+    # It may not have all data until its agent has looked.
+    with pytest.raises(Problem, match=problem.format(2)):
+        redis_cluster.check_ready(formed.cluster(2))
+    run_agent(formed, 2, until=lambda row: row["is_ready"])
+    redis_cluster.check_ready(formed.cluster(2))
+    # A replica that is cut off from the others has what there was before.
+    formed.kill(*formed.on(1), *formed.on(2))
+    with pytest.raises(Problem, match=problem.format(3)):
+        redis_cluster.check_ready(formed.cluster(3))
 
 
 def test_a_replica_without_all_data_is_not_elected(formed: Machines) -> None:

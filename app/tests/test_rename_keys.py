@@ -105,6 +105,17 @@ async def test_every_step_can_be_repeated_and_a_deploy_be_given_up(
     store.close()
 
 
+def test_a_canvas_without_events_is_copied_before_it_is_deleted(admin: redis.Redis, step: Step) -> None:
+    """Its tiles are all that there is: a worker has created them, or the events have been removed."""
+    tiles = {(0, 0): bytes(TILE_BYTES), (3, 2): b"\7" * TILE_BYTES}
+    for (column, row), content in tiles.items():
+        admin.set(f"pixel:{{{column}:{row}}}", content)
+    results = [step(name) for name in ("begin", "copy", "copy", "finish", "finish")]
+    assert results == [b"changed", b"changed", b"unchanged", b"changed", b"unchanged"]
+    assert {place: admin.get(tile_key(*place)) for place in tiles} == tiles
+    assert not admin.exists("pixel:{0:0}", "pixel:{3:2}")
+
+
 async def test_writes_under_both_names_are_an_error(
     redis_server: RedisServer, admin: redis.Redis, step: Step
 ) -> None:

@@ -1,4 +1,4 @@
-"""Role redis on three hosts: layout, lost hosts, changes, and back to one Redis."""
+"""Role redis on three hosts: layout, lost hosts, changes, backups, and back to one Redis."""
 
 from __future__ import annotations
 
@@ -176,3 +176,71 @@ def test_a_change_is_rolled_out_without_a_failed_write(
     assert writer.slowest < 1.5
     assert read(connect, addresses[0]) >= writer.acknowledged
     wait_until_ready(status, "n1", addresses[1:])
+
+
+@pytest.fixture
+def canvas(addresses: list[str], password: Any) -> Callable[[], list[str]]:
+    """The digests of all keys; fails unless they are the same on all hosts."""
+    script = yaml.safe_load((ROOT / "roles/redis/vars/main.yml").read_text())["_redis_script_digests"]
+
+    def digests() -> list[str]:
+        found = []
+        for address in addresses:
+            with contextlib.closing(Process(address, "admin", password("admin"))) as process:
+                process.call("READONLY")
+                found.append(process.call("EVAL", script, 0))
+        assert found[0] == found[1] == found[2]
+        assert len(found[0]) >= 2
+        return list(found[0])
+
+    return digests
+
+
+def paint(connect: Any, address: str, value: int) -> None:
+    """Change the canvas, as acknowledged by both replicas."""
+    with contextlib.closing(connect(address)) as process:
+        process.call("SET", "pixel:{0}:canvas", random.randbytes(100_000).hex())
+        process.call("SET", KEY, value)
+        assert process.call("WAIT", 2, 1000) == 2
+
+
+def test_backups_are_restored_to_all_hosts(
+    play: Any, run: Any, status: Any, addresses: list[str], connect: Any, canvas: Any, tmp_path: Path
+) -> None:
+    """From the repository, which is on a replica's host, and not from a damaged file on the control node."""
+    folder = tmp_path / "backups"
+    run("n3", "install -d -o pixel-backup -g pixel-backup -m 0700 /srv/backups")
+    paint(connect, addresses[0], 1)
+    wanted = canvas()
+    assert play("playbooks/backup.yml").returncode == 0
+    # The replica there was ready.
+    assert "check-ready" in run("n3", "systemctl show -P ExecStartPre pixel-backup | grep status=0")
+    paint(connect, addresses[0], 2)
+    before = canvas()
+    played = play("playbooks/backup.yml", redis_backup_repository="", redis_backup_dir=str(folder))
+    assert [host for host, count in played.changes().items() if count] == ["n3"]
+    assert len(list(folder.glob("pixel-*.rdb"))) == 1
+
+    # A log that Redis refuses, as after a disk error.
+    missing = "file missing.rdb seq 1 type b\n"
+    options = {"redis_backup_repository": "", "redis_backup_dir": str(folder), "restore_overwrite": True}
+    failed = play("playbooks/restore.yml", _redis_log_manifest=missing, **options).failures()
+    assert "The former data was restored." in failed["n1"]
+    assert canvas() == before
+    wait_until_ready(status, "n1", addresses[1:])
+
+    played = play("playbooks/restore.yml", restore_overwrite=True)
+    assert played.returncode == 0, played.words
+    assert f"its {len(wanted)} keys are identical to the backup's" in played.words
+    assert canvas() == wanted
+    rows = status("n2")
+    assert [rows[address]["role"] for address in addresses] == ["master", "replica", "replica"]
+    assert [rows[address]["is_ready"] for address in addresses[1:]] == [True, True]
+    assert {row["state"] for row in rows.values()} == {"ok"}
+    paint(connect, addresses[0], 3)
+    canvas()
+
+
+def test_a_backup_needs_the_host_that_makes_it(play: Any) -> None:
+    refused = play("playbooks/backup.yml", "--limit", "n1:n2").failures()
+    assert "n3 makes it (redis_backup_host)" in refused["n1"]

@@ -7,6 +7,7 @@
     redis-cluster leave              prepare this host for a stop without a failed write
     redis-cluster rejoin             undo that, and wait until this host's replica is ready
     redis-cluster promote            make this host's replica the master after the master is lost
+    redis-cluster check-ready        fail if this host doesn't have all data, as after a start
     redis-cluster agent              the service: return the master role to the preferred host
     redis-cluster check-log DIR      fail if the cluster's data should be in DIR and is not
 
@@ -54,6 +55,8 @@ FORM_TIMEOUT = 60.0
 SWITCH_TIMEOUT = 10.0
 SYNC_TIMEOUT = 300.0
 LEAVE_TIMEOUT = 5.0
+# A host that boots is ready within this time, unless it copies all data.
+READY_TIMEOUT = 60.0
 # systemd starts Redis again at once.
 CHECK_PAUSE = 5.0
 
@@ -490,6 +493,23 @@ def status(cluster: Cluster) -> list[dict[str, Any]]:
     return rows
 
 
+def check_ready(cluster: Cluster) -> None:
+    """Raise Problem unless this host has all data, as the working master or as a ready replica."""
+
+    def has_all_data() -> bool:
+        row = next(row for row in status(cluster) if row["address"] == cluster.local)
+        if row["role"] == "unknown" or row["state"] != "ok":
+            return False
+        return bool(row["owns_data"] or row.get("is_ready"))
+
+    wait(
+        has_all_data,
+        READY_TIMEOUT,
+        f"Redis at {cluster.local} is neither the working master nor a ready replica, so it may lack data:"
+        " see redis-cluster status.",
+    )
+
+
 def _check_others(cluster: Cluster) -> None:
     """Raise Problem unless the cluster works without this host."""
     host = cluster.local.rpartition(":")[0]
@@ -713,7 +733,7 @@ def main() -> int:
     default = f"{passed}/redis-cluster.json" if passed else CONFIG
     parser.add_argument("--config", default=default)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("form", "status", "leave", "rejoin", "promote", "agent"):
+    for name in ("form", "status", "leave", "rejoin", "promote", "check-ready", "agent"):
         commands.add_parser(name)
     commands.add_parser("restart").add_argument("units", nargs="+", metavar="UNIT")
     commands.add_parser("check-log").add_argument("folder", type=Path)
@@ -732,6 +752,7 @@ def main() -> int:
             "leave": lambda: leave(cluster),
             "rejoin": lambda: rejoin(cluster),
             "promote": lambda: promote(cluster),
+            "check-ready": lambda: check_ready(cluster),
             "agent": lambda: run_agent(cluster),
         }
         actions[arguments.command]()

@@ -41,9 +41,10 @@ if ARGV[1] == 'begin' then
   return 'changed'
 end
 
-local mark = redis.call('GET', MARK) or '- -'
+-- There is no mark before the first copy, even if the canvas has no events.
+local mark = redis.call('GET', MARK)
 if version('pixel:') ~= mark then
-  if version('pixel:{0}:') ~= mark then
+  if version('pixel:{0}:') ~= (mark or '- -') then
     return redis.error_reply('ERR the canvas was painted under the former and under the present names of its keys')
   end
   for key, name in pairs(former) do redis.call('COPY', key, name, 'REPLACE') end
