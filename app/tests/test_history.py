@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,18 @@ def test_selections_and_pages(path: Path) -> None:
         found += page.records
         after = page.next
     assert found == of_pixel
+
+
+def test_an_export_in_parts_has_each_change_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second event is in two parts; the last one has several changes."""
+    monkeypatch.setattr(queries, "EXPORTED_AT_ONCE", 3)
+    archive = Archive(path)
+    archive.begin(0)
+    written = [Entry(EventId(n, 0, 7), [Change(n, m, 0, 1) for m in range(2)], [None] * 2) for n in range(3)]
+    archive.append(written, written[-1].event, 3)
+    archive.close()
+    parts = [[(r.x, r.y) for r in part] for part in islice(queries.export(path, None, None), 4)]
+    assert parts == [[(0, 0), (0, 1), (1, 0)], [(1, 1), (2, 0), (2, 1)]]
 
 
 def test_a_page_examines_a_bounded_number_of_changes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
