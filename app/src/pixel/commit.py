@@ -354,7 +354,9 @@ class GroupCommit:
                 if rest < _LEAST_WAIT:
                     batch.refuse("Redis was too slow for this write to begin")
                     return
-                confirmation = self._replicas.wait(min(rest, _LEASE * self._timeout))
+                seconds = min(rest, _LEASE * self._timeout)
+                # A spare replica may have gone: then there is time for a second look.
+                confirmation = self._replicas.wait(seconds / 2 if self._replicas.has_spare else seconds)
             asked, started = monotonic(), perf_counter()
             replies = connection.execute([*before, *self._lease.conditions, *commands, *confirmation])
             timer = self._loop.call_later(self._timeout, connection.close, "no answer in time")
@@ -400,14 +402,16 @@ class GroupCommit:
         assert self._replicas
         if isinstance(acknowledged, NotMasterError):
             return await self._has_new_master(last, connection, batch)
-        if not self._replicas.has_unknown_logs:
+        if not self._replicas.may_suffice:
             return False
         try:
             async with asyncio.timeout(self._rest(batch)):
                 await self._replicas.check(connection)
+                # By the reply before, one that has gone since may have acknowledged, and another one not.
+                seconds = self._rest(batch) / 2
+                return self._replicas.suffice(*await connection.ask(*self._replicas.wait(seconds)))
         except (OSError, ReplyError):
             return False
-        return not self._replicas.are_short
 
     async def _has_new_master(self, last: object, former: Connection, batch: _Batch) -> bool:
         """Whether the new master and its replicas have a batch's last event, after a planned switch.
