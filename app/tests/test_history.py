@@ -44,7 +44,7 @@ from pixel.maintenance import Maintenance
 from pixel.names import EVENTS, MAINTENANCE, tile_key
 from pixel.pixel import Change, pack
 from pixel.problems import Problem
-from pixel.resp import Connection, Server
+from pixel.resp import Command, Connection, Server
 from pixel.store import Store
 from pixel.stream import EventId
 
@@ -208,6 +208,48 @@ async def test_a_restored_redis_is_a_gap(
     [gap] = queries.gaps(path)
     assert (gap.events, gap.reason) == (None, "restored")
     assert [r.value for r in records(path) if r.x == 9] == list(range(later_events))[::-1]
+
+
+@pytest.mark.parametrize("is_archived", [False, True])
+async def test_a_snapshot_of_a_deposed_master_is_not_stored(
+    following: Following,
+    redis_server: RedisServer,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_archived: bool,
+) -> None:
+    """While the follower reads the canvas, its link moves to the new master."""
+    key, _ = locate(9, 9)
+
+    def become(tile: bytes, *events: tuple[str, int]) -> None:
+        with redis_server.admin() as admin:
+            admin.delete(EVENTS)
+            admin.xadd(EVENTS, {"c": pack([Change(0, 0, 0, 1)])}, "1-0")
+            admin.xtrim(EVENTS, 0, approximate=False)  # so the first snapshot is due
+            for event, epoch in events:
+                admin.xadd(EVENTS, {"c": pack([Change(9, 9, 0, 1)]), "e": epoch}, event)
+            admin.set(key, tile)
+
+    common, phantom = ("5-0", 1), ("7-0", 1)
+    become(b"deposed", common, *[phantom] * is_archived)
+    ask = following.link.ask_at_once
+
+    async def moving(*commands: Command) -> list[Any]:
+        if len(commands) == 2:
+            return await ask(*commands)
+        monkeypatch.setattr(following.link, "ask_at_once", ask)
+        become(b"deposed", common, phantom)
+        replies = await ask(*commands)
+        become(b"true", common, ("8-0" if is_archived else "6-0", 2))
+        return replies
+
+    monkeypatch.setattr(following.link, "ask_at_once", moving)
+    async with asyncio.timeout(10):
+        await following.catch_up()
+    assert [gap.reason for gap in queries.gaps(path)] == (["diverged"] if is_archived else [])
+    with queries.reading(path) as database:
+        firsts = database.execute("SELECT first FROM snapshots").fetchall()
+        assert [read_tile(database, first, key).rstrip(b"\0") for (first,) in firsts] == [b"true"]
 
 
 async def test_an_archive_of_a_newer_release_is_refused(path: Path) -> None:
@@ -759,6 +801,29 @@ def test_during_maintenance_moderators_undo_nothing(
     answer = history.post("/history/undo", json=wanted | {"apply": True}, headers=moderator)
     assert (answer.status_code, answer.json()["maintenance"]) == (503, "read-only")
     assert undo_all(history, moderator, **wanted)[0]["changed"] == 2
+
+
+@pytest.mark.parametrize("opened", [False, True])
+async def test_an_undo_ends_if_redis_does_not_answer(
+    fragile_redis: RedisServer, path: Path, monkeypatch: pytest.MonkeyPatch, opened: bool
+) -> None:
+    monkeypatch.setattr(moderation, "TIMEOUT", 0.2)
+    open_connection = Redis.open
+
+    async def open_and_pause(redis: Redis, kind: type[Connection]) -> Connection:
+        if not opened:
+            fragile_redis.pause()
+        connection = await open_connection(redis, kind)
+        fragile_redis.pause()
+        return connection
+
+    monkeypatch.setattr(Redis, "open", open_and_pause)
+    selection = Selection(None, ["key:a"])
+    wanted = moderators.WantedUndo(authors=["key:a"])
+    async with asyncio.timeout(5):
+        with pytest.raises(TimeoutError):
+            await moderators._undo(path, fragile_redis.settings(), selection, "key:mod", wanted)
+    fragile_redis.resume()
 
 
 async def test_questions_beyond_the_bounds_are_refused() -> None:
