@@ -544,6 +544,29 @@ def test_a_tab_that_joins_misses_nothing(canvas: str, open_page: Callable[..., P
         wait_until(lambda tab=tab: differences(tab) == 0)
 
 
+def test_a_tab_with_an_event_of_an_earlier_epoch_begins_again(
+    canvas: str, open_page: Callable[..., Page]
+) -> None:
+    """It may be the event of a deposed master, whose later changes nobody else has."""
+    answers = open_page(canvas).evaluate(
+        """async () => {
+            const { Feed } = await import(new URL("live/feed.js", document.baseURI));
+            const feed = new Feed();
+            const url = new URL("events", document.baseURI).href;
+            const join = (follow) =>
+                new Promise((resolve) => {
+                    const { port1, port2 } = new MessageChannel();
+                    feed.attach(port1);
+                    port2.onmessage = ({ data }) => resolve(data.resync ?? data.state);
+                    port2.postMessage({ follow, part: null, subscription: 1, url, key: null });
+                });
+            join("5-0-7");
+            return Promise.all(["5-0-7", "6-0-1", "6-0-8"].map(join));
+        }"""
+    )
+    assert answers == ["lost", "5-0-7", "lost"]
+
+
 def test_without_shared_workers_each_tab_has_its_stream(canvas: str, open_page: Callable[..., Page]) -> None:
     wait_until(lambda: streams(canvas) == 0)
     script = "delete globalThis.SharedWorker"

@@ -17,8 +17,8 @@ elect a replica when the data master's host is lost.
 
 A replica is *ready* when it has all data and its own log is on disk. Redis starts with
 `cluster-replica-no-failover yes`, which the agent sets to `no` when the replica is ready. Until then the
-replica has the flag `nofailover`: it is not elected, and the app doesn't wait for it, so that a replica that
-starts delays no write.
+replica has the flag `nofailover`: it is not elected, and the app waits for it only while it acknowledges, so
+that a replica that starts delays no write.
 """
 
 from __future__ import annotations
