@@ -313,6 +313,7 @@ class GroupCommit:
                     await replicas.check(connection)
             self._unreachable = ""
         except (OSError, ReplyError) as error:
+            metrics.REPLICAS.set(0)
             self._health.fails(error)
             connection.close(str(error) or "no answer in time")
 
