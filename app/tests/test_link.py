@@ -17,6 +17,8 @@ class SlowServer:
 
     def __init__(self, *, silent: bool = False) -> None:
         self.silent = silent
+        self.drops = 0
+        """How many of the next commands break their connections."""
         self.connections = 0
 
     async def __aenter__(self) -> "SlowServer":
@@ -44,6 +46,9 @@ class _Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if b"PING" in data:
             self._transport.write(b"+OK\r\n+PONG\r\n")
+        elif self._server.drops:
+            self._server.drops -= 1
+            self._transport.abort()
         elif not self._server.silent:
             loop = asyncio.get_running_loop()
             at = max(self._busy_until, loop.time())
@@ -75,4 +80,17 @@ async def test_a_link_that_is_silent_is_opened_again() -> None:
         server.silent = False
         assert await link.ask(("GET", "next"), blocking=5) == [b"x" * 200]
         assert server.connections == 2
+        link.close()
+
+
+async def test_a_read_is_repeated_if_its_connection_was_lost_before() -> None:
+    async with SlowServer() as server:
+        link = server.link(3)
+        await link.ask(("GET", "a"))
+        server.drops = 1
+        assert await link.ask(("GET", "a")) == [b"x" * 200]
+        assert server.connections == 2
+        server.drops = 2
+        with pytest.raises(Problem):
+            await link.ask(("GET", "a"))
         link.close()

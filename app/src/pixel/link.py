@@ -66,6 +66,7 @@ class Link:
         self._redis = redis
         self._timeout = timeout
         self._is_timed = operation == "read"
+        self._is_repeatable = operation in {"read", "keys"}
         self._health = Health(operation)
         self._connection: _Connection | None = None
         self._opening = asyncio.Lock()
@@ -91,9 +92,16 @@ class Link:
         try:
             async with asyncio.timeout(self._timeout + blocking):
                 while True:
+                    used = self._connection
                     connection = await self._connected()
                     started = perf_counter()
-                    replies: list[Any] = await connection.execute(commands)
+                    try:
+                        replies: list[Any] = await connection.execute(commands)
+                    except ConnectionError:
+                        # Redis's host may have lost power since the last read, which shows only now.
+                        if connection is not used or not self._is_repeatable:
+                            raise
+                        continue
                     refusal = next((reply for reply in replies if isinstance(reply, ReplyError)), None)
                     if not isinstance(refusal, NotMasterError):
                         break
