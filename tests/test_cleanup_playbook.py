@@ -111,7 +111,10 @@ def test_a_redis_that_the_app_uses_is_left_alone(cleanup: Run, name: str) -> Non
     words, disabled = cleanup(groups, pixel_app_redis_url=f"redis://{name}:6379/0")
     assert "b has left redis" in words
     assert "a has left" not in words
-    assert disabled == ["pixel-backup.timer", "redis-server.service", "prometheus-redis-exporter.service"]
+    assert disabled == [
+        *("pixel-backup.timer", "redis-cluster.service", "redis-server@voter.service"),
+        *("redis-server.service", "prometheus-redis-exporter.service"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,11 @@ def test_defaults_equal_the_roles_defaults() -> None:
 
 
 def test_security_groups_admit_the_fleets_ports() -> None:
+    """Also those of a Redis Cluster, whose hosts other than the first have the most."""
     aws = yaml.safe_load((ROOT / "inventory" / "aws" / "group_vars" / "all.yml").read_text())
-    assert sorted(aws["aws_fleet_ports"]) == sorted(pixel_fleet.fleet_ports(HOST))
+    member = HOST | {"groups": {"redis": ["c5", "t2", "m5"]}}
+    ports = pixel_fleet.fleet_ports(member) + pixel_fleet.redis_bus_ports(member)
+    assert sorted(aws["aws_fleet_ports"]) == sorted(ports)
 
 
 @pytest.fixture

@@ -257,6 +257,20 @@ def test_two_hosts_with_data_are_refused(machines: Machines) -> None:
         redis_cluster.form(machines.cluster(1))
 
 
+def test_a_new_cluster_begins_with_all_processes(formed: Machines) -> None:
+    """An empty machine doesn't become a second, empty cluster while the others can't be reached."""
+    formed.kill(*formed.data, *formed.voters)
+    formed.empty(formed.data[0])
+    formed.start(formed.data[0])
+    with pytest.raises(Problem, match=f"Redis at {formed.data[1]} doesn't answer; a new cluster begins"):
+        redis_cluster.form(formed.cluster(1))
+    formed.empty(*formed.data[1:], *formed.voters)
+    formed.start(*formed.data[1:], formed.voters[0])
+    with pytest.raises(Problem, match=f"Redis at {formed.voters[1]} doesn't answer; a new cluster begins"):
+        redis_cluster.form(formed.cluster(1))
+    assert not any(row.get("owns_data") for row in state(formed).values())
+
+
 def test_an_empty_machine_replaces_a_dead_one(formed: Machines) -> None:
     dead = formed.on(3)
     before = {row["id"] for row in state(formed).values()}

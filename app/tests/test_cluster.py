@@ -1,12 +1,14 @@
 """Writes to a Redis Cluster whose nodes fail: no acknowledged write is lost or undone."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis
+from conftest import PASSWORD
 from redis_cluster import (
     CLUSTER_COMMANDS,
     MASTER,
@@ -17,17 +19,19 @@ from redis_cluster import (
     RedisCluster,
 )
 
-from pixel import keys
+from pixel import cluster as cluster_module
+from pixel import keys, metrics
 from pixel.canvas import Region
-from pixel.cluster import Node, Redis
+from pixel.cluster import Node, Redis, Replicas
 from pixel.events import Hub
 from pixel.history import queries
 from pixel.history.archive import Archive
 from pixel.history.follower import Follower
 from pixel.link import Link
+from pixel.metrics import PROCESS
 from pixel.pixel import Change
 from pixel.problems import Problem
-from pixel.resp import Server
+from pixel.resp import Command, Connection, Server
 from pixel.settings import Settings
 from pixel.store import Store
 from pixel.stream import EventId, epoch_fields
@@ -175,6 +179,35 @@ async def test_a_planned_switch_fails_no_write_and_no_read(
     assert len(set(values)) > 50
 
 
+async def test_a_master_that_refuses_to_wait_has_been_replaced(
+    stores: list[Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica refuses WAIT; the batch's event is on the new master."""
+    wait = Replicas.wait
+
+    def refused(replicas: Replicas, seconds: float) -> list[Command]:
+        monkeypatch.setattr(Replicas, "wait", wait)
+        return [("WAIT", "refused", 0)]
+
+    monkeypatch.setattr(Replicas, "wait", refused)
+    await stores[0].write([Change(0, 0, 0, 1)])
+
+
+async def test_the_replicas_of_a_new_connection_are_counted_anew(
+    cluster: RedisCluster, stores: list[Store]
+) -> None:
+    await stores[0].write([Change(0, 0, 0, 1)])
+    assert PROCESS.get_sample_value("pixel_replicas") == 2
+    for place in REPLICAS:
+        cluster.nodes[place].kill()
+    cluster.nodes[MASTER].ask("CLIENT", "KILL", "USER", "pixel")
+    # The second one uses a new connection.
+    for value in (2, 3):
+        with pytest.raises(Problem):
+            await stores[0].write([Change(0, 0, 0, value)])
+    await wait_for(lambda: PROCESS.get_sample_value("pixel_replicas") == 0)
+
+
 async def test_without_any_replica_a_write_is_a_503_within_a_second(
     cluster: RedisCluster, stores: list[Store]
 ) -> None:
@@ -211,20 +244,92 @@ async def can_write(store: Store, seconds: float = 10) -> None:
             return
 
 
+def counted_replicas() -> float:
+    [metric] = metrics.REPLICAS.collect()
+    return metric.samples[0].value
+
+
+def links(master: ClusterNode) -> list[tuple[str, int]]:
+    """The states of the replicas, as their master knows them, and what they have acknowledged."""
+    info = master.info("replication")
+    return [
+        (info[f"slave{n}"]["state"], info[f"slave{n}"]["offset"]) for n in range(info["connected_slaves"])
+    ]
+
+
+async def can_not_be_elected(cluster: RedisCluster, replica: ClusterNode) -> None:
+    replica.ask("CONFIG", "SET", "cluster-replica-no-failover", "yes")
+    await wait_for(lambda: "nofailover" in cluster.nodes[MASTER].flags(replica))
+    await asyncio.sleep(0.5)  # the workers know it too
+
+
 async def test_a_replica_that_can_not_be_elected_is_not_waited_for(
     cluster: RedisCluster, stores: list[Store]
 ) -> None:
     replica = cluster.nodes[REPLICAS[0]]
-    replica.ask("CONFIG", "SET", "cluster-replica-no-failover", "yes")
-    await wait_for(lambda: "nofailover" in cluster.nodes[MASTER].flags(replica))
-    await asyncio.sleep(0.5)  # the workers know it too
+    await can_write(stores[0])
+    assert counted_replicas() == 2
+    await can_not_be_elected(cluster, replica)
     ledger = Ledger(*stores)
     await asyncio.sleep(0.5)
+    assert counted_replicas() == 1
     replica.kill()
     await wait_for(lambda: is_failed(cluster, replica))
     await asyncio.to_thread(replica.start, "--cluster-replica-no-failover", "yes")
     await wait_for(cluster.is_complete)
     await asyncio.sleep(0.5)
+    await ledger.stop()
+    ledger.check(cluster.nodes[MASTER])
+    assert ledger.failures == []
+
+
+async def test_a_replica_that_can_not_be_elected_stands_in_for_no_other(
+    cluster: RedisCluster, stores: list[Store]
+) -> None:
+    """If the master dies while the other one is stopped, the other one is elected."""
+    master, electable, other = cluster.nodes[:3]
+    await can_not_be_elected(cluster, other)
+    for store in stores:
+        await store.write([Change(0, 0, 0, 1)])
+    electable.pause()
+    for store in stores:
+        with pytest.raises(Problem, match=TOO_FEW):
+            await store.write([Change(0, 0, 0, 2)])
+    # When the majority calls it failed, it is not waited for.
+    await wait_for(lambda: is_failed(cluster, electable))
+    for store in stores:
+        await can_write(store)
+    electable.resume()
+    await wait_for(cluster.is_complete)
+    # Its link to the master is cut; for the majority it has not failed.
+    electable.ask("CONFIG", "SET", "masterauth", "wrong")
+    electable.ask("CLIENT", "KILL", "TYPE", "master")
+    await wait_for(lambda: master.info("replication")["connected_slaves"] == 1)
+    await asyncio.sleep(0.5)
+    for store in stores:
+        with pytest.raises(Problem):
+            await store.write([Change(0, 0, 0, 3)])
+    electable.ask("CONFIG", "SET", "masterauth", PASSWORD)
+    for store in stores:
+        await can_write(store)
+
+
+async def test_a_replica_that_loads_what_it_has_copied_delays_no_write(
+    cluster: RedisCluster, stores: list[Store]
+) -> None:
+    """The master calls it online by then, and it acknowledges nothing."""
+    await stores[0].write([Change(x, y, 0, 1) for x in range(0, 1024, 256) for y in range(0, 1024, 256)])
+    replica = cluster.nodes[REPLICAS[0]]
+    replica.kill()
+    shutil.rmtree(replica.directory / "appendonlydir")
+    await wait_for(lambda: is_failed(cluster, replica))
+    ledger = Ledger(*stores)
+    # It takes 0.1 s to load each of the 18 keys.
+    slow = ["--key-load-delay", "100000", "--cluster-replica-no-failover", "yes"]
+    await asyncio.to_thread(replica.start, *slow)
+    await wait_for(lambda: ("online", 0) in links(cluster.nodes[MASTER]))
+    await wait_for(cluster.is_complete)
+    await asyncio.sleep(1)
     await ledger.stop()
     ledger.check(cluster.nodes[MASTER])
     assert ledger.failures == []
@@ -327,12 +432,23 @@ async def test_any_node_leads_to_the_master(cluster: RedisCluster) -> None:
     assert (await found.find()).server.port == cluster.nodes[MASTER].port
 
 
-async def test_the_commands_of_operators_wait_for_replicas(cluster: RedisCluster) -> None:
+async def test_the_commands_of_operators_wait_for_replicas(
+    cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = keys.parse(["create", "a", "--scopes", "paint"])
     await keys.execute(command, Redis(cluster.settings()))
     store = Store(cluster.settings())
     assert list((await store.keys())[1]) == ["a"]
     store.close()
+    connection = await Redis(cluster.settings()).open(Connection)
+    await Redis(cluster.settings()).confirm(connection)
+    monkeypatch.setattr(cluster_module, "CONFIRM", 0.2)
+    cluster.nodes[MASTER].pause()
+    async with asyncio.timeout(5):
+        with pytest.raises(ConnectionError, match="too few replicas"):
+            await Redis(cluster.settings()).confirm(connection)
+    cluster.nodes[MASTER].resume()
+    connection.close()
     for place in REPLICAS:
         cluster.nodes[place].kill()
     with pytest.raises(ConnectionError, match="too few replicas"):
@@ -393,6 +509,27 @@ def _bytes(value: str | int) -> bytes:
 def test_other_texts_are_no_event_ids(text: bytes) -> None:
     with pytest.raises(ValueError, match="looks like"):
         EventId.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("linked", "electable", "known", "spare"),
+    [
+        ("ab", "ab", "ab", 0),
+        ("bc", "b", "bc", 1),
+        ("c", "b", "bc", 1),
+        ("b", "b", "bc", 0),
+        ("bc", "", "bc", 2),
+        # Behind NAT: as many as can be elected are taken for those.
+        ("xy", "ab", "ab", 0),
+        ("xx", "b", "bc", 1),
+        ("bx", "b", "bc", 1),
+        ("x", "b", "bc", 0),
+    ],
+)
+def test_linked_replicas_that_can_not_be_elected_are_counted(
+    linked: str, electable: str, known: str, spare: int
+) -> None:
+    assert cluster_module._spare([*linked], {*electable}, {*known}) == spare
 
 
 def test_a_node_without_the_slot_is_no_owner() -> None:

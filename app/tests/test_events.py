@@ -14,9 +14,9 @@ from pixel import events
 from pixel.canvas import CHANNELS, Region
 from pixel.events import Hub, Viewer
 from pixel.names import EVENTS
-from pixel.pixel import Change, coalesce
+from pixel.pixel import Change, coalesce, pack
 from pixel.settings import Settings
-from pixel.store import Store
+from pixel.store import Events, Store
 from pixel.stream import NO_EVENT, EventId
 
 Cells = dict[tuple[int, int, str], int]
@@ -448,6 +448,46 @@ async def test_a_viewer_ahead_of_the_reader_never_sees_an_older_value(store: Sto
             await ahead.sees({(1, 1, "R"): 4})
             seen = [change for changes in ahead.messages for change in changes]
             assert seen == sorted(seen)
+
+
+async def test_a_replay_that_is_older_than_the_readers_position_is_no_gap(
+    store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = store.events
+    first = await store.write([Change(1, 1, 0, 1)])
+    async with Screen(hub) as screen:
+
+        async def slowly(after: EventId, **options: Any) -> Events:
+            events = await read(after, **options)
+            if options and not screen.cells:
+                assert not events.records
+                await store.write([Change(2, 2, 0, 2)])
+                await screen.sees({(2, 2, "R"): 2})
+            return events
+
+        monkeypatch.setattr(store, "events", slowly)
+        async with Screen(hub, first) as late:
+            await late.sees({(2, 2, "R"): 2})
+
+
+async def test_a_position_without_its_epoch_is_followed(
+    store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer
+) -> None:
+    with redis_server.admin() as admin:
+        event = EventId.of((admin.xadd(EVENTS, {"c": pack([Change(1, 1, 0, 1)]), "e": 7}), [b"e", b"7"]))
+    replays = 0
+    read = store.events
+
+    async def counted(after: EventId, **options: Any) -> Events:
+        nonlocal replays
+        replays += bool(options)
+        return await read(after, **options)
+
+    monkeypatch.setattr(store, "events", counted)
+    async with Screen(hub, event._replace(epoch=0)):
+        await asyncio.sleep(0.3)
+        assert len(hub._following) == 1
+    assert replays == 1
 
 
 async def test_the_pause_grows_with_viewers_and_shrinks_again(hub: Hub) -> None:

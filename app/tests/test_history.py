@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from pixel.maintenance import Maintenance
 from pixel.names import EVENTS, MAINTENANCE, tile_key
 from pixel.pixel import Change, pack
 from pixel.problems import Problem
-from pixel.resp import Connection, Server
+from pixel.resp import Command, Connection, Server
 from pixel.store import Store
 from pixel.stream import EventId
 
@@ -209,6 +210,48 @@ async def test_a_restored_redis_is_a_gap(
     assert [r.value for r in records(path) if r.x == 9] == list(range(later_events))[::-1]
 
 
+@pytest.mark.parametrize("is_archived", [False, True])
+async def test_a_snapshot_of_a_deposed_master_is_not_stored(
+    following: Following,
+    redis_server: RedisServer,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_archived: bool,
+) -> None:
+    """While the follower reads the canvas, its link moves to the new master."""
+    key, _ = locate(9, 9)
+
+    def become(tile: bytes, *events: tuple[str, int]) -> None:
+        with redis_server.admin() as admin:
+            admin.delete(EVENTS)
+            admin.xadd(EVENTS, {"c": pack([Change(0, 0, 0, 1)])}, "1-0")
+            admin.xtrim(EVENTS, 0, approximate=False)  # so the first snapshot is due
+            for event, epoch in events:
+                admin.xadd(EVENTS, {"c": pack([Change(9, 9, 0, 1)]), "e": epoch}, event)
+            admin.set(key, tile)
+
+    common, phantom = ("5-0", 1), ("7-0", 1)
+    become(b"deposed", common, *[phantom] * is_archived)
+    ask = following.link.ask_at_once
+
+    async def moving(*commands: Command) -> list[Any]:
+        if len(commands) == 2:
+            return await ask(*commands)
+        monkeypatch.setattr(following.link, "ask_at_once", ask)
+        become(b"deposed", common, phantom)
+        replies = await ask(*commands)
+        become(b"true", common, ("8-0" if is_archived else "6-0", 2))
+        return replies
+
+    monkeypatch.setattr(following.link, "ask_at_once", moving)
+    async with asyncio.timeout(10):
+        await following.catch_up()
+    assert [gap.reason for gap in queries.gaps(path)] == (["diverged"] if is_archived else [])
+    with queries.reading(path) as database:
+        firsts = database.execute("SELECT first FROM snapshots").fetchall()
+        assert [read_tile(database, first, key).rstrip(b"\0") for (first,) in firsts] == [b"true"]
+
+
 async def test_an_archive_of_a_newer_release_is_refused(path: Path) -> None:
     with closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA user_version = 99")
@@ -314,6 +357,18 @@ def test_selections_and_pages(path: Path) -> None:
         found += page.records
         after = page.next
     assert found == of_pixel
+
+
+def test_an_export_in_parts_has_each_change_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second event is in two parts; the last one has several changes."""
+    monkeypatch.setattr(queries, "EXPORTED_AT_ONCE", 3)
+    archive = Archive(path)
+    archive.begin(0)
+    written = [Entry(EventId(n, 0, 7), [Change(n, m, 0, 1) for m in range(2)], [None] * 2) for n in range(3)]
+    archive.append(written, written[-1].event, 3)
+    archive.close()
+    parts = [[(r.x, r.y) for r in part] for part in islice(queries.export(path, None, None), 4)]
+    assert parts == [[(0, 0), (0, 1), (1, 0)], [(1, 1), (2, 0), (2, 1)]]
 
 
 def test_a_page_examines_a_bounded_number_of_changes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -746,6 +801,29 @@ def test_during_maintenance_moderators_undo_nothing(
     answer = history.post("/history/undo", json=wanted | {"apply": True}, headers=moderator)
     assert (answer.status_code, answer.json()["maintenance"]) == (503, "read-only")
     assert undo_all(history, moderator, **wanted)[0]["changed"] == 2
+
+
+@pytest.mark.parametrize("opened", [False, True])
+async def test_an_undo_ends_if_redis_does_not_answer(
+    fragile_redis: RedisServer, path: Path, monkeypatch: pytest.MonkeyPatch, opened: bool
+) -> None:
+    monkeypatch.setattr(moderation, "TIMEOUT", 0.2)
+    open_connection = Redis.open
+
+    async def open_and_pause(redis: Redis, kind: type[Connection]) -> Connection:
+        if not opened:
+            fragile_redis.pause()
+        connection = await open_connection(redis, kind)
+        fragile_redis.pause()
+        return connection
+
+    monkeypatch.setattr(Redis, "open", open_and_pause)
+    selection = Selection(None, ["key:a"])
+    wanted = moderators.WantedUndo(authors=["key:a"])
+    async with asyncio.timeout(5):
+        with pytest.raises(TimeoutError):
+            await moderators._undo(path, fragile_redis.settings(), selection, "key:mod", wanted)
+    fragile_redis.resume()
 
 
 async def test_questions_beyond_the_bounds_are_refused() -> None:

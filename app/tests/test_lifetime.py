@@ -387,6 +387,49 @@ async def test_after_a_clock_is_set_requests_are_refused_for_two_seconds_at_most
     assert not await clocks.request(0.9)
 
 
+async def test_after_redis_is_set_back_no_request_counts_as_younger(clocks: Clocks) -> None:
+    """As after a failover to a host whose clock is behind."""
+    await clocks.go_on(5)
+    clocks.redis -= 3
+    clocks.ask()
+    assert not await clocks.request(1)
+    assert await clocks.request(0.7)
+
+
+async def test_a_measurement_during_which_redis_is_set_back_is_of_the_new_clock(clocks: Clocks) -> None:
+    await clocks.go_on(5)
+    say_time = clocks._say_time
+
+    async def set_back(url: str) -> tuple[int, bytes]:
+        clocks.redis -= 3
+        clocks.ask()
+        return await say_time(url)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lifetime, "get", set_back)
+        await clocks.limit.measure(LB)
+    assert not await clocks.request(1)
+    assert await clocks.request(0.7)
+
+
+async def test_what_waits_while_redis_is_set_back_is_refused(fragile_redis: RedisServer) -> None:
+    clock = RedisClock()
+    settings = fragile_redis.settings(start_limit=3)
+    commit = GroupCommit(Redis(settings), settings, clock, "c5/1")
+    await commit.write([Change(0, 0, 0, 1)])
+    fragile_redis.kill()
+    await asyncio.sleep(0.1)
+    now = time.monotonic()
+    clock.learn(now, time.time() + 3, now)  # the clock of the former host is ahead
+    waiting = commit.write([Change(0, 0, 0, 2)])
+    fragile_redis.start()
+    with pytest.raises(Problem, match="Redis's clock was set back; nothing was written"):
+        await waiting
+    await commit.write([])
+    assert stored(fragile_redis, Change(0, 0, 0, 0)) == 1
+    commit.close()
+
+
 async def test_a_worker_that_was_stopped_refuses_requests_that_waited(clocks: Clocks) -> None:
     await clocks.go_on(5)
     clocks.now += 12

@@ -12,7 +12,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from pixel import keys
 from pixel.app import create_api
-from pixel.resp import Server
+from pixel.cluster import Redis
 from pixel.settings import Settings
 
 HISTORY = r"history"
@@ -54,7 +54,7 @@ def key(shared_redis: RedisServer) -> dict[str, str]:
     with shared_redis.admin() as admin:
         admin.flushall()
     command = keys.parse(["create", "contract", "--scopes", ",".join(keys.SCOPES)])
-    token = asyncio.run(keys.execute(command, Server.of(shared_redis.settings())))
+    token = asyncio.run(keys.execute(command, Redis(shared_redis.settings())))
     return {"Authorization": f"Bearer {token}"}
 
 

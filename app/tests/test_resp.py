@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import PASSWORD, RedisServer
 
+from pixel import resp
 from pixel.resp import Connection, ReplyError, Server
 from pixel.settings import Settings
 
@@ -107,6 +108,7 @@ def tls_redis(tmp_path: Path) -> Iterator[str]:
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     yield f"rediss://127.0.0.1:{port}"
+    resp._tls_context.cache_clear()
     process.terminate()
     process.wait()
 
@@ -122,6 +124,7 @@ async def test_tls_is_spoken_and_certificates_are_checked(
                 break
             await asyncio.sleep(0.05)
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    resp._tls_context.cache_clear()
     connection = await Connection.open(server(tls_redis))
     assert await connection.execute([("PING",)]) == [b"PONG"]
     connection.close()

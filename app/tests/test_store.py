@@ -15,6 +15,7 @@ from pixel import keys
 from pixel.budgets import Writer
 from pixel.canvas import TILE_BYTES, locate
 from pixel.cluster import Redis
+from pixel.commit import GroupCommit, _Batch
 from pixel.events import Hub
 from pixel.names import EVENTS, budget_key, tile_key
 from pixel.pixel import Change
@@ -161,6 +162,24 @@ async def test_beyond_the_queues_bound_a_write_is_refused_at_once(
     assert await outcomes(waiting) == ["ok"] * 1_002
     await store.write([Change(1, 1, 1, 1)])
     store.close()
+
+
+async def test_a_batch_that_grows_while_it_is_put_back_is_counted_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a node that is not the master any more has refused it."""
+    commit = GroupCommit._commit
+    joined: list[asyncio.Future[EventId]] = []
+
+    async def put_back(commits: GroupCommit, _: Connection, batch: _Batch) -> None:
+        monkeypatch.setattr(GroupCommit, "_commit", commit)
+        commits._put_back(batch)
+        joined.append(commits.write([Change(2, 2, 0, 1)]))
+
+    monkeypatch.setattr(GroupCommit, "_commit", put_back)
+    event = await store.write([Change(1, 1, 0, 1)])
+    assert await joined[0] == event
+    assert store._commits._depth == 0
 
 
 async def test_a_hung_redis_is_a_503_within_a_second_and_recovers(

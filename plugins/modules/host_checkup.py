@@ -342,9 +342,12 @@ def expiry(path: str) -> float | None:
 
 
 def backup_time(text: str) -> float | None:
-    """Return the time of the last backup from the metrics of the node exporter."""
-    matched = re.search(r"(?m)^pixel_backup_timestamp_seconds(?:{.*})? ([0-9.e+]+)$", text)
-    return float(matched[1]) if matched else None
+    """Return the time of the last backup (in a repository, the last verified one) from the metrics."""
+    found = dict(
+        re.findall(r"(?m)^pixel_backup_((?:verified_)?timestamp)_seconds(?:{.*})? ([0-9.e+]+)$", text)
+    )
+    time_text = found.get("verified_timestamp", found.get("timestamp"))
+    return float(time_text) if time_text else None
 
 
 def gather(option: dict[str, Any]) -> dict[str, Any]:

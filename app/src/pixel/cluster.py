@@ -7,6 +7,8 @@ the claim with the highest one is the latest. See docs/adr/0043-redis-cluster.md
 
 import asyncio
 import logging
+from collections.abc import Sequence, Set
+from contextlib import suppress
 from dataclasses import replace
 from math import inf
 from time import monotonic
@@ -26,6 +28,9 @@ CHECK = 0.25
 CONFIRM = 2.0
 """Seconds for which an operator's command waits for the replicas."""
 
+SILENT = 2
+"""Seconds without an acknowledgement after which a replica that can't be elected is not waited for."""
+
 log = logging.getLogger(__name__)
 
 _C = TypeVar("_C", bound=Connection)
@@ -44,6 +49,8 @@ class Node(NamedTuple):
     has_slots: bool
     is_owner: bool
     """Whether it claims the canvas's slot."""
+    address: str
+    """IP address and port, also of a node that announces a name."""
 
     @classmethod
     def parse(cls, line: str) -> "Node":
@@ -62,6 +69,7 @@ class Node(NamedTuple):
             epoch=int(epoch),
             has_slots=bool(ranges),
             is_owner=any(part[0] <= SLOT <= part[-1] for part in ranges),
+            address=endpoint.partition("@")[0],
         )
 
 
@@ -112,11 +120,16 @@ class Redis:
 
         For commands of operators; ``commit`` does this for each transaction. Raises OSError.
         """
-        if self.is_cluster:
-            replicas = Replicas(self)
-            await replicas.check(connection)
-            if not replicas.suffice(*await connection.ask(*replicas.wait(CONFIRM))):
-                raise ConnectionError("the change was made, but too few replicas have it on their disks")
+        if not self.is_cluster:
+            return
+        replicas = Replicas(self)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2 * CONFIRM):
+                for _ in range(2):  # a replica that is waited for may go
+                    await replicas.check(connection)
+                    if replicas.suffice(*await connection.ask(*replicas.wait(CONFIRM / 2))):
+                        return
+        raise ConnectionError("the change was made, but too few replicas have it on their disks")
 
     async def nodes(self, server: Server) -> list[Node] | None:
         """The nodes of the cluster, as a server describes them; None if it doesn't answer."""
@@ -162,14 +175,19 @@ class Replicas:
 
     These are all replicas of the master that can be elected, and at least one. A replica can't be elected
     if the majority of the cluster calls it failed (flag ``fail``; ``fail?`` is the opinion of one node),
-    or if it doesn't stand for election (``nofailover``), as it has not all data yet. The log of at least
-    one replica must be complete on its disk: after a full resynchronisation, a replica acknowledges
-    writes while its log still has to be rewritten.
+    or if it doesn't stand for election (``nofailover``), as it has not all data yet. While such a replica
+    acknowledges all the same, it must do so too: WAIT counts, and it must not stand in for another one.
+    The log of at least one replica must be complete on its disk: after a full resynchronisation, a
+    replica acknowledges writes while its log still has to be rewritten.
     """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._electable = 0
         self._needed = 1
+        self._counted = -1  # the value of the metric; none yet
+        self.has_spare = False
+        """Whether a replica that can't be elected has to acknowledge."""
         self.acknowledged = 0
         """How many have acknowledged the last write."""
         self._logged: set[str] = set()  # names of replicas whose logs are complete
@@ -183,9 +201,11 @@ class Replicas:
         return self.acknowledged < self._needed or not self._logged
 
     @property
-    def has_unknown_logs(self) -> bool:
-        """Whether enough replicas acknowledge, but their logs have to be checked again."""
-        return self.acknowledged >= self._needed and not self._logged
+    def may_suffice(self) -> bool:
+        """Whether enough may be found to acknowledge by another check: a spare one has gone, or logs are
+        complete.
+        """
+        return self.has_spare or (self.acknowledged >= self._needed and not self._logged)
 
     @property
     def is_due(self) -> bool:
@@ -204,10 +224,12 @@ class Replicas:
         *stats, acknowledged = replies
         for text in stats:
             self._count_resyncs(text)
-        number = acknowledged if isinstance(acknowledged, int) else 0
-        if number != self.acknowledged:
-            self.acknowledged = number
-            metrics.REPLICAS.set(number)
+        self.acknowledged = acknowledged if isinstance(acknowledged, int) else 0
+        # A replica that doesn't stand for election acknowledges too.
+        counted = min(self.acknowledged, self._electable)
+        if counted != self._counted:
+            self._counted = counted
+            metrics.REPLICAS.set(counted)
         return not self.are_short
 
     async def check(self, connection: Connection) -> None:
@@ -215,18 +237,21 @@ class Replicas:
 
         Raises OSError, or ReplyError if the connection is not to the master.
         """
-        text, stats = await connection.ask(("CLUSTER", "NODES"), ("INFO", "stats"))
+        text, stats, links = await connection.ask(
+            ("CLUSTER", "NODES"), ("INFO", "stats"), ("INFO", "replication")
+        )
         nodes = [Node.parse(line) for line in text.decode().splitlines()]
         if not any(node.is_owner and "myself" in node.flags for node in nodes):
             raise NotMasterError("the canvas has another master")
         masters = {node.name for node in nodes if node.has_slots and not node.is_owner}
-        replicas = {
-            node.name: node
-            for node in nodes
-            # Just after a failover, a replica may still be one of the former master.
-            if "slave" in node.flags and not node.flags & {"fail", "noaddr"} and node.master not in masters
-        }
-        self._needed = max(sum("nofailover" not in node.flags for node in replicas.values()), 1)
+        # Just after a failover, a replica may still be one of the former master.
+        all_replicas = [node for node in nodes if "slave" in node.flags and node.master not in masters]
+        replicas = {node.name: node for node in all_replicas if not node.flags & {"fail", "noaddr"}}
+        electable = {node.address for node in replicas.values() if "nofailover" not in node.flags}
+        spare = _spare(_linked(links), electable, {node.address for node in all_replicas})
+        self.has_spare = spare > 0
+        self._electable = len(electable)
+        self._needed = max(len(electable) + spare, 1)
         self._count_resyncs(stats)
         self._logged &= replicas.keys()
         self._checked = monotonic()
@@ -265,6 +290,34 @@ _COMPLETE = {
     "aof_last_write_status": "ok",
 }
 """Fields of INFO of a replica whose log is complete on its disk."""
+
+
+def _linked(replication: bytes) -> list[str]:
+    """The addresses of the replicas that acknowledge writes now, by the master's INFO.
+
+    A replica that has copied all data and loads it is called online, but has acknowledged nothing yet.
+    """
+    replicas = [
+        dict(part.split("=", 1) for part in value.split(","))
+        for name, value in _fields(replication).items()
+        if name.removeprefix("slave").isdigit()
+    ]
+    return [
+        f"{replica['ip']}:{replica['port']}"
+        for replica in replicas
+        if replica["state"] == "online" and replica["offset"] != "0" and int(replica["lag"]) < SILENT
+    ]
+
+
+def _spare(linked: Sequence[str], electable: Set[str], known: Set[str]) -> int:
+    """How many of the linked replicas can't be elected.
+
+    A master may know a replica by another address than the cluster does, behind NAT for example. Such
+    ones are taken for those that can be elected, as far as these are not found.
+    """
+    others = sum(address not in electable for address in linked)
+    unknown = sum(address not in known for address in linked)
+    return others - min(unknown, len(electable - set(linked)))
 
 
 def _fields(*replies: bytes) -> dict[str, str]:

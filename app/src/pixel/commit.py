@@ -46,6 +46,8 @@ _LEASE, _RENEWAL = 0.75, 0.5
 # between two checks of replicas that don't acknowledge.
 _LEAST_WAIT, _REPLICAS_PAUSE = 0.15, 0.1
 
+_SET_BACK = "Redis's clock was set back"
+
 _SAMPLING = 1.0  # seconds between two measurements of the queue's length
 
 log = logging.getLogger(__name__)
@@ -147,6 +149,8 @@ class GroupCommit:
         self._event_end: tuple[str | int, ...] = ()
         self._has_budgets = settings.anonymous_budget is not None
         self._clock = clock
+        clock.on_setback.append(self._refuse_for_setback)
+        self._setbacks = 0
         self.budgets = Budgets(clock)
         self._worker = worker
         self._loop = asyncio.get_running_loop()
@@ -250,6 +254,7 @@ class GroupCommit:
                 continue
             batch = self._queue.popleft()
             batch.timer.cancel()
+            size = batch.size  # it grows if it is put back
             try:
                 await self._commit(connection, batch)
             except Exception:
@@ -257,7 +262,7 @@ class GroupCommit:
                 log.exception("%d writes are in doubt", batch.size)
                 connection.close()
                 batch.doubt("This is a fault of the server, and it is logged")
-            self._depth -= batch.size
+            self._depth -= size
 
     async def _connect(self) -> None:
         """Try to connect until it succeeds; meanwhile batches expire, or are refused at once."""
@@ -308,6 +313,7 @@ class GroupCommit:
                     await replicas.check(connection)
             self._unreachable = ""
         except (OSError, ReplyError) as error:
+            metrics.REPLICAS.set(0)
             self._health.fails(error)
             connection.close(str(error) or "no answer in time")
 
@@ -331,6 +337,14 @@ class GroupCommit:
     def _refuse(self, reason: str) -> None:
         """Refuse all waiting requests and, until the next connection, new ones."""
         self._unreachable = reason
+        self._refuse_waiting(reason)
+
+    def _refuse_for_setback(self) -> None:
+        """Refuse all waiting requests: they may begin later than their time by the former clock."""
+        self._setbacks += 1
+        self._refuse_waiting(_SET_BACK)
+
+    def _refuse_waiting(self, reason: str) -> None:
         while self._queue:
             batch = self._queue.popleft()
             batch.timer.cancel()
@@ -339,6 +353,7 @@ class GroupCommit:
 
     async def _commit(self, connection: Connection, batch: _Batch) -> None:
         """Send a batch and answer its requests; returns when all of them are answered."""
+        setbacks = self._setbacks
         while requests := self._in_time(batch):
             batch.requests = requests
             changes = [change for request in requests for change in request[0]]
@@ -354,7 +369,9 @@ class GroupCommit:
                 if rest < _LEAST_WAIT:
                     batch.refuse("Redis was too slow for this write to begin")
                     return
-                confirmation = self._replicas.wait(min(rest, _LEASE * self._timeout))
+                seconds = min(rest, _LEASE * self._timeout)
+                # A spare replica may have gone: then there is time for a second look.
+                confirmation = self._replicas.wait(seconds / 2 if self._replicas.has_spare else seconds)
             asked, started = monotonic(), perf_counter()
             replies = connection.execute([*before, *self._lease.conditions, *commands, *confirmation])
             timer = self._loop.call_later(self._timeout, connection.close, "no answer in time")
@@ -392,22 +409,28 @@ class GroupCommit:
             metrics.LAPSED_LEASES.inc(not refused)
             self._grown.clear()
             self._lease.end = 0
+            if self._setbacks != setbacks:
+                batch.refuse(_SET_BACK)
+                return
 
     async def _suffice_now(
         self, acknowledged: object, last: object, connection: Connection, batch: _Batch
     ) -> bool:
         """Whether the replicas suffice at a second look, after a planned switch or a resynchronisation."""
         assert self._replicas
-        if isinstance(acknowledged, NotMasterError):
+        if isinstance(acknowledged, ReplyError):
+            # It is a replica now, which ends WAIT, or refuses it.
             return await self._has_new_master(last, connection, batch)
-        if not self._replicas.has_unknown_logs:
+        if not self._replicas.may_suffice:
             return False
         try:
             async with asyncio.timeout(self._rest(batch)):
                 await self._replicas.check(connection)
+                # By the reply before, one that has gone since may have acknowledged, and another one not.
+                seconds = self._rest(batch) / 2
+                return self._replicas.suffice(*await connection.ask(*self._replicas.wait(seconds)))
         except (OSError, ReplyError):
             return False
-        return not self._replicas.are_short
 
     async def _has_new_master(self, last: object, former: Connection, batch: _Batch) -> bool:
         """Whether the new master and its replicas have a batch's last event, after a planned switch.
@@ -423,8 +446,9 @@ class GroupCommit:
                 try:
                     replicas = Replicas(self._redis)
                     await replicas.check(connection)
-                    # The probe makes WAIT refer to all that was written before it.
-                    transaction: list[Command] = [("MULTI",), *looks, _PROBE, ("EXEC",)]
+                    # WAIT refers to the last write of its connection, and so to all that was written before.
+                    mark: Command = ("SET", lease_key(f"{self._worker}:look"), 0, "PX", 1)
+                    transaction: list[Command] = [("MULTI",), *looks, mark, ("EXEC",)]
                     replies = await connection.ask(*transaction, *replicas.wait(seconds))
                 finally:
                     connection.close()

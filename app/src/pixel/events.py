@@ -346,7 +346,9 @@ class Hub:
             viewer.write(message.frame(viewer.region))
             if viewer.paused:
                 break
-        if not viewer.paused and (not replay.messages or viewer.position >= self._last):
+        # Without an epoch, as a client may leave it out. An empty replay may be older than the reader's
+        # position: then there is more to replay.
+        if not viewer.paused and viewer.position[:2] >= self._last[:2]:
             (self._ahead if viewer.position > self._last else self._following).add(viewer)
             return None
         if replay.messages and not replay.messages[-1].complete:

@@ -7,6 +7,7 @@ in docs/adr/0026-lifetime-of-a-write.md.
 import asyncio
 import logging
 import re
+from collections.abc import Callable
 from math import inf
 from time import monotonic, time
 
@@ -27,6 +28,9 @@ ASSUME_AFTER = 10.0
 
 MOST_BALANCERS = 100
 """Largest number of balancers whose clocks are stored; beyond it, all are measured again."""
+
+SETBACK = 0.02
+"""Seconds by which Redis's clock must be behind what was known to count as set back: it also drifts."""
 
 WAIT = b"wait"
 """Mark of a retry whose previous attempt may still reach Redis."""
@@ -49,16 +53,22 @@ class RedisClock:
         # Until Redis's first answer: this host's clock.
         self._low = time() - monotonic()
         self._high = inf
+        self.on_setback: list[Callable[[], None]] = []
+        """Called when Redis's clock was set back, or is that of another host: ages by it are too low."""
 
     def learn(self, sent: float, redis_time: float, received: float) -> None:
         """Update the bounds from ``redis_time``, requested and received at these monotonic times."""
         low, high = redis_time - received, redis_time - sent
         if not self._known or low > self._high:
             self._known, self._low, self._high = True, low, high
-        else:
-            # A slow reply is inaccurate: it must not move the time back.
-            self._high = min(high, self._high)
-            self._low = min(max(low, self._low), self._high)
+            return
+        setback = self._low - high
+        # A slow reply is inaccurate: it must not move the time back.
+        self._high = min(high, self._high)
+        self._low = min(max(low, self._low), self._high)
+        if setback > SETBACK:
+            for act in self.on_setback:
+                act()
 
     def now(self) -> float:
         """A lower bound of Redis's time. It exceeds Redis's time only if Redis's clock was set back."""
@@ -85,6 +95,8 @@ class StartLimit:
         self._measured: dict[bytes, float] = {}
         self._silent: dict[bytes, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        # By the former differences, requests that were sent before would count as just sent.
+        clock.on_setback.append(self._differences.clear)
 
     def begin_by(self, stamp: bytes | None, waited: float = 0) -> float:
         """The time until which the write may begin; without a stamp, it counts as just sent.
@@ -143,14 +155,14 @@ class StartLimit:
         """
         if len(self._differences) > MOST_BALANCERS:
             self._differences.clear()
-        self._measured[balancer] = monotonic()
-        asked = self._clock.now()
+        self._measured[balancer] = asked = monotonic()
         try:
             async with asyncio.timeout(MEASURE_TIMEOUT):
                 status, body = await get(f"http://{balancer.decode()}/lb/clock")
             if status != 200:
                 raise AnswerError(f"answered with status {status}")
-            self._differences[balancer] = asked - float(body)
+            # Redis's clock may have been set back meanwhile.
+            self._differences[balancer] = self._clock.now() - (monotonic() - asked) - float(body)
             self._silent.pop(balancer, None)
         except (OSError, h11.RemoteProtocolError, AnswerError, ValueError) as error:
             if balancer not in self._differences:

@@ -87,8 +87,9 @@ MAINTENANCE_WORKERS = Gauge(
 )
 REPLICAS = Gauge(
     "pixel_replicas",
-    "Replicas of Redis that have acknowledged the last write, the least of all workers; 0 without a cluster.",
-    multiprocess_mode="livemin",
+    "Replicas of Redis that can take over and have acknowledged the last write; 0 without a cluster.",
+    # A worker that has had no write since knows only an earlier number, or none.
+    multiprocess_mode="livemostrecent",
 )
 COMMIT_SECONDS = Histogram("pixel_commit_seconds", "Time until Redis acknowledged a batch.", buckets=_SECONDS)
 READ_SECONDS = Histogram("pixel_read_seconds", "Time until Redis answered a read.", buckets=_SECONDS)

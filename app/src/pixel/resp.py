@@ -12,6 +12,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Self, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -42,6 +43,12 @@ class NotMasterError(ReplyError):
 
 def _error(text: str) -> ReplyError:
     return NotMasterError(text) if text.startswith(_NOT_MASTER) else ReplyError(text)
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    """Reading the system's certificates takes 26 ms, so it is done once."""
+    return ssl.create_default_context()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +103,7 @@ class Connection(asyncio.Protocol):
         if server.path:
             _, connection = await loop.create_unix_connection(cls, server.path)
         else:
-            tls = ssl.create_default_context() if server.tls else None
+            tls = _tls_context() if server.tls else None
             _, connection = await loop.create_connection(cls, server.host, server.port, ssl=tls)
         greeting: list[Command] = [("SELECT", server.database), ("PING",)]
         if server.password is not None:

@@ -52,7 +52,7 @@ DAMAGE = {
 SHOWN = [
     "c5: redis : Configure Redis",
     "c5: redis : Apply kernel settings",
-    "c5: redis : Enable and start Redis, and restart it if its files are newer",
+    "c5: redis : Enable and start a single Redis, and restart it if its files are newer",
     # A dry run stages nothing that a switch would find.
     "c5: pixel_app : Stage settings, password and units",
     "t2: pixel_app : Stage settings, password and units",

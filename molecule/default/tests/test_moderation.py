@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings, strategies
+from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 testinfra_hosts = ["c5"]
@@ -66,7 +67,7 @@ def test_an_operator_protects_an_area_and_blocks_a_client(
         )
 
     done = play("playbooks/moderate.yml", protect="900,900,8,8", reason="The logo")
-    assert set(done.changes().values()) == {0, 1}
+    assert done.changes() == {"c5": 1}
     time.sleep(2)
     assert statuses("/pixel/907/907") == {403: 40}
     assert statuses("/pixel/908/907") == {200: 40}
@@ -81,12 +82,12 @@ def test_an_operator_protects_an_area_and_blocks_a_client(
     assert statuses("/pixel/1/1", **{"X-Forwarded-For": "192.0.2.8"}) == {200: 40}
 
     listed = play("playbooks/moderate.yml")
-    assert set(listed.changes().values()) == {0}
+    assert listed.changes() == {"c5": 0}
     _, _, restrictions = ask("GET", "/moderation", moderator)
     for item in (*restrictions["areas"], *restrictions["blocks"]):
         assert item["by"].startswith("operator:")
         assert item["id"] in listed.words
-        play("playbooks/moderate.yml", remove=item["id"]).changes()
+        play("playbooks/moderate.yml", lift=item["id"]).changes()
     time.sleep(2)
     assert statuses("/pixel/907/907", **blocked) == {200: 40}
     acts = ask("GET", "/moderation/acts?limit=4", moderator)[2]
@@ -98,8 +99,8 @@ def test_a_faulty_command_says_why(play: Any) -> None:
         ({"protect": "1,2,3"}, "area must be x,y,width,height"),
         ({"block": "addr:192.0.2.7"}, "-e time=12h"),
         ({"block": "nobody", "time": "1h"}, "must be key:NAME or addr:ADDRESS"),
-        ({"remove": "00000000"}, "no area or block with this ID"),
-        ({"remove": "00000000", "reason": "a"}, "belongs to protect and block"),
+        ({"lift": "00000000"}, "no area or block with this ID"),
+        ({"lift": "00000000", "reason": "a"}, "belongs to protect and block"),
         ({"protect": "0,0,1,1", "acts": "true"}, "Name one action"),
     ):
         done = play("playbooks/moderate.yml", **variables)
@@ -174,16 +175,17 @@ def description(fleet: dict[str, Any], moderator: str) -> Iterator[Any]:
             urllib.request.urlopen(urllib.request.Request(url, headers=headers, method="DELETE"), timeout=10)
 
 
-contract = schemathesis.pytest.from_fixture("description")
-
-
-@contract.parametrize()
 @settings(
-    max_examples=5, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
-def test_the_fleet_answers_as_described(case: Any, moderator: str) -> None:
+@given(data=strategies.data())
+def test_the_fleet_answers_as_described(description: Any, moderator: str, data: Any) -> None:
     """No request makes a 500, valid ones are accepted, and a 405 has an Allow, also through Nginx."""
+    operations = [result.ok() for result in description.get_all_operations()]
+    case = data.draw(strategies.sampled_from(operations).flatmap(lambda each: each.as_strategy()))
     excluded = [positive_data_acceptance] if case.path in RELATED else []
+    if case.path.startswith("/fleet/"):
+        excluded.append(not_a_server_error)  # a timeout of milliseconds is a 504
     case.call_and_validate(headers={"Authorization": f"Bearer {moderator}"}, excluded_checks=excluded)
 
 

@@ -235,6 +235,10 @@ def test_a_concurrent_deploy_is_refused_and_names_the_lock_holder(host: Any, pla
         assert refused.returncode != 0
         holder_named = "somebody on elsewhere (process 42) has been deploying since 2026-01-01T00:00:00Z"
         assert holder_named in refused.words
+        shell("truncate --size=0 /run/pixel-deploy.lock")
+        damaged = play("playbooks/pixel_app.yml")
+        assert damaged.returncode != 0
+        assert "ansible c5 --become -a 'rm /run/pixel-deploy.lock'" in damaged.words
         shell("touch -d '1 hour ago' /run/pixel-deploy.lock")
         assert play("playbooks/pixel_app.yml").returncode == 0
         assert not host.file("/run/pixel-deploy.lock").exists

@@ -102,7 +102,10 @@ def test_the_masters_host_dies_and_gets_the_role_back(
 def test_back_to_one_redis_and_to_three_again(
     play: Any, status: Any, addresses: list[str], connect: Any, password: Any, tmp_path: Path
 ) -> None:
-    """The other two hosts are empty when they join again; the canvas stays as it is."""
+    """The other two hosts are empty when they join again; the canvas stays as it is.
+
+    A run after a complete one continues it. A canvas of a release before 1.1 is refused.
+    """
     canvas = random.randbytes(100_000).hex()
     variables = {"fleet_repository": str(ROOT), "nginx_lb_clusters": {}}
     inventory = yaml.safe_load((INVENTORY / "hosts.yml").read_text())
@@ -112,10 +115,14 @@ def test_back_to_one_redis_and_to_three_again(
     with contextlib.closing(connect(addresses[0])) as process:
         process.call("SET", "pixel:{0}:canvas", canvas)
         assert process.call("WAIT", 2, 1000) == 2
-    for playbook, where in (
-        ("playbooks/redis_single.yml", tmp_path),
-        ("molecule/redis_cluster/converge.yml", INVENTORY),
-    ):
+    single, three = "playbooks/redis_single.yml", "molecule/redis_cluster/converge.yml"
+    for playbook, where in ((single, tmp_path), (single, tmp_path), (three, INVENTORY)):
+        if playbook == three:
+            with contextlib.closing(connect(addresses[0])) as process:
+                process.call("SET", "pixel:{1:2}", "former")
+                refused = play(three, hosts=str(where), **variables)
+                assert "The canvas on n1 is that of a release before 1.1" in refused.words
+                process.call("SET", "pixel:{1:2}", "", "PX", 1)
         play(playbook, "--tags", "redis", hosts=str(where), **variables).changes()
         with contextlib.closing(connect(addresses[0])) as process:
             assert process.call("GET", "pixel:{0}:canvas") == canvas

@@ -17,8 +17,8 @@ elect a replica when the data master's host is lost.
 
 A replica is *ready* when it has all data and its own log is on disk. Redis starts with
 `cluster-replica-no-failover yes`, which the agent sets to `no` when the replica is ready. Until then the
-replica has the flag `nofailover`: it is not elected, and the app doesn't wait for it, so that a replica that
-starts delays no write.
+replica has the flag `nofailover`: it is not elected, and the app waits for it only while it acknowledges, so
+that a replica that starts delays no write.
 """
 
 from __future__ import annotations
@@ -307,9 +307,13 @@ def form(cluster: Cluster) -> None:
     ids = {address: _myself(view).id for address, view in views.items()}
     owner = _owner(cluster, views)
     if owner is None:
+        # A process that doesn't answer may belong to a cluster with data.
+        for address in cluster.processes:
+            if address not in views:
+                raise Problem(
+                    f"Redis at {address} doesn't answer; a new cluster begins with all processes. Start it."
+                )
         owner = cluster.data[0]
-        if owner not in views:
-            raise Problem(f"Redis at {owner} doesn't answer; a new cluster begins there. Start it.")
         _check_empty(cluster, [address for address in views if address != owner])
     _give_slots(cluster, owner)
     _forget(cluster, owner, views, ids)

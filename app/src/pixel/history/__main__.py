@@ -25,6 +25,7 @@ from pixel.history.parameters import moment, show_time
 from pixel.history.service import create_app
 from pixel.history.timelapse import Film
 from pixel.history.undo import Outcome, Undo
+from pixel.moderation import TIMEOUT
 from pixel.resp import Connection, ReplyError
 from pixel.settings import Settings
 from pixel.settings import load as load_pixel
@@ -79,7 +80,8 @@ async def _undo(
     selection: queries.Selection,
 ) -> Outcome:
     redis = Redis(pixel)
-    connection = await redis.open(Connection)
+    async with asyncio.timeout(TIMEOUT):
+        connection = await redis.open(Connection)
     try:
         canvas = Canvas(pixel.canvas_width, pixel.canvas_height)
         author = f"operator:{arguments.user}"

@@ -128,7 +128,8 @@ class Follower:
         if (lost := stream.trimmed - position.entries) > 0:
             await self._skip(position.event, stream.trimmed, lost, "trimmed")
             return False
-        if is_checked and stream.trimmed < position.entries:
+        is_reached = until is None or position.event <= until
+        if is_checked and is_reached and stream.trimmed < position.entries:
             if not found or EventId.of(found[0]) != position.event:
                 # A deposed master wrote it, or Redis was restored.
                 await self._skip(stream.last, stream.added, None, "diverged")
@@ -155,14 +156,20 @@ class Follower:
             self._archive.skip(to, count, missing=missing, reason=reason)
 
     async def _take_snapshot(self) -> None:
-        """Read the canvas, archive all events that it contains, and store it."""
+        """Read the canvas, archive all events that it contains, and store it.
+
+        If they are others, the canvas was a deposed master's, and the snapshot stays due.
+        """
         facts, *tiles = await self._link.ask_at_once(
             ("XINFO", "STREAM", EVENTS), *(("GET", key) for key in self._tiles)
         )
         end = _Stream(facts).last
         while not await self._step(end):
             pass
-        if self._archive.position.event <= end and not any(isinstance(tile, ReplyError) for tile in tiles):
+        last = self._archive.position.event
+        # Outside clusters, there may be no event of the canvas any more.
+        is_of_canvas = last == end or (not end.epoch and last <= end)
+        if is_of_canvas and not any(isinstance(tile, ReplyError) for tile in tiles):
             async with self._turn:
                 await asyncio.to_thread(
                     self._archive.add_snapshot, dict(zip(self._tiles, tiles, strict=True))

@@ -4,6 +4,7 @@ An undo may take minutes. A request does a part of it, strip by strip, and its a
 one goes on. So it needs no state between requests, and another host can continue it.
 """
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -192,16 +193,18 @@ async def _undo(
 ) -> Undone:
     """Undo a part of the selected changes. Raises a 503 ``Problem`` during maintenance."""
     redis = Redis(settings)
-    connection = await redis.open(Connection)
+    async with asyncio.timeout(moderation.TIMEOUT):
+        connection = await redis.open(Connection)
     try:
-        maintenance, since = await connection.ask(("GET", MAINTENANCE), ("TIME",))
-        if wanted.apply:
-            state = Maintenance.decode(maintenance)
-            if state.refuses("POST"):
-                raise state.problem("POST")
-            if wanted.after == 0:
-                selected = {name: getattr(wanted, name) for name in ("authors", "area", "since", "until")}
-                await connection.ask(moderation.record(author, "undo", selected))
+        async with asyncio.timeout(moderation.TIMEOUT):
+            maintenance, since = await connection.ask(("GET", MAINTENANCE), ("TIME",))
+            if wanted.apply:
+                state = Maintenance.decode(maintenance)
+                if state.refuses("POST"):
+                    raise state.problem("POST")
+                if wanted.after == 0:
+                    selected = {name: getattr(wanted, name) for name in ("authors", "area", "since", "until")}
+                    await connection.ask(moderation.record(author, "undo", selected))
         canvas = Canvas(settings.canvas_width, settings.canvas_height)
         undo = Undo(path, connection, canvas, selection, author, settings.events_maxlen)
         outcome, values = Outcome(), list[Change]()
@@ -216,7 +219,8 @@ async def _undo(
                 if monotonic() > end or len(values) > UNDO_CELLS:
                     following = strips
                     break
-        [until] = await connection.ask(("TIME",))
+        async with asyncio.timeout(moderation.TIMEOUT):
+            [until] = await connection.ask(("TIME",))
         if wanted.apply:
             await redis.confirm(connection)
         return Undone(

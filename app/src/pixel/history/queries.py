@@ -197,7 +197,7 @@ def export(path: Path, since: int | None, until: int | None) -> Iterator[list[Re
             return
         records = [_record(row) for row in rows]
         yield records
-        place = (*records[-1].event, records[-1].number + 1)
+        place = (*records[-1].event[:2], records[-1].number + 1)
 
 
 class Gap(NamedTuple):

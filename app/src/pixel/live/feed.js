@@ -15,6 +15,9 @@ export function isAfter(one, other) {
   return a > c || (a === c && b > d);
 }
 
+/** The configuration epoch in an event ID, as in 1795225898442-0-7; 0 outside clusters. */
+const epoch = (id) => Number(id.split("-")[2] ?? 0);
+
 /** The state that the answer to a refused request means, and the reason. */
 export async function refusal(answer) {
   const { maintenance, detail = "" } = await answer.json().catch(() => ({}));
@@ -71,7 +74,8 @@ export class Feed {
       this.#restart(follow);
       this.#state = "lost";
       this.#listen();
-    } else if (isAfter(this.#complete, follow)) {
+    } else if (isAfter(this.#complete, follow) || epoch(follow) < epoch(this.#event)) {
+      // Of an earlier epoch, it may be the event of a deposed master that the stream doesn't have.
       this.#send({ resync: this.#complete }, [port]);
     } else if (renewed || String(this.#wanted()) !== String(this.#part)) {
       // Begin again with another part or key, where those are who know the least.
