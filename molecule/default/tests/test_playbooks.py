@@ -245,6 +245,7 @@ TESTED_ELSEWHERE = {"provision", "teardown", "loadtest", "calibrate", "restore"}
     "undo",
     "keys",
     "maintenance",
+    "moderate",
 }
 PLACEHOLDERS = {"<X-Request-ID>": "0123456789abcdef"}
 
