@@ -73,7 +73,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--events", metavar="A,B", help="only these events, in this order")
     add("--runs", type=count, help="of each event (default 10 or 3, see bench/README.md)")
     add("--quick", action="store_true", help="two or three short events, once each")
-    add("--busy", action="store_true", help="other programs use the processors: don't judge the capacity")
     add("--rate", type=positive, default=500.0, help="writes per second (default 500)")
     add("--json", type=Path, default=OUTPUT, metavar="FILE", help="default bench/out/drill.json")
     options = parser.parse_args(arguments)
@@ -119,12 +118,9 @@ class Seen:
 class Drill:
     """Causes the events one at a time, each with its own load."""
 
-    def __init__(
-        self, scene: Scene, rate: float, size: tuple[int, int] = CANVAS, *, busy: bool = False
-    ) -> None:
+    def __init__(self, scene: Scene, rate: float, size: tuple[int, int] = CANVAS) -> None:
         self._scene = scene
         self._rate = rate
-        self._busy = busy
         self._target = Target.parse(scene.fleet.url)
         self._size = size
         self._pixels = pixels_of(*size, WRITERS + APART_WRITERS)
@@ -225,7 +221,7 @@ class Drill:
         counted = unexcused(others, event.excused, [(begin, end + event.grace) for begin, end in blows])
         faults += [f"{number} x {name}" for name, number in counted.items()]
         short = shortage(seen.samples, normal, seen.since, seen.until)
-        if not seen.settled and not self._busy:
+        if not seen.settled:
             why = short.lack if short is not None else "capacity was full only for moments"
             faults.append(f"not at full capacity after {seen.until - seen.since:.0f} s: {why}")
         outage = longest_outage(seen.samples, seen.since, seen.until)
@@ -316,7 +312,7 @@ async def drill(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
         raise FleetError(f"{fleet.url}/ping is answered only by {', '.join(first) or 'no host'}")
     try:
         say(f"fleet {fleet.name}: {first}, {options.rate:g} writes/s to {fleet.url}")
-        work = Drill(scene, options.rate, busy=options.busy)
+        work = Drill(scene, options.rate)
         for event in options.events:
             outcome = Outcome(event.name)
             runs = options.runs or event.runs

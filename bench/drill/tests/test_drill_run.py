@@ -48,10 +48,10 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(drill, name, value)
 
 
-def happen(service: StandIn, event: Event, times: int = 1, *, busy: bool = False) -> list[Run]:
+def happen(service: StandIn, event: Event, times: int = 1) -> list[Run]:
     async def session() -> list[Run]:
         fleet = Healed("nobody", service.url, {"stand-in": "192.0.2.10"}, {})
-        work = Drill(Scene(fleet), 200, (WIDTH, HEIGHT), busy=busy)
+        work = Drill(Scene(fleet), 200, (WIDTH, HEIGHT))
         return [await work.happen(event, turn) for turn in range(times)]
 
     with service.serving():
@@ -225,17 +225,15 @@ def test_their_acknowledged_writes_may_not_be_undone() -> None:
     assert run.failed == {}
 
 
-@pytest.mark.parametrize("busy", [False, True])
-def test_what_does_not_come_back_is_said_unless_the_machine_is_busy(busy: bool) -> None:
+def test_what_does_not_come_back_is_said() -> None:
     service = StandIn()
 
     async def act(_scene: Scene, _turn: int) -> None:
         service.deed = lambda _: Deed.BROKEN
 
-    event = Event("ruin", act, excused=frozenset({"503"}), grace=9, patience=1)
-    (run,) = happen(service, event, busy=busy)
+    (run,) = happen(service, Event("ruin", act, excused=frozenset({"503"}), grace=9, patience=1))
     assert run.recovery is None
-    assert any("not at full capacity" in fault for fault in run.faults) == (not busy)
+    assert "not at full capacity" in run.faults[0]
 
 
 def test_an_act_that_fails_is_a_fault_and_the_drill_goes_on() -> None:
