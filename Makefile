@@ -47,16 +47,11 @@ check-bench: tools
 	cd bench && pytest -q
 
 scenarios: tools  ## tests of the roles and the fleet, on hosts with systemd
-	$(MAKE) ha
-	$(MAKE) $(TWO) $(filter-out ha,$(SCENARIOS))
+	$(MAKE) default
+	$(MAKE) $(TWO) $(filter-out default,$(SCENARIOS))
 
-# Their time limits hold with most of the processors' time: beside `default`, the other scenarios get what is left.
-default ha: tools
+$(SCENARIOS): tools
 	molecule test --scenario-name $@
-
-$(filter-out default ha,$(SCENARIOS)): export PIXEL_FLEET_WEIGHT = 10
-$(filter-out default ha,$(SCENARIOS)): tools
-	nice -n 10 molecule test --scenario-name $@
 
 images: tools
 	$(PYTHON) fleet/fleet.py images bookworm trixie

@@ -23,7 +23,6 @@ Environment:
     PIXEL_FLEET_SUBNET  network of the hosts, a /24
     PIXEL_FLEET_DATA    directory of this machine, such as /dev/shm, for the hosts' Redis data; it is removed
                         with the host. Default: the data is in the container
-    PIXEL_FLEET_WEIGHT  share of the processors beside other fleets, 1 to 100 percent of the usual one
     PIXEL_HOST_IMAGE    an image to use instead of building one
 
 A fleet keeps its port and subnet until it is removed. Changing them replaces its hosts and their data.

@@ -102,9 +102,6 @@ def plan(name: str, host_specs: list[str], environ: Mapping[str, str], inventory
     data = environ.get("PIXEL_FLEET_DATA", "")
     if data and not Path(data).is_absolute():
         raise Problem(f"PIXEL_FLEET_DATA={data!r} is not an absolute path: write one like /dev/shm.")
-    weight = environ.get("PIXEL_FLEET_WEIGHT") or "100"
-    if not weight.isdecimal() or not 1 <= int(weight) <= 100:
-        raise Problem(f"PIXEL_FLEET_WEIGHT={weight!r} is not a percentage: write a number from 1 to 100.")
     hosts = []
     for index, spec in enumerate(host_specs):
         host, _, suite = spec.partition(":")
@@ -115,7 +112,7 @@ def plan(name: str, host_specs: list[str], environ: Mapping[str, str], inventory
                 address=str(subnet[10 + index]),
                 ssh_port=22000 + number * 10 + index,
                 http_port=int(http_port) if host == BALANCER else None,
-                cpu_shares=CPU_SHARES.get(host, 1024) * int(weight) // 100,
+                cpu_shares=CPU_SHARES.get(host, 1024),
             )
         )
     return Fleet(name=name, subnet=subnet, hosts=tuple(hosts), inventory=inventory, data=data)

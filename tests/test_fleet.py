@@ -80,17 +80,6 @@ def test_the_data_directory_must_be_an_absolute_path() -> None:
         plan(PIXEL_FLEET_DATA="shm")
 
 
-def test_a_fleet_can_have_a_smaller_share_of_the_processors() -> None:
-    shares = [host.cpu_shares for host in plan().hosts]
-    assert [host.cpu_shares for host in plan(PIXEL_FLEET_WEIGHT="50").hosts] == [each // 2 for each in shares]
-
-
-@pytest.mark.parametrize("weight", ["0", "101", "half"])
-def test_an_invalid_weight_is_refused(weight: str) -> None:
-    with pytest.raises(Problem, match=f"PIXEL_FLEET_WEIGHT='{weight}'"):
-        plan(PIXEL_FLEET_WEIGHT=weight)
-
-
 @pytest.mark.parametrize("subnet", ["10.0.0.0/30", "10.0.0.7/24", "here"])
 def test_an_invalid_subnet_is_refused(subnet: str) -> None:
     with pytest.raises(Problem, match="PIXEL_FLEET_SUBNET"):
