@@ -47,8 +47,9 @@ check-bench: tools
 	cd bench && pytest -q
 
 scenarios: tools  ## tests of the roles and the fleet, on hosts with systemd
+	$(MAKE) ha
 	$(MAKE) default
-	$(MAKE) $(TWO) $(filter-out default,$(SCENARIOS))
+	$(MAKE) $(TWO) $(filter-out default ha,$(SCENARIOS))
 
 $(SCENARIOS): tools
 	molecule test --scenario-name $@
