@@ -130,7 +130,8 @@ def test_the_alert_rules_are_loaded_and_healthy(ask: Any) -> None:
     names = {rule["name"] for rule in rules if rule["type"] == "alerting"}
     files = [ROOT / "tests" / name for name in ("alerts.yml", "slo.yml")]
     cases = [case for file in files for case in yaml.safe_load(file.read_text())["tests"]]
-    assert names == {case["name"] for case in cases}
+    # This fleet has one Redis.
+    assert names == {case["name"] for case in cases} - {"RedisOneReplica"}
     wait_until(lambda: all(r["health"] == "ok" for g in ask("rules")["groups"] for r in g["rules"]))
 
 
