@@ -51,7 +51,23 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in bound]
 
 
-class RedisServer:
+class RedisProcess:
+    """A Redis server, which a test can pause and kill."""
+
+    process: subprocess.Popen[bytes]
+
+    def pause(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class RedisServer(RedisProcess):
     """A durable Redis server in a temporary directory, which a test can pause, kill and restart."""
 
     def __init__(self) -> None:
@@ -91,15 +107,8 @@ class RedisServer:
         """Settings of a service that uses this Redis."""
         return Settings(redis_url=self.url, redis_username="pixel", redis_password=PASSWORD, **others)
 
-    def pause(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        super().kill()
         self.socket.unlink(missing_ok=True)
 
     def remove(self) -> None:

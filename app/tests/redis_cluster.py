@@ -5,7 +5,6 @@ import contextlib
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import redis
 import yaml
-from conftest import APP_USER, PASSWORD, REDIS_ROLE, free_ports, wait_until
+from conftest import APP_USER, PASSWORD, REDIS_ROLE, RedisProcess, free_ports, wait_until
 
 from pixel.canvas import locate
 from pixel.names import SLOT
@@ -31,14 +30,13 @@ MASTER, REPLICAS, VOTERS = 0, (1, 2), (3, 4)
 NODE_TIMEOUT = 1000
 
 
-class ClusterNode:
+class ClusterNode(RedisProcess):
     """A node, which a test can pause, kill and restart."""
 
     def __init__(self, number: int) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="px-"))
         self.port, self.bus_port = free_ports(2)
         self.name = f"{number:x}" * 40
-        self.process: subprocess.Popen[bytes]
 
     def start(self, *options: str) -> None:
         arguments = f"""
@@ -77,16 +75,6 @@ class ClusterNode:
     def info(self, section: str) -> dict[str, Any]:
         info: dict[str, Any] = self.ask("INFO", section)
         return info
-
-    def pause(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 class RedisCluster:

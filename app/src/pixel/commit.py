@@ -27,9 +27,6 @@ from pixel.stream import EVENT_CHANGES, NO_EVENT, EventId, epoch_fields
 # Extends a tile to its full length by adding 0 to its last byte; a full tile stays unchanged.
 _GROW = ("INCRBY", "u8", (TILE_BYTES - 1) * 8, 0)
 
-# A write that changes nothing.
-_PROBE = ("BITFIELD", tile_key(0, 0), *_GROW)
-
 # Pauses between attempts to connect, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 
@@ -553,7 +550,7 @@ class GroupCommit:
                     self._grown.add(key)
             command += ("SET", "u8", (place + channel) * 8, value)
         if not changes:
-            return [("MULTI",), _PROBE, ("EXEC",)]
+            return [("MULTI",), ("BITFIELD", tile_key(0, 0), *_GROW), ("EXEC",)]
         events: list[Command] = [
             (*self._event, pack(changes[start : start + EVENT_CHANGES]))
             for start in range(0, len(changes), EVENT_CHANGES)

@@ -12,14 +12,15 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from hashlib import sha256
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from pixel.cluster import Redis
 from pixel.names import KEYS, KEYS_VERSION
+from pixel.problems import Problem
 from pixel.resp import Connection, ReplyError
 from pixel.settings import MAX_BUDGET, Budget, load
 
@@ -206,17 +207,22 @@ def period(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-def main() -> int:
-    """Execute the command line's command."""
-    arguments = parse(sys.argv[1:])
+def run_command(program: str, command: Callable[[], Coroutine[Any, Any, str]]) -> int:
+    """Run an operator's command, and print its output or why it failed; returns the exit status."""
     try:
-        output = asyncio.run(execute(arguments, Redis(load())))
-    except (CommandError, OSError, ReplyError) as error:
-        print(f"pixel.keys: {str(error) or 'Redis does not answer'}", file=sys.stderr)
+        output = asyncio.run(command())
+    except (CommandError, Problem, OSError, ReplyError) as error:
+        print(f"{program}: {str(error) or 'Redis does not answer'}", file=sys.stderr)
         return 1
     if output:
         print(output)
     return 0
+
+
+def main() -> int:
+    """Execute the command line's command."""
+    arguments = parse(sys.argv[1:])
+    return run_command("pixel.keys", lambda: execute(arguments, Redis(load())))
 
 
 if __name__ == "__main__":

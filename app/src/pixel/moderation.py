@@ -27,11 +27,11 @@ from pixel import addresses
 from pixel.budgets import Writer
 from pixel.canvas import Canvas, Region
 from pixel.cluster import Redis
-from pixel.keys import Key, decode, period
+from pixel.keys import Key, decode, period, run_command
 from pixel.names import ACTS, KEYS, KEYS_VERSION, RESTRICTIONS
 from pixel.pixel import Change
 from pixel.problems import Problem, Refusal
-from pixel.resp import Command, Connection, ReplyError
+from pixel.resp import Command, Connection
 from pixel.settings import Settings, load
 
 MOST = 500
@@ -387,14 +387,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def main() -> int:
     """Execute the command line's command."""
     arguments = parse(sys.argv[1:])
-    try:
-        output = asyncio.run(execute(arguments, load()))
-    except (Problem, OSError, ReplyError) as error:
-        print(f"pixel.moderation: {str(error) or 'Redis does not answer'}", file=sys.stderr)
-        return 1
-    if output:
-        print(output)
-    return 0
+    return run_command("pixel.moderation", lambda: execute(arguments, load()))
 
 
 if __name__ == "__main__":
