@@ -3,6 +3,7 @@
     python -m bench.drill                      # everything, in the order of the table
     python -m bench.drill --quick              # two or three events, once each
     python -m bench.drill --events "t2 frozen,redis killed" --runs 5
+    python -m bench.drill --commands --rate 200     # an operator's commands
 
 The events depend on the fleet: `make up` has two hosts, `make up FLEET=ha` three, any one of which may
 die. Each event happens during writes at a constant rate and by sequential writers, with a few viewers.
@@ -33,6 +34,7 @@ from bench.compare.machine import describe
 from bench.drill.capacity import Normal, Shortage, longest_outage, shortage
 from bench.drill.cluster_faults import EVENTS as CLUSTER_EVENTS
 from bench.drill.cluster_faults import QUICK as CLUSTER_QUICK
+from bench.drill.commands import COMMANDS
 from bench.drill.events import Event, Scene, clear_cache
 from bench.drill.faults import EVENTS, QUICK
 from bench.drill.hosts import ROOT, Fleet, FleetError
@@ -72,17 +74,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--events", metavar="A,B", help="only these events, in this order")
     add("--runs", type=count, help="of each event (default 10 or 3, see bench/README.md)")
-    add("--quick", action="store_true", help="two or three short events, once each")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--quick", action="store_true", help="two or three short events, once each")
+    kinds.add_argument("--commands", action="store_true", help="an operator's commands, once each")
     add("--rate", type=positive, default=500.0, help="writes per second (default 500)")
     add("--json", type=Path, default=OUTPUT, metavar="FILE", help="default bench/out/drill.json")
     options = parser.parse_args(arguments)
     options.fleet = Fleet.load()
     is_cluster = options.fleet.is_cluster
-    known = {event.name: event for event in (CLUSTER_EVENTS if is_cluster else EVENTS)}
+    events = COMMANDS if options.commands else CLUSTER_EVENTS if is_cluster else EVENTS
     quick = ",".join(CLUSTER_QUICK if is_cluster else QUICK)
     names = options.events or (quick if options.quick else None)
-    options.events = named(parser, "event", known, names)
-    options.runs = options.runs or (1 if options.quick else None)
+    options.events = named(parser, "event", {event.name: event for event in events}, names)
+    options.runs = options.runs or (1 if options.quick or options.commands else None)
     return options
 
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from bench.drill.commands import expect_releases
 from bench.drill.events import ANYTHING, AWAY, Act, Event, Scene
-from bench.drill.faults import expect_releases
 from bench.drill.hosts import BALANCER, OTHER, THIRD, WHOLE_SECONDS, FleetError, until
 
 OFF_SECONDS = 20

@@ -3,127 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 
+from bench.drill.commands import DEPLOYS
 from bench.drill.events import ANYTHING, AWAY, Event, Scene
-from bench.drill.hosts import BALANCER, OTHER, ROOT, Fleet, FleetError, tail
+from bench.drill.hosts import BALANCER, OTHER, FleetError
 
 FROZEN_SECONDS = 20
 AWAY_SECONDS = 5
 REDIS_STOPPED_SECONDS = 3
 DELAY_SECONDS = 3
 A_FIFTIETH = 0.02  # of a CPU
-EVEN = {"c5": 1, "t2": 1}
-# Appended to the app's module: everything works except the answer that a deploy waits for.
-REFUSAL = "This release is never ready."
-NEVER_READY = f'''
-
-_ready_app = app
-
-
-async def app(scope, receive, send):
-    """A release that its gate must refuse."""
-    if scope.get("path") != "/readyz":
-        await _ready_app(scope, receive, send)
-        return
-    await send({{"type": "http.response.start", "status": 503, "headers": []}})
-    await send({{"type": "http.response.body", "body": b"{REFUSAL}"}})
-'''
-
 
 # Sets the shell's positional parameters to the process IDs of the app's workers.
 WORKERS = """\
 master=$(systemctl show --property MainPID --value pixel.service)
 set -- $(cat "/proc/$master/task/$master/children")"""
-
-
-# Releases and configuration
-
-
-async def deploy(scene: Scene, _: int) -> None:
-    release = scene.next_release()
-    await scene.fleet.must_play("pixel_app.yml", pixel_app_release=release)
-    await expect_releases(scene.fleet, dict.fromkeys(scene.fleet.addresses, release))
-    scene.may_roll_back = True
-
-
-async def bad_deploy(scene: Scene, _: int) -> None:
-    former = await scene.fleet.releases()
-    with never_ready_source() as source:
-        variables = {
-            "pixel_app_release": f"{scene.next_release()}-bad",
-            "pixel_app_source": str(source),
-            "pixel_app_ready_timeout": 10,
-        }
-        status, output = await scene.fleet.play("pixel_app.yml", variables)
-    if status == 0:
-        raise FleetError("the deploy of a release that is never ready succeeded")
-    if REFUSAL not in output:
-        raise FleetError(f"the deploy failed, but not at its gate:\n{tail(output, 25)}")
-    await expect_releases(scene.fleet, former)
-
-
-@contextmanager
-def never_ready_source() -> Iterator[Path]:
-    """Yields the path of a copy of the app that works but is never ready."""
-    with tempfile.TemporaryDirectory(prefix="pixel-drill-") as folder:
-        source = Path(folder) / "app"
-        junk = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "tests", ".*")
-        shutil.copytree(ROOT / "app", source, ignore=junk)
-        module = source / "src" / "pixel" / "app.py"
-        module.write_text(module.read_text() + NEVER_READY)
-        yield source
-
-
-async def roll_back(scene: Scene, _: int) -> None:
-    former = await scene.fleet.releases()
-    await scene.fleet.must_play("rollback.yml")
-    scene.may_roll_back = False
-    now = await scene.fleet.releases()
-    if len(set(now.values())) != 1 or set(now) != set(former) or now == former:
-        raise FleetError(f"after the rollback from {former} the hosts run {now}")
-
-
-async def something_to_roll_back(scene: Scene) -> None:
-    if not scene.may_roll_back:
-        await deploy(scene, 0)
-
-
-async def expect_releases(fleet: Fleet, wanted: dict[str, str]) -> None:
-    now = await fleet.releases()
-    if now != wanted:
-        raise FleetError(f"the hosts run {now}, expected {wanted}")
-
-
-async def change_weights(scene: Scene, _: int) -> None:
-    former = await weights(scene.fleet)
-    await scene.fleet.must_play("nginx_lb.yml", nginx_lb_factors=EVEN)
-    even = await weights(scene.fleet)
-    await asyncio.sleep(2)
-    await scene.fleet.must_play("nginx_lb.yml")
-    now = await weights(scene.fleet)
-    if len(set(even.values())) != 1 or now != former:
-        raise FleetError(f"the weights were {former}, then {even}, then {now}")
-
-
-async def weights(fleet: Fleet) -> dict[str, int]:
-    return {host: said["weight"] for host, said in (await fleet.balancer_status()).items()}
-
-
-async def drain(scene: Scene, _: int) -> None:
-    await scene.fleet.must_play("drain.yml", host=OTHER)
-    await asyncio.sleep(AWAY_SECONDS)
-    await scene.fleet.must_play("undrain.yml", host=OTHER)
-
-
-async def reload_nginx(scene: Scene, _: int) -> None:
-    await scene.fleet.ssh(BALANCER, "systemctl reload nginx")
 
 
 # Processes
@@ -270,12 +167,7 @@ async def cut_power(scene: Scene, _: int) -> None:
 
 
 EVENTS = (
-    Event("deploy", deploy, runs=10, planned=True, patience=180),
-    Event("bad deploy", bad_deploy, planned=True, patience=180),
-    Event("rollback", roll_back, planned=True, patience=120, prepare=something_to_roll_back),
-    Event("drain", drain, planned=True, patience=120),
-    Event("weight change", change_weights, planned=True, patience=120),
-    Event("reload", reload_nginx, planned=True),
+    *DEPLOYS,
     Event("worker killed", kill_worker, runs=10),
     Event("master killed", kill_master),
     Event("t2 frozen", freeze, runs=10, patience=90),

@@ -6,6 +6,10 @@
                             until requests in flight have ended
     pixel-lb undrain HOST   send requests to a host again, and wait until it answers one (no wait with methods
                             that use a key, or for a backup: it may receive no request)
+    pixel-lb canary HOST --percent 20 [--seconds 120]
+                            limit a host's weight for some time, and wait until that is in force
+    pixel-lb canary HOST --percent 100
+                            end that
     pixel-lb sync           adopt drains that other balancers know (run by nginx.service before it starts)
     pixel-lb certificate DIRECTORY
                             install this certificate and its key (certbot's deploy hook)
@@ -14,8 +18,8 @@
     pixel-lb status         print the state of backends, controller and Nginx as JSON
     pixel-lb loaded         record that Nginx has loaded the current files (run by nginx.service)
 
-install, certificate, drain, undrain and sync print `changed` or `unchanged`. Exit status: 0 done, 1 refused
-and nothing changed, 3 refused because it is the last backend, 4 changed but the wait timed out.
+install, certificate, drain, undrain, canary and sync print `changed` or `unchanged`. Exit status: 0 done, 1
+refused and nothing changed, 3 refused because it is the last backend, 4 changed but the wait timed out.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pixel_lb.canary import begin, end, wait_until_limited
 from pixel_lb.drain import adopt, drain, undrain, wait_until_idle, wait_until_seen
 from pixel_lb.errors import Refused
 from pixel_lb.files import Paths, exclusive
@@ -35,6 +40,8 @@ from pixel_lb.nginx import Nginx
 from pixel_lb.peers import fetch_all
 from pixel_lb.status import describe
 from pixel_lb.watch import Watch
+
+FULL_PERCENT = 100
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
     for command in (draining, undraining):
         command.add_argument("host")
         command.add_argument("--wait", type=float, default=10, metavar="SECONDS", help="default 10")
+    limiting = commands.add_parser("canary", help="limit a host's weight for some time")
+    limiting.add_argument("host")
+    limiting.add_argument("--percent", type=int, choices=range(1, 101), required=True, metavar="1..100")
+    limiting.add_argument("--seconds", type=float, default=120, help="until it ends by itself (default 120)")
+    limiting.add_argument("--wait", type=float, default=60, metavar="SECONDS", help="default 60")
     commands.add_parser("sync", help="adopt drains that other balancers know")
     certificate = commands.add_parser("certificate", help="install a certificate and its key")
     certificate.add_argument("directory", type=Path, help="contains fullchain.pem and privkey.pem")
@@ -105,6 +117,10 @@ def _change(args: argparse.Namespace, paths: Paths) -> None:
                 _print_changed(drain(paths, nginx, args.host, force=args.force))
             case "undrain":
                 _print_changed(undrain(paths, nginx, args.host))
+            case "canary" if args.percent < FULL_PERCENT:
+                _print_changed(begin(paths, args.host, args.percent, args.seconds))
+            case "canary":
+                _print_changed(end(paths))
             case "sync":
                 _print_changed(bool(adopt(paths, nginx, others)))
             case "reload":
@@ -117,6 +133,8 @@ def _change(args: argparse.Namespace, paths: Paths) -> None:
             wait_until_idle(paths, args.host, args.wait)
         case "undrain":
             wait_until_seen(paths, args.host, args.wait)
+        case "canary" if args.percent < FULL_PERCENT:
+            wait_until_limited(paths, args.host, args.percent, args.wait)
 
 
 def _print_changed(changed: bool) -> None:

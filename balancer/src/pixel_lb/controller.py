@@ -22,6 +22,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pixel_lb.state import Canary
 from pixel_lb.weights import FULL, Share
 
 # Minimum of a host's free CPU in the computation. Below it, ratios overstate differences: a backend at 90 %
@@ -158,6 +159,7 @@ class Controller:
         self.backends: dict[str, Backend] = {}
         self.notes: list[str] = []  # messages for the operator; the caller removes them
         self.none_ready = False  # no backend is ready, so none is marked down
+        self._canary: Canary | None = None
         self._applied: dict[str, Share] = {}
         self._applied_at = self._load_updated_at = now
 
@@ -206,16 +208,20 @@ class Controller:
 
     # --- decisions -------------------------------------------------------------------------
 
-    def decide(self, now: float, drained: Collection[str] = ()) -> dict[str, Share] | None:
+    def decide(
+        self, now: float, drained: Collection[str] = (), canary: Canary | None = None
+    ) -> dict[str, Share] | None:
         """Compute the shares that should be in force.
 
         Args:
             now: The time.
             drained: Hosts that an operator has drained.
+            canary: The host whose weight is limited now.
 
         Returns:
             The share of each server, or None if nothing should change now.
         """
+        self._canary = canary
         self._update_health(now, [each for each in self.backends.values() if each.host not in drained])
         rested = now - self._applied_at >= self.settings.reload_interval
         if rested and now - self._load_updated_at >= self.settings.reload_interval:
@@ -316,7 +322,10 @@ class Controller:
     def _share(self, backend: Backend, now: float) -> Share:
         if not backend.up:
             return Share(1.0, True)
-        return Share(round(backend.adapted * self._slow_start(backend, now), 4), False)
+        factor = backend.adapted * self._slow_start(backend, now)
+        if self._canary and self._canary.host == backend.host:
+            factor *= self._canary.factor
+        return Share(round(factor, 4), False)
 
     def _slow_start(self, backend: Backend, now: float) -> float:
         """Return the factor of a backend's weight after its recovery, which increases in steps to 1."""
@@ -342,6 +351,8 @@ class Controller:
             )
         if self._slow_start(backend, now) < 1:
             reasons.append(f"recovered {now - backend.recovered_at:.0f} s ago, its weight increases in steps")
+        if self._canary and self._canary.host == backend.host:
+            reasons.append(f"canary: at most {self._canary.factor:.0%} of its weight")
         if self.settings.adaptive and self._is_stale(backend, now):
             reasons.append(f"no CPU data for {self.settings.stale:.0f} s: base weight")
         elif backend.adapted < 1:

@@ -49,6 +49,11 @@ class Paths:
         return self.state / "shares.json"
 
     @property
+    def canary(self) -> Path:
+        """The host whose weight is limited for some time; see `Canary`."""
+        return self.state / "canary.json"
+
+    @property
     def report(self) -> Path:
         """The controller's latest report, which Nginx serves as `/lb/status`."""
         return self.run / "status.json"

@@ -21,6 +21,17 @@ class Drain(NamedTuple):
 NEVER = Drain(drained=False, time=0.0)
 
 
+class Canary(NamedTuple):
+    """A host whose weight is limited, so that few requests meet a new release.
+
+    `factor` multiplies its base weight, 0 to 1; `until` is the end in seconds since 1970.
+    """
+
+    host: str
+    factor: float
+    until: float
+
+
 class State:
     """Reads and encodes the agent's state."""
 
@@ -63,6 +74,17 @@ class State:
     def encode_shares(shares: Mapping[str, Share]) -> bytes:
         """Encode shares in the format that `shares()` reads."""
         return json.dumps(shares, indent=1).encode()
+
+    def canary(self) -> Canary | None:
+        """Return the host whose weight is limited now, if there is one."""
+        content = read(self._paths.canary)
+        canary = Canary(**json.loads(content)) if content else None
+        return canary if canary and time.time() < canary.until else None
+
+    @staticmethod
+    def encode_canary(canary: Canary) -> bytes:
+        """Encode a canary in the format that `canary()` reads."""
+        return json.dumps(canary._asdict(), indent=1).encode()
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write the controller's report."""

@@ -81,7 +81,7 @@ class Watch:
         self.poll_credits(pool, now)
         for address, (count, seconds) in (self._log_tail.read() if self._log_tail else {}).items():
             self.controller.observe_requests(now, self._names.get(address, ""), count, seconds)
-        shares = self.controller.decide(now, self._state.drained())
+        shares = self.controller.decide(now, self._state.drained(), self._state.canary())
         while self.controller.notes:
             self.log(self.controller.notes.pop(0))
         if shares is None:

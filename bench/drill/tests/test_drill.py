@@ -15,8 +15,9 @@ from bench.drill import __main__ as drill
 from bench.drill import hosts
 from bench.drill.capacity import Normal, Shortage
 from bench.drill.events import Scene
-from bench.drill.faults import EVENTS, NEVER_READY, QUICK, REFUSAL, never_ready_source
+from bench.drill.faults import EVENTS, QUICK
 from bench.drill.hosts import Fleet, FleetError
+from bench.drill.sources import LATE_FAULTS, NEVER_READY, REFUSAL, bad_after, never_ready
 from bench.load.figures import Spread
 
 FLEET = Fleet("nobody", "http://127.0.0.1:9", {"c5": "192.0.2.10", "t2": "192.0.2.11"}, {})
@@ -82,13 +83,22 @@ def test_without_a_fleet_it_says_how_to_make_one(
     assert "`make up` or `make up FLEET=ha` makes one" in capsys.readouterr().err
 
 
-def test_the_bad_release_is_the_app_that_is_never_ready() -> None:
-    with never_ready_source() as source:
-        module = (source / "src" / "pixel" / "app.py").read_text()
-        assert (source / "pyproject.toml").exists()
-        assert module.endswith(NEVER_READY)
-        assert "\napp = " in module
-    assert not source.exists()
+def test_the_bad_release_is_the_app_that_is_never_ready(tmp_path: Path) -> None:
+    source = never_ready(tmp_path)
+    module = (source / "src" / "pixel" / "app.py").read_text()
+    assert (source / "pyproject.toml").exists()
+    assert module.endswith(NEVER_READY)
+    assert "\napp = " in module
+
+
+@pytest.mark.parametrize("fault", LATE_FAULTS)
+def test_a_release_that_becomes_bad_is_the_app_with_one_statement_more(fault: str, tmp_path: Path) -> None:
+    module = (bad_after(tmp_path, fault, 20) / "src" / "pixel" / "commit.py").read_text()
+    compile(module, "commit.py", "exec")
+    assert "\n_BAD = perf_counter() + 20\n" in module
+    assert (
+        module.count("if perf_counter() > _BAD:") + module.count("if changes and perf_counter() > _BAD:") == 1
+    )
 
 
 def test_it_works_but_for_the_answer_that_a_deploy_waits_for() -> None:

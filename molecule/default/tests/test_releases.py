@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 from contextlib import suppress
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bench.drill.sources import LATE_FAULTS, bad_after, never_ready
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -23,24 +24,6 @@ testinfra_hosts = ["c5"]
 def releases(client: Any) -> Any:
     """Return the release that each host reports at /ping."""
     return lambda: {host: client.read_from(host, "/ping")["release"] for host in ("c5", "t2")}
-
-
-def copied(folder: Path) -> Path:
-    """A copy of the app's source."""
-    source = folder / "app"
-    shutil.copytree(ROOT / "app", source, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    return source
-
-
-def never_ready(folder: Path) -> Path:
-    """A copy of the app whose `/readyz` fails."""
-    source = copied(folder)
-    health = source / "src/pixel/routes/health.py"
-    text = health.read_text()
-    start = text.index("async def readyz")
-    body = text.index(":\n", text.index(")", start)) + 2
-    health.write_text(text[:body] + '    raise RuntimeError("broken for a test")\n' + text[body:])
-    return source
 
 
 def test_a_release_that_fails_its_trial_is_not_switched_to_and_its_name_can_be_used_again(
@@ -69,34 +52,7 @@ def test_a_release_that_fails_its_trial_is_not_switched_to_and_its_name_can_be_u
     assert releases() == before
 
 
-FAULTS = {
-    "errors": (
-        "        depth = ",
-        'if changes and perf_counter() > BAD:\n            raise Problem.not_written("bad")',
-    ),
-    "slow": (
-        "            size = batch.size",
-        "if perf_counter() > BAD:\n{0}await asyncio.sleep(0.15)",
-    ),
-}
-"""Statements of `GroupCommit`, and what is inserted before them."""
-
-
-def bad_after(folder: Path, fault: str, seconds: float) -> Path:
-    """A copy of the app whose writes fail or are slow, some seconds after the worker has started."""
-    source = copied(folder)
-    commit = source / "src/pixel/commit.py"
-    text = commit.read_text()
-    place, inserted = FAULTS[fault]
-    assert text.count(place) == 1
-    indent = " " * (len(place) - len(place.lstrip()))
-    lines = inserted.format(indent + "    ").replace("BAD", "_BAD")
-    text = text.replace(place, f"{indent}{lines}\n{place}")
-    commit.write_text(text.replace("\nlog = ", f"\n_BAD = perf_counter() + {seconds}\nlog = ", 1))
-    return source
-
-
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", LATE_FAULTS)
 def test_a_release_that_becomes_worse_later_is_switched_back_by_itself(
     fault: str, play: Any, releases: Any, requests: Any, tmp_path: Path
 ) -> None:
@@ -121,9 +77,21 @@ def test_a_release_that_becomes_worse_later_is_switched_back_by_itself(
     assert releases() == before
 
 
-def test_a_good_release_is_watched_on_the_first_host_only(play: Any, releases: Any, requests: Any) -> None:
+def test_a_good_release_is_watched_on_the_first_host_only_with_few_requests(
+    host: Any, play: Any, releases: Any, requests: Any
+) -> None:
+    options = {"pixel_app_release": "good", "pixel_app_bake": 6, "pixel_app_canary_weight": 20}
+    since = host.check_output("date '+%F %T'")
     with requests():
-        deployed = play("playbooks/pixel_app.yml", "-e", "pixel_app_release=good", "-e", "pixel_app_bake=6")
+        deployed = play("playbooks/pixel_app.yml", **options)
+    journal = host.check_output(f"journalctl --unit=pixel-lb --since='{since}' --output=cat")
+    assert "set c5 to 20% (canary: at most 20% of its weight), t2 to 100%" in journal
+    limited, restored = (
+        deployed.words.index("Limit the weight of"),
+        deployed.words.index("Restore the weight"),
+    )
+    assert limited < deployed.words.index("c5 in 6 s: ") < restored
+    assert not host.file("/var/lib/pixel-lb/canary.json").exists
     assert deployed.returncode == 0, deployed.words
     assert re.search(
         r"c5 in 6 s: \d+ answers, 0.0% errors, p99 0.\d+ s; the other hosts: \d+ answers", deployed.words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -73,6 +74,15 @@ def test_protocols_and_ciphers_match_mozillas_intermediate_profile(
     assert ("Cipher is (NONE)" not in output and "Cipher is " in output) is works
     # The server refuses, not the client.
     assert ("alert" in output) is not works
+
+
+def test_a_scanner_gives_every_cipher_the_best_grade(stranger: Any, address: str) -> None:
+    report = stranger(f"nmap -Pn -p 443 --script ssl-enum-ciphers {address}")
+    assert re.findall(r"(TLSv[0-9.]+|SSLv[0-9]):", report) == ["TLSv1.2", "TLSv1.3"], report
+    grades = re.findall(r"TLS_\w+ .* - ([A-F])$", report, re.M)
+    assert len(grades) >= 6
+    assert set(grades) == {"A"}
+    assert "least strength: A" in report
 
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
