@@ -458,6 +458,14 @@ INVALID_COMBINATIONS = [
 ]
 
 
+def test_three_redis_hosts_can_be_created(operator: Operator) -> None:
+    roles = ["redis", "pixel_app", "nginx_lb"]
+    operator.set(aws_hosts=[{"name": "m5", "type": "m5.xlarge", "count": 3, "roles": roles}])
+    status, output = operator.provision("--check")
+    assert status == 0, output
+    assert "make: m5-1, m5-2, m5-3" in output
+
+
 @pytest.mark.parametrize(
     ("variables", "messages"),
     [
