@@ -3,8 +3,9 @@ PYTHON ?= python3
 URL ?= http://127.0.0.1:8080
 RATE ?= 1000
 BIN = .venv/bin
-# The longest first: two run at a time.
 CHECKS = check-repository check-app check-bench
+# Tests that wait, mostly, run three at a time. Those with the mark `timing` have limits that need the processors, and follow alone.
+BESIDE = -n 3 --dist worksteal -m "not timing"
 SCENARIOS = default $(filter-out default,$(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml))))
 TWO = --no-print-directory --jobs 2 --output-sync=target
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -20,8 +21,9 @@ up: control  ## create the local fleet, deploy to it, post a pixel and read it b
 down:  ## remove the local fleet
 	$(PYTHON) fleet/fleet.py down
 
-test: tools  ## all tests, two programs at a time
-	$(MAKE) $(TWO) $(CHECKS) lint images
+test: tools  ## all tests
+	$(MAKE) $(TWO) lint images
+	$(MAKE) check
 	$(MAKE) scenarios
 
 lint: tools  ## style, types, and Ansible's production profile
@@ -34,17 +36,18 @@ lint: tools  ## style, types, and Ansible's production profile
 	ansible-lint --profile production --offline
 	.config/eslint/node_modules/.bin/eslint --config .config/eslint/eslint.config.js --max-warnings 0 app/src/pixel/live
 
-check: tools  ## the tests that need no host
-	$(MAKE) $(TWO) $(CHECKS)
+check: $(CHECKS)  ## the tests that need no host
 
 check-repository: tools
-	pytest -q tests balancer
+	pytest -q $(BESIDE) tests balancer
 
 check-app: tools
-	cd app && env -u PIXEL_FLEET pytest -q
+	cd app && env -u PIXEL_FLEET pytest -q $(BESIDE)
+	cd app && env -u PIXEL_FLEET pytest -q -m timing
 
 check-bench: tools
-	cd bench && pytest -q
+	cd bench && pytest -q $(BESIDE)
+	cd bench && pytest -q -m timing
 
 scenarios: tools  ## tests of the roles and the fleet, on hosts with systemd
 	$(MAKE) ha

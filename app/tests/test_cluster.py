@@ -36,6 +36,8 @@ from pixel.settings import Settings
 from pixel.store import Store
 from pixel.stream import EventId, epoch_fields
 
+pytestmark = pytest.mark.timing
+
 TOO_FEW = "Too few replicas of Redis have acknowledged it; the write may have been made."
 
 

@@ -20,6 +20,8 @@ from bench.load.openloop import Plan, Report, Sample, run
 from bench.load.readback import read_canvas
 from bench.load.tests.standin import HEIGHT, WIDTH, Deed, StandIn
 
+pytestmark = pytest.mark.timing
+
 WRITES = 100
 
 

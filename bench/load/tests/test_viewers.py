@@ -12,6 +12,8 @@ import pytest
 from bench.load.http1 import Target
 from bench.load.viewers import Report, watch
 
+pytestmark = pytest.mark.timing
+
 
 class Service:
     """Sends each change to all viewers, or has one fault."""

@@ -13,6 +13,8 @@ from bench.load.readback import read_canvas
 from bench.load.tests.standin import HEIGHT, WIDTH, Deed, StandIn
 from bench.load.writers import PIXELS_EACH, Register, Writers, WritersVerdict, pixels_of
 
+pytestmark = pytest.mark.timing
+
 
 def of(register: Register, fates: str) -> Register:
     """Makes one write per letter: (a)cknowledged, (r)efused, (u)nsent, in (d)oubt."""

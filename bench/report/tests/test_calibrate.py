@@ -13,6 +13,8 @@ from bench.load.tests.standin import StandIn
 from bench.report import calibrate
 from bench.report.calibrate import ImpreciseError, Limits, Measure, Step, search
 
+pytestmark = pytest.mark.timing
+
 LIMITS = Limits(50, 0.001)
 
 
