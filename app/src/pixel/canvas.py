@@ -96,7 +96,7 @@ def encode_png(raw: bytes, width: int, height: int, scale: int) -> bytes:
     if scale > 1:
         image = image.resize((width * scale, height * scale), Image.Resampling.NEAREST)
     file = BytesIO()
-    # Level 4 takes 20 ms and 280 kB for a busy megapixel; level 6 takes twice as long and saves a twentieth. Level
-    # 1 takes two thirds of the time of level 4 for an enlarged picture, which is the most that one request can cost.
+    # Level 4 takes 20 ms and 280 kB for a busy megapixel; level 6 takes twice as long and saves a twentieth.
+    # An enlarged picture is the most that one request can cost: level 1 takes two thirds of its time.
     image.save(file, "PNG", compress_level=1 if scale > 1 else 4)
     return file.getvalue()
