@@ -105,7 +105,10 @@ def balancer(folder: Path, *, drained: bool = False, **chosen: Any) -> Iterator[
     main.write_text(text.replace("http {", f"http {{ {paths}"))
     with Server(("127.0.0.1", 0), App) as app:
         Thread(target=app.serve_forever, daemon=True).start()
-        upstreams = f"upstream pixel {{ server 127.0.0.1:{app.server_port}; }}\n"
+        upstreams = "".join(
+            f"upstream {name} {{ server 127.0.0.1:{app.server_port}; }}\n"
+            for name in ("pixel", "pixel_streams")
+        )
         upstreams += "map $upstream_addr $pixel_other { default pixel; }\n"
         upstreams += f"geo $pixel_drained {{ default {int(drained)}; }}\n"
         (folder / "pixel" / "upstreams.conf").write_text(upstreams)

@@ -116,8 +116,11 @@ class Balancer:
 
     @property
     def server_parameters(self) -> list[str]:
-        """The parameters of each server line, commented out or not, without the retry upstreams."""
-        upstreams = [text for text in self.upstreams.split("\n}\n") if "_without_" not in text]
+        """The parameters of each server line, commented out or not, of upstreams for requests."""
+        others = ("_without_", "_streams")
+        upstreams = [
+            text for text in self.upstreams.split("\n}\n") if not any(name in text for name in others)
+        ]
         lines = [line.strip().removeprefix("# ") for text in upstreams for line in text.splitlines()]
         return [line.split(" ", 2)[2] for line in lines if line.startswith("server")]
 

@@ -24,6 +24,19 @@ def test_zone_comes_first_and_keepalive_last(balancer: Any) -> None:
     ]
 
 
+def test_streams_have_upstreams_of_their_own(balancer: Any) -> None:
+    balancer.write_facts(clusters={"few": "pixel_app"})
+    balancer.drain("b")
+    text = balancer.upstreams
+    for name in ("pixel", "cluster_few"):
+        requests, streams = (
+            text.split(f"upstream {each} {{\n")[1].split("}")[0].splitlines()
+            for each in (name, f"{name}_streams")
+        )
+        assert streams[0] == f"    zone {name}_streams 256k;"
+        assert streams[1:] == requests[1:]
+
+
 def test_weighted_round_robin_needs_no_directive(balancer: Any) -> None:
     balancer.write_facts(method="round_robin")
     assert render(balancer.fleet, (), {}).splitlines()[2:4] == [

@@ -18,12 +18,16 @@ def render(fleet: Fleet, drained: Collection[str], shares: Mapping[str, Share]) 
         shares: The controller's share of each server; a server without one has its full weight.
 
     Returns:
-        A configuration for Nginx' `http` block. `$pixel_drained` is 1 if the balancer's own host is drained.
+        A configuration for Nginx' `http` block. Event streams use the upstreams `<name>_streams`.
+        `$pixel_drained` is 1 if the balancer's own host is drained.
     """
     parts = ["# Written by pixel-lb from backends.json; drained and unready servers are marked down.\n"]
     parts += [_render_one(fleet, upstream, drained, shares) for upstream in fleet.upstreams]
     retries = _retry_upstreams(fleet, drained, shares)
     parts += [_render_one(fleet, upstream, drained, shares) for upstream in retries.values()]
+    # Open event streams are connections that last. With least_conn they would decide where other requests go.
+    streams = [Upstream(f"{each.name}_streams", each.method, each.servers) for each in fleet.upstreams]
+    parts += [_render_one(fleet, upstream, drained, shares) for upstream in streams]
     parts.append(_render_map(fleet, retries))
     parts.append(f"geo $pixel_drained {{\n    default {int(fleet.balancer in drained)};\n}}\n")
     return "".join(parts)
