@@ -50,7 +50,7 @@ from bench.load.readback import UNREACHABLE, UnreadableError, read_canvas
 from bench.load.writers import SETTLE, Writers, pixels_of
 
 CANVAS = (1024, 1024)
-CONNECTIONS = 512
+CONNECTIONS = 512  # at most, and no more than writes a second: each is used about once a second
 WRITERS = 32
 APART_WRITERS = 4  # clients of a host that is cut off
 FOLLOWERS = 3
@@ -137,7 +137,8 @@ class Drill:
     async def happen(self, event: Event, turn: int) -> Run:
         if event.prepare is not None:
             await event.prepare(self._scene)
-        plan = Plan(self._rate, event.patience + BEFORE + TIMEOUT, CONNECTIONS, TIMEOUT)
+        connections = min(CONNECTIONS, math.ceil(self._rate))
+        plan = Plan(self._rate, event.patience + BEFORE + TIMEOUT, connections, TIMEOUT)
         await self._read(self._known, plan.total)
         seen = Seen()
         ledger = self._ledger()
