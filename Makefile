@@ -6,7 +6,8 @@ BIN = .venv/bin
 CHECKS = check-repository check-app check-bench
 # Tests that wait, mostly, run three at a time. Those with the mark `timing` have limits that need the processors, and follow alone.
 BESIDE = -n 3 --dist worksteal -m "not timing"
-SCENARIOS = default $(filter-out default,$(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml))))
+# The longest first.
+SCENARIOS = operations $(filter-out operations,$(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml))))
 TWO = --no-print-directory --jobs 2 --output-sync=target
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Ansible ignores ansible.cfg in a world-writable directory unless this variable names it.
@@ -49,6 +50,7 @@ check-bench: tools
 	cd bench && pytest -q $(BESIDE)
 	cd bench && pytest -q -m timing
 
+# The drills of ha and default have limits that need the processors, so they run alone.
 scenarios: tools  ## tests of the roles and the fleet, on hosts with systemd
 	$(MAKE) ha
 	$(MAKE) default
