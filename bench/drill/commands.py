@@ -164,7 +164,7 @@ COMMANDS = (
     Event("logs", play("logs.yml", since="1m", status="5xx"), planned=True),
     Event("keys", use_keys, planned=True),
     Event("moderate", moderate, planned=True),
-    Event("undo", play("undo.yml", area=CORNER, apply=True), planned=True),
+    Event("undo", play("undo.yml", author="key:nobody", apply=True), planned=True),
     Event("backup", play("backup.yml"), planned=True),
     Event("read-only", maintain("read-only"), planned=True, excused=AWAY, grace=2, patience=120),
     Event("maintenance", maintain("on"), planned=True, excused=AWAY, grace=2, patience=120),
