@@ -41,6 +41,7 @@ check: $(CHECKS)  ## the tests that need no host
 
 check-repository: tools
 	pytest -q $(BESIDE) tests balancer
+	pytest -q -m timing tests balancer
 
 check-app: tools
 	cd app && env -u PIXEL_FLEET pytest -q $(BESIDE)

@@ -452,14 +452,15 @@ def test_a_failure_shows_the_journals_of_all_hosts(tmp_path: Path) -> None:
     tests, state = tmp_path / "molecule", tmp_path / ".fleet" / "x"
     for folder in (tests, state):
         folder.mkdir(parents=True)
-    shutil.copy(Path(__file__).parents[1] / "molecule" / "conftest.py", tests)
+    root = Path(__file__).parents[1]
+    shutil.copy(root / "molecule" / "conftest.py", tests)
     (tests / "test_it.py").write_text("def test_it():\n    assert False\n")
     (state / "fleet.json").write_text('{"hosts": {"c5": {}, "t2": {}}}')
     (tmp_path / "ssh").write_text("#!/bin/sh\nshift 4; echo $1 says this\n")
     (tmp_path / "ssh").chmod(0o755)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--rootdir", tests, tests],
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PIXEL_FLEET": "x"},
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(root), "PIXEL_FLEET": "x"},
         cwd=tmp_path,
         text=True,
         capture_output=True,

@@ -22,6 +22,8 @@ import yaml
 from redis_cluster import DATA_SLOT, SPARE_SLOTS, Agent, Cluster, Problem, Process, ReplyError
 from writer import KEY, Writer
 
+pytestmark = pytest.mark.timing
+
 ROLE = Path(__file__).resolve().parents[1] / "roles/redis"
 RULES = yaml.safe_load((ROLE / "vars/main.yml").read_text())["_redis_cluster_rules"]
 PASSWORD = "p" * 20
