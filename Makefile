@@ -4,8 +4,8 @@ URL ?= http://127.0.0.1:8080
 RATE ?= 1000
 BIN = .venv/bin
 CHECKS = check-repository check-app check-bench
-# Tests that wait, mostly, run three at a time. Those with the mark `timing` have limits that need the processors, and follow alone.
-BESIDE = -n 3 --dist worksteal -m "not timing"
+# Two tests at a time. Those with the mark `timing` have limits that need the processors, and follow alone.
+BESIDE = -n 2 --dist worksteal -m "not timing"
 # The longest first.
 SCENARIOS = operations $(filter-out operations,$(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml))))
 TWO = --no-print-directory --jobs 2 --output-sync=target
