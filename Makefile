@@ -51,11 +51,11 @@ check-bench: tools
 	cd bench && pytest -q $(BESIDE)
 	cd bench && pytest -q -m timing
 
-# The drills of ha and default have limits that need the processors, so they run alone.
+# Drills have limits that need the processors, so they run alone.
 scenarios: tools  ## tests of the roles and the fleet, on hosts with systemd
 	$(MAKE) ha
-	$(MAKE) default
-	$(MAKE) $(TWO) $(filter-out default ha,$(SCENARIOS))
+	$(MAKE) faults
+	$(MAKE) $(TWO) $(filter-out faults ha,$(SCENARIOS))
 
 $(SCENARIOS): tools
 	molecule test --scenario-name $@
