@@ -14,6 +14,7 @@ import pytest
 from bench.drill import __main__ as drill
 from bench.drill import hosts
 from bench.drill.capacity import Normal, Shortage
+from bench.drill.commands import COMMANDS
 from bench.drill.events import Scene
 from bench.drill.faults import EVENTS, QUICK
 from bench.drill.hosts import Fleet, FleetError
@@ -49,6 +50,17 @@ def test_quick_is_once_each() -> None:
     options = drill.parse_arguments(["--quick"])
     assert [event.name for event in options.events] == list(QUICK)
     assert options.runs == 1
+
+
+@pytest.mark.usefixtures("two_hosts")
+def test_commands_are_run_once_each_or_as_often_as_asked() -> None:
+    options = drill.parse_arguments(["--commands"])
+    assert (options.events, options.runs) == (list(COMMANDS), 1)
+    options = drill.parse_arguments(["--commands", "--events", "errors later", "--runs", "5"])
+    assert ([event.name for event in options.events], options.runs) == (["errors later"], 5)
+    # Only maintenance, a release with errors and the single Redis's reboot excuse a failure.
+    excusing = {event.name for event in COMMANDS if event.excused}
+    assert excusing == {"read-only", "maintenance", "errors later", "slow later", "patch with outage"}
 
 
 @pytest.mark.usefixtures("two_hosts")
