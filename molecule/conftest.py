@@ -221,6 +221,12 @@ def watched(client: Client, viewer: Callable[[], Follower]) -> Any:
     return watch
 
 
+@pytest.fixture
+def releases(client: Any) -> Any:
+    """Return the release that each host reports at /ping."""
+    return lambda: {host: client.read_from(host, "/ping")["release"] for host in ("c5", "t2")}
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield

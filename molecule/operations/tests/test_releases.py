@@ -21,12 +21,6 @@ ROOT = Path(__file__).resolve().parents[3]
 testinfra_hosts = ["c5"]
 
 
-@pytest.fixture
-def releases(client: Any) -> Any:
-    """Return the release that each host reports at /ping."""
-    return lambda: {host: client.read_from(host, "/ping")["release"] for host in ("c5", "t2")}
-
-
 def test_a_release_that_fails_its_trial_is_not_switched_to_and_its_name_can_be_used_again(
     host: Any, play: Any, releases: Any, requests: Any, watched: Any, tmp_path: Path
 ) -> None:
@@ -178,22 +172,6 @@ def test_the_next_deploy_completes_an_interrupted_one(
     assert set(after.values()) == {"cut-off"}
     assert back.returncode == 0, back.stdout
     assert releases() == before
-
-
-def test_a_deploy_to_a_single_host_refuses_no_request(
-    play: Any, client: Any, releases: Any, requests: Any
-) -> None:
-    """As in a fleet of one: requests during the restart wait in the listening sockets."""
-    assert play("playbooks/drain.yml", "-e", "host=t2").returncode == 0
-    try:
-        with requests():
-            deployed = play("playbooks/pixel_app.yml", "--limit", "c5", "-e", "pixel_app_release=alone")
-        assert deployed.returncode == 0, deployed.stdout
-        assert client.read_from("c5", "/ping")["release"] == "alone"
-    finally:
-        assert play("playbooks/undrain.yml", "-e", "host=t2").returncode == 0
-    assert play("playbooks/pixel_app.yml").returncode == 0
-    assert len(set(releases().values())) == 1
 
 
 def test_a_concurrent_deploy_is_refused_and_names_the_lock_holder(host: Any, play: Any, shell: Any) -> None:
