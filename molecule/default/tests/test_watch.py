@@ -137,7 +137,7 @@ def metrics(query: str) -> set[str]:
 def test_the_alert_rules_are_loaded_and_healthy(ask: Any) -> None:
     rules = [rule for group in ask("rules")["groups"] for rule in group["rules"]]
     names = {rule["name"] for rule in rules if rule["type"] == "alerting"}
-    files = [ROOT / "tests" / name for name in ("alerts.yml", "slo.yml")]
+    files = [ROOT / "tests" / name for name in ("alerts.yml", "alerts_long.yml", "slo.yml")]
     cases = [case for file in files for case in yaml.safe_load(file.read_text())["tests"]]
     # This fleet has one Redis.
     assert names == {case["name"] for case in cases} - {"RedisOneReplica"}
