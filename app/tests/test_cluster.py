@@ -59,7 +59,7 @@ async def stores(cluster: RedisCluster, request: pytest.FixtureRequest) -> Async
         store.close()
 
 
-async def wait_for(true: Callable[[], object], seconds: float = 40) -> None:
+async def wait_for(true: Callable[[], object], seconds: float = 15) -> None:
     """Wait until a condition is true, without blocking the event loop."""
     end = time.monotonic() + seconds
     while not await asyncio.to_thread(true):
