@@ -328,8 +328,10 @@ async def test_a_replica_that_loads_what_it_has_copied_delays_no_write(
     ledger = Ledger(*stores)
     # It takes 0.1 s to load each of the 18 keys.
     slow = ["--key-load-delay", "100000", "--cluster-replica-no-failover", "yes"]
-    await asyncio.to_thread(replica.start, *slow)
+    # It may answer for the first time only when it has loaded them.
+    starting = asyncio.create_task(asyncio.to_thread(replica.start, *slow))
     await wait_for(lambda: ("online", 0) in links(cluster.nodes[MASTER]))
+    await starting
     await wait_for(cluster.is_complete)
     await asyncio.sleep(1)
     await ledger.stop()
