@@ -119,10 +119,9 @@ def maintain(state: str) -> Act:
     """Begins maintenance, and ends it."""
 
     async def act(scene: Scene, _: int) -> None:
-        with scene.blow():
-            await scene.fleet.must_play("maintenance.yml", state=state)
-            await asyncio.sleep(AWAY_SECONDS)
-            await scene.fleet.must_play("maintenance.yml", state="off")
+        await scene.fleet.must_play("maintenance.yml", state=state)
+        await asyncio.sleep(AWAY_SECONDS)
+        await scene.fleet.must_play("maintenance.yml", state="off")
 
     return act
 
@@ -152,7 +151,6 @@ DEPLOYS = (
     Event("weight change", change_weights, planned=True, patience=120),
     Event("reload", reload_nginx, planned=True),
 )
-_LONG = 600
 # Commands of the runbook, in an order that ends with the longest. Restoring a backup is not among them, as it
 # removes acknowledged writes, nor is what tests do with other inventories.
 COMMANDS = (

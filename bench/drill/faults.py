@@ -7,12 +7,11 @@ import socket
 import time
 from contextlib import suppress
 
-from bench.drill.commands import DEPLOYS
+from bench.drill.commands import AWAY_SECONDS, DEPLOYS
 from bench.drill.events import ANYTHING, AWAY, Event, Scene
 from bench.drill.hosts import BALANCER, OTHER, FleetError
 
 FROZEN_SECONDS = 20
-AWAY_SECONDS = 5
 REDIS_STOPPED_SECONDS = 3
 DELAY_SECONDS = 3
 A_FIFTIETH = 0.02  # of a CPU

@@ -21,7 +21,7 @@ def begin(paths: Paths, host: str, percent: int, seconds: float) -> bool:
         seconds: The time after which the limit ends by itself.
 
     Returns:
-        True: the time of the end is always another one.
+        Whether anything changed, as the end of the limit does.
 
     Raises:
         Refused: There is no such host, or no controller, or weights place keys; nothing was changed.
