@@ -271,7 +271,8 @@ def test_ignored_settings_are_reported_with_a_fix(tree: Path, tmp_path: Path, el
 
 def test_make_sets_ansible_config(tree: Path) -> None:
     tree.chmod(0o777)
-    show = ("--silent", "--eval", "show: ; @echo $$ANSIBLE_CONFIG", "show")
+    # Make names the directory when `make test` runs this, even with --silent.
+    show = ("--silent", "--no-print-directory", "--eval", "show: ; @echo $$ANSIBLE_CONFIG", "show")
     done = subprocess.run(["make", *show], cwd=tree, text=True, capture_output=True, check=True)
     assert done.stdout.strip() == str(tree / "ansible.cfg")
 

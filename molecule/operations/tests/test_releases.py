@@ -49,15 +49,13 @@ def test_a_release_that_fails_its_trial_is_not_switched_to_and_its_name_can_be_u
 
 @pytest.mark.parametrize("fault", LATE_FAULTS)
 def test_a_release_that_becomes_worse_later_is_switched_back_by_itself(
-    fault: str, play: Any, releases: Any, requests: Any, tmp_path: Path
+    fault: str, host: Any, play: Any, releases: Any, requests: Any, tmp_path: Path
 ) -> None:
     before = releases()
-    source = bad_after(tmp_path, fault, 10)
+    source = str(bad_after(tmp_path, fault, 10))
+    options = {"pixel_app_release": "worse", "pixel_app_bake": 60, "pixel_app_canary_weight": 50}
     with requests():
-        deployed = play(
-            "playbooks/pixel_app.yml",
-            *("-e", f"pixel_app_source={source}", "-e", "pixel_app_release=worse", "-e", "pixel_app_bake=60"),
-        )
+        deployed = play("playbooks/pixel_app.yml", pixel_app_source=source, **options)
         after = releases()
     errors, slow = "answers are errors, 0.0% on the other hosts", "the p99 of requests for pixels is"
     # Where hosts share processors, slow writes may also be too late, which is an error.
@@ -67,6 +65,8 @@ def test_a_release_that_becomes_worse_later_is_switched_back_by_itself(
     assert "was restored and serves. Hosts after it were not touched." in deployed.words
     assert deployed.returncode != 0
     assert after == before
+    assert deployed.words.index("Limit the weight of") < deployed.words.index("Restore the weight")
+    assert not host.file("/var/lib/pixel-lb/canary.json").exists
     # The next run removes what was staged on the hosts that were not touched.
     assert play("playbooks/pixel_app.yml").returncode == 0
     assert releases() == before
