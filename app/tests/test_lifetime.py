@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 from conftest import RedisServer, Service, wait_until, worker_pids
-from test_store import late_probe, outcomes, stored
+from test_store import late_probe, outcomes, stored, submit
 
 from pixel import lifetime
 from pixel.canvas import locate
@@ -416,16 +416,16 @@ async def test_what_waits_while_redis_is_set_back_is_refused(fragile_redis: Redi
     clock = RedisClock()
     settings = fragile_redis.settings(start_limit=3)
     commit = GroupCommit(Redis(settings), settings, clock, "c5/1")
-    await commit.write([Change(0, 0, 0, 1)])
+    await submit(commit, Change(0, 0, 0, 1))
     fragile_redis.kill()
     await asyncio.sleep(0.1)
     now = time.monotonic()
     clock.learn(now, time.time() + 3, now)  # the clock of the former host is ahead
-    waiting = commit.write([Change(0, 0, 0, 2)])
+    waiting = submit(commit, Change(0, 0, 0, 2))
     fragile_redis.start()
     with pytest.raises(Problem, match="Redis's clock was set back; nothing was written"):
         await waiting
-    await commit.write([])
+    await submit(commit)
     assert stored(fragile_redis, Change(0, 0, 0, 0)) == 1
     commit.close()
 

@@ -98,14 +98,14 @@ async def test_an_area_is_protected_from_all_but_moderators(redis_server: RedisS
 async def test_without_areas_a_write_is_not_checked(store: Store, redis_server: RedisServer) -> None:
     rules = access.Access(store, redis_server.settings())
     await rules.start()
-    unchecked = store.write
+    unchecked = store.submit
     await command(redis_server.settings(), "protect", "0,0,1,1")
     await rules._refresh()
-    assert store.write != unchecked
+    assert store.submit != unchecked
     [area] = await command(redis_server.settings(), "list")
     await command(redis_server.settings(), "remove", area["id"])
     await rules._refresh()
-    assert store.write == unchecked
+    assert store.submit == unchecked
     rules.close()
 
 

@@ -11,7 +11,7 @@ from pixel.link import Link
 from pixel.names import tile_key
 from pixel.pixel import Change
 from pixel.problems import Problem
-from pixel.reads import PixelReads
+from pixel.reads import Colour, PixelReads
 from pixel.resp import Command
 from pixel.store import Store
 
@@ -29,17 +29,23 @@ class CountingLink(Link):
         return await super().ask_each(*commands, blocking=blocking)
 
 
+def ask(reads: PixelReads, x: int, y: int) -> asyncio.Future[Colour]:
+    answer: asyncio.Future[Colour] = asyncio.get_running_loop().create_future()
+    reads.submit(answer, x, y)
+    return answer
+
+
 async def test_reads_that_wait_together_go_together(redis_server: RedisServer) -> None:
     store = Store(redis_server.settings())
     await store.write([Change(x, x, 1, x) for x in range(200)])
     link = CountingLink(redis_server)
     reads = PixelReads(link)
-    assert await reads.colour(0, 0) == (0, 0, 0)
+    assert await ask(reads, 0, 0) == (0, 0, 0)
     assert link.pipelines == [1]
-    first = [reads.colour(x, x) for x in range(100)]
+    first = [ask(reads, x, x) for x in range(100)]
     await asyncio.sleep(0)  # the first reads are in flight; the next ones wait for them
     await asyncio.sleep(0)
-    others = [reads.colour(x, x) for x in range(100, 200)]
+    others = [ask(reads, x, x) for x in range(100, 200)]
     assert await asyncio.gather(*first, *others) == [(0, x, 0) for x in range(200)]
     assert link.pipelines == [1, 100, 100]
     link.close()
@@ -75,7 +81,7 @@ async def test_a_fault_of_ours_is_answered_and_the_next_has_its_turn(
     with monkeypatch.context() as patch:
         patch.setattr(link, "ask_each", lambda *_: 1 / 0)
         with pytest.raises(Problem, match="our fault"):
-            await reads.colour(1, 1)
+            await ask(reads, 1, 1)
     assert "reads failed" in caplog.text
-    assert await reads.colour(1, 1) == (0, 0, 0)
+    assert await ask(reads, 1, 1) == (0, 0, 0)
     link.close()

@@ -64,6 +64,12 @@ def events(server: RedisServer) -> list[list[Change]]:
     return [[Change(*change) for change in struct.iter_unpack("<HHBB", record)] for record in records]
 
 
+def submit(commit: GroupCommit, *changes: Change) -> asyncio.Future[EventId]:
+    answer: asyncio.Future[EventId] = asyncio.get_running_loop().create_future()
+    commit.submit(answer, changes)
+    return answer
+
+
 async def test_a_write_is_in_redis_when_it_is_answered(store: Store, redis_server: RedisServer) -> None:
     change = Change(1023, 300, 2, 77)
     event = await store.write([change])
@@ -164,6 +170,23 @@ async def test_beyond_the_queues_bound_a_write_is_refused_at_once(
     store.close()
 
 
+class FailingAnswer(asyncio.Future[EventId]):
+    def set_result(self, _: EventId) -> None:
+        raise OSError("no room for an answer")
+
+
+async def test_an_answer_that_fails_takes_no_other_along(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    leaving = store.write([Change(3, 3, 0, 1)])
+    store.submit(FailingAnswer(), [Change(3, 3, 1, 1)])
+    staying = store.write([Change(3, 3, 2, 1)])
+    leaving.cancel()
+    await staying
+    assert caplog.text.count("a write was made, but not answered") == 1
+    assert await store.colour(3, 3) == (0, 1, 1)
+
+
 async def test_a_batch_that_grows_while_it_is_put_back_is_counted_once(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +197,7 @@ async def test_a_batch_that_grows_while_it_is_put_back_is_counted_once(
     async def put_back(commits: GroupCommit, _: Connection, batch: _Batch) -> None:
         monkeypatch.setattr(GroupCommit, "_commit", commit)
         commits._put_back(batch)
-        joined.append(commits.write([Change(2, 2, 0, 1)]))
+        joined.append(submit(commits, Change(2, 2, 0, 1)))
 
     monkeypatch.setattr(GroupCommit, "_commit", put_back)
     event = await store.write([Change(1, 1, 0, 1)])

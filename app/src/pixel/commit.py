@@ -19,7 +19,7 @@ from pixel.lifetime import RedisClock
 from pixel.link import Health
 from pixel.names import EVENTS, lease_key, tile_key
 from pixel.pixel import Change, pack
-from pixel.problems import Problem
+from pixel.problems import Answer, Problem
 from pixel.resp import Command, Connection, NotMasterError, ReplyError
 from pixel.settings import MAX_BATCH, Settings
 from pixel.stream import EVENT_CHANGES, NO_EVENT, EventId, epoch_fields
@@ -50,13 +50,16 @@ _SAMPLING = 1.0  # seconds between two measurements of the queue's length
 log = logging.getLogger(__name__)
 
 
-# The changes, the future of the answer, the Redis time until which they may be sent, and the writer.
-_Request = tuple[Sequence[Change], asyncio.Future[EventId], float, Writer | None]
+# The changes, who gets the outcome, the Redis time until which they may be sent, and the writer.
+_Request = tuple[Sequence[Change], Answer[EventId], float, Writer | None]
 
 
 def _fail(request: _Request, problem: Problem) -> None:
     if not request[1].done():
-        request[1].set_exception(problem)
+        try:
+            request[1].set_exception(problem)
+        except Exception:
+            log.exception("a write was refused, but not answered")
 
 
 class _Batch:
@@ -162,32 +165,33 @@ class GroupCommit:
         self._task = self._loop.create_task(self._run(), name="group commit")
         self._count_queue()
 
-    def write(
-        self, changes: Sequence[Change], begin_by: float | None = None, writer: Writer | None = None
-    ) -> asyncio.Future[EventId]:
-        """Queue changes, to be written in their order; done when Redis has acknowledged them.
+    def submit(
+        self,
+        answer: Answer[EventId],
+        changes: Sequence[Change],
+        begin_by: float | None = None,
+        writer: Writer | None = None,
+    ) -> None:
+        """Queue changes, to be written in their order.
 
         Args:
+            answer: gets the event that contains the changes, or a later one, when Redis has
+                acknowledged them; or a ``Problem``, 429 if the writer's budget is exceeded.
             changes: channel writes; an empty sequence probes whether Redis accepts writes.
             begin_by: the Redis time until which they may be sent (``StartLimit.begin_by``).
             writer: who writes, if that is to be recorded or has a budget.
 
-        Returns:
-            The event that contains the changes, or a later one. The future raises a 429 ``Problem``
-            if the writer's budget is exceeded.
-
         Raises:
-            Problem: 503, if the queue is full, Redis refuses, or time is up.
+            Problem: 503, if the queue is full or Redis can't be reached; the answer gets nothing.
         """
         if self._unreachable:
             raise Problem.not_written(self._unreachable)
         depth = self._depth + len(changes)
         if depth > self._limit and (len(changes) > len(CHANNELS) or depth > self._pixel_limit):
             raise Problem.not_written("Too many writes are waiting")
-        future: asyncio.Future[EventId] = self._loop.create_future()
         if writer is not None and (problem := self.budgets.exceeded(writer, len(changes))):
-            future.set_exception(problem)
-            return future
+            answer.set_exception(problem)
+            return
         if not self._queue or self._queue[-1].size + len(changes) > MAX_BATCH:
             self._open_batch()
         batch = self._queue[-1]
@@ -195,13 +199,12 @@ class GroupCommit:
             begin_by = self._clock.now() + self._patience
         if begin_by < batch.begin_by:
             batch.begin_by = begin_by
-        batch.requests.append((changes, future, begin_by, writer))
+        batch.requests.append((changes, answer, begin_by, writer))
         batch.size += len(changes)
         self._depth += len(changes)
         if writer is not None:
             batch.signed = batch.signed or writer.author != ""
             batch.charged = batch.charged and writer.budget is None
-        return future
 
     @property
     def replicas(self) -> int | None:
@@ -523,18 +526,23 @@ class GroupCommit:
             self._health.works()
         newest = results[-1]
         event = EventId.parse(newest)._replace(epoch=epoch) if isinstance(newest, bytes) else NO_EVENT
-        self._answer(batch.requests, refused, event)
+        # The next batch is on its way before.
+        self._loop.call_soon(self._answer, batch.requests, refused, event)
 
     def _answer(self, requests: list[_Request], refused: Container[object], event: EventId) -> None:
         written = 0
         for request in requests:
-            changes, future, _, _ = request
+            changes, answer, _, _ = request
             if refused and any(locate(x, y)[0] in refused for x, y, _, _ in changes):
                 _fail(request, Problem.unavailable("Redis refuses writes to this tile."))
             else:
                 written += len(changes)
-                if not future.done():
-                    future.set_result(event)
+                try:
+                    answer.set_result(event)
+                except asyncio.InvalidStateError:
+                    pass  # who waited for it has gone
+                except Exception:
+                    log.exception("a write was made, but not answered")
         metrics.WRITES.inc(written)
 
     def _commands(self, changes: list[Change], authors: Sequence[bytes]) -> list[Command]:

@@ -39,10 +39,11 @@ class Pixel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
 
     def change(self) -> Change:
         """The change that this request makes."""
-        return Change(self.x, self.y, _INDEX[self.channel], self.value)
+        # Change(…) takes twice as long.
+        return tuple.__new__(Change, (self.x, self.y, _INDEX[self.channel], self.value))
 
 
-class Received(msgspec.Struct, frozen=True):
+class Received(msgspec.Struct, frozen=True, gc=False):
     """The answer to ``POST /pixel``."""
 
     status: Literal["ok"]
@@ -57,7 +58,7 @@ class Colour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     B: Value
 
 
-class PixelColour(msgspec.Struct, frozen=True):
+class PixelColour(msgspec.Struct, frozen=True, gc=False):
     """A pixel with its three channels."""
 
     x: Coordinate

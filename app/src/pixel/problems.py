@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 from starlette.responses import Response
+
+Result = TypeVar("Result", contravariant=True)
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -107,6 +109,19 @@ class Problem(Exception):
             headers,
             "application/problem+json",
         )
+
+
+class Answer(Protocol[Result]):
+    """Receives the outcome of an operation: its result, or a ``Problem``. A future is one."""
+
+    def done(self) -> bool:
+        """Whether it needs no outcome any more."""
+
+    def set_result(self, result: Result, /) -> None:
+        """Receive the result."""
+
+    def set_exception(self, problem: Problem, /) -> None:
+        """Receive the error."""
 
 
 class Refusal(Problem):

@@ -10,7 +10,6 @@ pieces or while another is in progress, and invalid ones, whose errors FastAPI's
 import asyncio
 import logging
 import re
-from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from time import perf_counter
@@ -31,6 +30,10 @@ from pixel.stream import EVENT_PATTERN, EventId, known_event
 
 log = logging.getLogger(__name__)
 
+
+_encode = msgspec.json.Encoder().encode
+
+_CLOSE = b"connection: close\r\n\r\n"
 
 _READING = (b"GET", b"HEAD")
 _READABLE = (b"/pixel/", b"/events")
@@ -59,9 +62,20 @@ class _Accepted:
 
 
 class Exchange:
-    """A request in progress, in place of Uvicorn's cycle, with the attributes that the protocol uses."""
+    """A request in progress, in place of Uvicorn's cycle, with the attributes that the protocol uses.
 
-    __slots__ = ("disconnected", "headers", "keep_alive", "response_complete", "started", "subject")
+    It answers the request when it gets the outcome (``problems.Answer``).
+    """
+
+    __slots__ = (
+        "disconnected",
+        "headers",
+        "keep_alive",
+        "protocol",
+        "response_complete",
+        "started",
+        "subject",
+    )
 
     message_event = asyncio.Event()  # never awaited
 
@@ -70,10 +84,11 @@ class Exchange:
     accepted: ClassVar[_Accepted]
     writer: Writer | None = None  # of a write that counts against a budget
 
-    def __init__(self, subject: Any, headers: Headers, started: float) -> None:
+    def __init__(self, subject: Any, protocol: "PixelProtocol") -> None:
         self.subject = subject
-        self.headers = headers
-        self.started = started
+        self.protocol = protocol
+        self.headers: Headers = protocol.headers
+        self.started = protocol.active
         self.disconnected = False
         self.keep_alive = True
         self.response_complete = False
@@ -87,6 +102,36 @@ class Exchange:
         """The body of the answer."""
         raise NotImplementedError
 
+    def done(self) -> bool:
+        """Whether the request has been answered."""
+        return self.response_complete
+
+    def set_result(self, result: Any) -> None:
+        """Answer 200."""
+        accepted, protocol = self.accepted, self.protocol
+        content = self.content(result)
+        start = accepted.head(protocol.server_state.default_headers)
+        if self.writer is not None:
+            start += _lines(protocol.app_state["store"].budgets.fields(self.writer))
+        end = b"\r\n" if self.keep_alive else _CLOSE
+        body = b"" if self.method == "HEAD" else content
+        protocol.answer(self, b"%bcontent-length: %d\r\n%b%b" % (start, len(content), end, body))
+        accepted.observe(protocol.active - self.started)
+
+    def set_exception(self, problem: Problem) -> None:
+        """Answer with an error."""
+        protocol, method = self.protocol, self.method
+        response = problem.response(self.headers)
+        status = response.status_code
+        head = _head(status, [*protocol.server_state.default_headers, *response.raw_headers])
+        end = b"\r\n" if self.keep_alive else _CLOSE
+        body = b"" if method == "HEAD" else bytes(response.body)
+        protocol.answer(self, head + end + body)
+        seconds = protocol.active - self.started
+        metrics.observe(method, self.route, status, seconds)
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            logs.answered(logging.WARNING, method, self.path, status, seconds, self.headers)
+
 
 class Write(Exchange):
     """``POST /pixel``; its subject is the pixel."""
@@ -98,7 +143,7 @@ class Write(Exchange):
 
     def content(self, _: EventId) -> bytes:
         """The acknowledgement, which repeats the pixel."""
-        return msgspec.json.encode(Received("ok", self.subject))
+        return _encode(Received("ok", self.subject))
 
 
 class CountedWrite(Write):
@@ -125,7 +170,7 @@ class Read(Exchange):
     def content(self, colour: Colour) -> bytes:
         """The pixel and its colour."""
         x, y = self.subject
-        return msgspec.json.encode(PixelColour(x, y, *colour))
+        return _encode(PixelColour(x, y, *colour))
 
 
 class Head(Read):
@@ -167,7 +212,8 @@ class PixelProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._held: bytes | None = None
         self._stream: Stream | None = None
-        self._active = 0.0
+        self.active = 0.0
+        """When the last data came, or the last answer was sent."""
         # At level debug, MetricsMiddleware logs every answer, so there is no fast path.
         self._short = not log.isEnabledFor(logging.DEBUG)
 
@@ -190,8 +236,8 @@ class PixelProtocol(HttpToolsProtocol):
             self.app_state["hub"].resume(self._stream.viewer)
 
     def data_received(self, data: bytes) -> None:
-        self._active = perf_counter()
-        super().data_received(data)
+        self.active = perf_counter()
+        HttpToolsProtocol.data_received(self, data)  # super() would cost as much as a callback of the parser
         if self._held is not None and not self.transport.is_closing():
             self._hand_on()
 
@@ -255,17 +301,17 @@ class PixelProtocol(HttpToolsProtocol):
             pixel = state["reader"].pixel(body)
             store = state["store"]
             begin_by = store.start_limit.begin_by(headers.get(STAMP))
-            written = store.write((pixel.change(),), begin_by, writer)
+            if writer is None or writer.budget is None:
+                exchange = Write(pixel, self)
+            else:
+                exchange = CountedWrite(pixel, self)
+                exchange.writer = writer
+            store.submit(exchange, (pixel.change(),), begin_by, writer)
         except Exception:
             self._hand_on()
             return False
-        exchange: Write
-        if writer is None or writer.budget is None:
-            exchange = Write(pixel, self.headers, self._active)
-        else:
-            exchange = CountedWrite(pixel, self.headers, self._active)
-            exchange.writer = writer
-        self._begin(exchange, written, self._answer)
+        self._held = None
+        self.cycle = exchange  # type: ignore[assignment]
         return True
 
     def _serve(self) -> bool:
@@ -285,29 +331,29 @@ class PixelProtocol(HttpToolsProtocol):
         if (pixel := _PIXEL.fullmatch(self.url)) and store.canvas.contains(
             x := int(pixel[1]), y := int(pixel[2])
         ):
-            kind = Read if get else Head
-            self._begin(kind((x, y), self.headers, self._active), store.colour(x, y), self._answer)
+            read = (Read if get else Head)((x, y), self)
+            store.read(read, x, y)
+            self._held = None
+            self.cycle = read  # type: ignore[assignment]
             return True
         if get and (events := _EVENTS.fullmatch(self.url)):
             *place, after = events.groups()
             region = Region(*map(int, place)) if events[1] else None
             if region is None or store.canvas.has(region):
                 known = known_event(dict(self.headers).get(b"last-event-id") or after or b"")
-                stream = Stream((known, region), self.headers, self._active)
-                self._begin(stream, hub.prepare(), self._open)
+                stream = Stream((known, region), self)
+                hub.prepare().add_done_callback(partial(self._open, stream))
+                self._held = None
+                self.cycle = stream  # type: ignore[assignment]
                 return True
         self._hand_on()
         return False
 
-    def _begin(self, exchange: Exchange, done: asyncio.Future[Any], then: Callable[..., None]) -> None:
-        """Keep the exchange in place of a cycle; call ``then`` with it and the future when that is done."""
-        self._held = None
-        self.cycle = exchange  # type: ignore[assignment]
-        done.add_done_callback(partial(then, exchange))
-
     def _open(self, stream: Stream, prepared: asyncio.Future[None]) -> None:
-        if prepared.exception() is not None:
-            self._answer(stream, prepared)
+        problem = prepared.exception()
+        if problem is not None:
+            assert isinstance(problem, Problem)
+            stream.set_exception(problem)
         elif not stream.disconnected:
             self.transport.set_write_buffer_limits(QUEUE_BYTES, 0)
             self.transport.write(stream.accepted.head(self.server_state.default_headers) + b"\r\n")
@@ -323,53 +369,30 @@ class PixelProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def _answer(self, exchange: Exchange, done: asyncio.Future[Any]) -> None:
-        accepted = exchange.accepted
-        common = self.server_state.default_headers
-        end = b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n"
-        problem = done.exception()
-        if problem is None:
-            content = exchange.content(done.result())
-            body = b"" if exchange.method == "HEAD" else content
-            start = accepted.head(common)
-            if exchange.writer is not None:
-                start += _lines(self.app_state["store"].budgets.fields(exchange.writer))
-            answer = b"%bcontent-length: %d\r\n%b%b" % (start, len(content), end, body)
-        else:
-            assert isinstance(problem, Problem)
-            response = problem.response(exchange.headers)
-            status = response.status_code
-            body = b"" if exchange.method == "HEAD" else bytes(response.body)
-            answer = _head(status, [*common, *response.raw_headers]) + end + body
+    def answer(self, exchange: Exchange, answer: bytes) -> None:
+        """Send the answer of an exchange."""
+        exchange.response_complete = True
         if not exchange.disconnected:
             self.transport.write(answer)
             if not exchange.keep_alive:
                 self.transport.close()
-        exchange.response_complete = True
         self.on_response_complete()
-        seconds = self._active - exchange.started
-        if problem is None:
-            accepted.observe(seconds)
-        else:
-            method = exchange.method
-            metrics.observe(method, exchange.route, status, seconds)
-            if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                logs.answered(logging.WARNING, method, exchange.path, status, seconds, exchange.headers)
 
     def on_response_complete(self) -> None:
-        self._active = perf_counter()
+        self.active = perf_counter()
         if self.pipeline or self.timeout_keep_alive_task is None:
             super().on_response_complete()
         else:
             self.server_state.total_requests += 1
-            self.flow.resume_reading()
+            if self.flow.read_paused:
+                self.flow.resume_reading()
 
     def _unset_keepalive_if_required(self) -> None:
         """Keep the timer: when it fires, it checks whether the connection was idle."""
 
     def timeout_keep_alive_handler(self) -> None:
         busy = self.cycle is not None and not self.cycle.response_complete
-        rest = self.timeout_keep_alive - (0 if busy else perf_counter() - self._active)
+        rest = self.timeout_keep_alive - (0 if busy else perf_counter() - self.active)
         if rest > 0:
             again = self.timeout_keep_alive_handler
             self.timeout_keep_alive_task = self.loop.call_later(rest, again)

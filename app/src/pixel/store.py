@@ -15,8 +15,8 @@ from pixel.lifetime import RedisClock, StartLimit
 from pixel.link import Link
 from pixel.names import EVENTS, KEYS, KEYS_VERSION, MAINTENANCE, RESTRICTIONS, viewers_key
 from pixel.pixel import RECORD_BYTES, Change
-from pixel.problems import Problem
-from pixel.reads import PixelReads
+from pixel.problems import Answer, Problem
+from pixel.reads import Colour, PixelReads
 from pixel.resp import ReplyError
 from pixel.settings import Settings
 from pixel.stream import NO_EVENT, EventId
@@ -30,12 +30,17 @@ VIEWERS_PERIOD = 10
 _NEWEST = ("XREVRANGE", EVENTS, "+", "-", "COUNT", 1)
 
 
-class Write(Protocol):
-    """``GroupCommit.write``, or checks before it."""
+class Submit(Protocol):
+    """``GroupCommit.submit``, or checks before it."""
 
     def __call__(
-        self, changes: Sequence[Change], begin_by: float | None = None, writer: Writer | None = None, /
-    ) -> asyncio.Future[EventId]: ...
+        self,
+        answer: Answer[EventId],
+        changes: Sequence[Change],
+        begin_by: float | None = None,
+        writer: Writer | None = None,
+        /,
+    ) -> None: ...
 
 
 Check = Callable[[Sequence[Change], Writer | None], None]
@@ -80,12 +85,12 @@ class Store:
             *(Link(redis, settings.redis_timeout) for _ in range(4)),
             Link(redis, settings.redis_timeout, "keys"),
         ]
-        self.write: Write = self._commits.write
+        self.submit: Submit = self._commits.submit
         """Writes changes, after the checks that there are (``check_writes``)."""
         self._checks: dict[str, Check] = {}
         self.budgets = self._commits.budgets
         self.now = self._clock.now
-        self.colour = PixelReads(self._questions).colour
+        self.read = PixelReads(self._questions).submit
         self.start_limit = StartLimit(self._clock, settings)
 
     def close(self) -> None:
@@ -101,14 +106,32 @@ class Store:
         """
         checks = {**self._checks, name: check}
         self._checks = {name: check for name, check in checks.items() if check}
-        self.write = self._checked_write if self._checks else self._commits.write
+        self.submit = self._submit_checked if self._checks else self._commits.submit
 
-    def _checked_write(
-        self, changes: Sequence[Change], begin_by: float | None = None, writer: Writer | None = None
-    ) -> asyncio.Future[EventId]:
+    def _submit_checked(
+        self,
+        answer: Answer[EventId],
+        changes: Sequence[Change],
+        begin_by: float | None = None,
+        writer: Writer | None = None,
+    ) -> None:
         for check in self._checks.values():
             check(changes, writer)
-        return self._commits.write(changes, begin_by, writer)
+        self._commits.submit(answer, changes, begin_by, writer)
+
+    def write(
+        self, changes: Sequence[Change], begin_by: float | None = None, writer: Writer | None = None
+    ) -> asyncio.Future[EventId]:
+        """As ``submit``; the future is the answer."""
+        answer: asyncio.Future[EventId] = asyncio.get_running_loop().create_future()
+        self.submit(answer, changes, begin_by, writer)
+        return answer
+
+    def colour(self, x: int, y: int) -> asyncio.Future[Colour]:
+        """As ``read``; the future is the answer."""
+        answer: asyncio.Future[Colour] = asyncio.get_running_loop().create_future()
+        self.read(answer, x, y)
+        return answer
 
     async def probe(self) -> float:
         """Measure the seconds that a write takes now, with one that changes nothing."""
