@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Molecule enables colours on a terminal; the tests parse the playbooks' output, so turn them off.
 os.environ.pop("ANSIBLE_FORCE_COLOR", None)
 os.environ["ANSIBLE_NOCOLOR"] = "1"
+# A shell lets its background jobs ignore Ctrl-C, and tests send it to programs that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

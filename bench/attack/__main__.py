@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import ipaddress
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -108,8 +109,8 @@ class Bench:
     async def make(self, attack: Attack) -> Result:
         seconds = self._options.seconds
         loop = asyncio.get_running_loop()
-        # The attacker has its own process, so that it doesn't delay the second client.
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        # Its own process, of the lowest priority: a client elsewhere takes no processor time from the hosts.
+        with ProcessPoolExecutor(1, get_context("spawn"), os.nice, (19,)) as pool:
             await loop.run_in_executor(
                 pool,
                 attacks.prepare,

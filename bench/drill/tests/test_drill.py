@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,14 @@ def test_writers_end_while_t2_is_frozen(recorded: Recorded) -> None:
 # Programs
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Programs end by Ctrl-C, also when the tests are a shell's background job."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 def python(program: str, patience: float = 20) -> Any:
     return FLEET._run(sys.executable, "-c", program, patience=patience)
 
@@ -223,6 +233,7 @@ def test_a_program_gets_its_input_and_its_words_come_back() -> None:
     assert (status, said) == (3, "one\ntwo\n")
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_program_that_takes_too_long_is_ended() -> None:
     began = time.monotonic()
     with pytest.raises(FleetError, match=r"more than 0\.5 s"):
@@ -230,6 +241,7 @@ def test_a_program_that_takes_too_long_is_ended() -> None:
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_program_ends_as_by_ctrl_c_when_the_drill_does(tmp_path: Path) -> None:
     note = tmp_path / "note"
     program = (
