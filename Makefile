@@ -6,8 +6,9 @@ BIN = .venv/bin
 CHECKS = check-repository check-app check-bench
 # Two tests at a time. Those with the mark `timing` have limits that need the processors, and follow alone.
 BESIDE = -n 2 --dist worksteal -m "not timing"
-# The longest first.
-SCENARIOS = operations $(filter-out operations,$(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml))))
+SCENARIOS = $(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
+# Faults and commands under load have limits that need the processors; `operations` also changes hooks/.
+ALONE = ha faults operations
 TWO = --no-print-directory --jobs 2 --output-sync=target
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Ansible ignores ansible.cfg in a world-writable directory unless this variable names it.
@@ -51,11 +52,9 @@ check-bench: tools
 	cd bench && pytest -q $(BESIDE)
 	cd bench && pytest -q -m timing
 
-# Drills have limits that need the processors, so they run alone.
 scenarios: tools  ## tests of the roles and the fleet, on hosts with systemd
-	$(MAKE) ha
-	$(MAKE) faults
-	$(MAKE) $(TWO) $(filter-out faults ha,$(SCENARIOS))
+	$(MAKE) $(ALONE)
+	$(MAKE) $(TWO) $(filter-out $(ALONE),$(SCENARIOS))
 
 $(SCENARIOS): tools
 	molecule test --scenario-name $@

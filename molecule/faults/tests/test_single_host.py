@@ -18,7 +18,7 @@ def test_a_deploy_to_a_single_host_refuses_only_requests_in_doubt(
             deployed = play("playbooks/pixel_app.yml", "--limit", "c5", pixel_app_release="alone")
         assert deployed.returncode == 0, deployed.stdout
         assert client.read_from("c5", "/ping")["release"] == "alone"
-        # The old process may close a connection as a request comes; the next attempt at it has to begin soon.
+        # One that the old process was about to answer is in doubt, and its next attempt has to begin soon.
         assert report["failed"] <= 5, report["statuses"]
         assert report["statuses"].keys() <= {"200", "503"}, report["errors"]
     finally:

@@ -28,8 +28,12 @@ def test_read_only_refuses_writes_and_nothing_else_and_off_ends_it(
                 client.read_from(instance, "/pixel/1/2")
             # A worker that starts obeys too, and the host stays in the balancer.
             shell("systemctl restart pixel", on="t2")
-            time.sleep(3)
+            for _ in range(60):
+                if client.ask("/cluster/t2/ping")[0] == 200:
+                    break
+                time.sleep(0.5)
             assert client.ask("/cluster/t2/pixel", PIXEL)[0] == 503
+            time.sleep(3)
             status = play("playbooks/status.yml")
             assert "MAINTENANCE read-only since 20" in status.words
             assert ": Back at 22:00." in status.words
