@@ -179,7 +179,7 @@ async def test_an_answer_that_fails_takes_no_other_along(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     leaving = store.write([Change(3, 3, 0, 1)])
-    store.submit(FailingAnswer(), [Change(3, 3, 1, 1)])
+    store.submit(FailingAnswer(), [Change(3, 3, 1, 1)], None, None)
     staying = store.write([Change(3, 3, 2, 1)])
     leaving.cancel()
     await staying

@@ -310,9 +310,7 @@ class PixelProtocol(HttpToolsProtocol):
         except Exception:
             self._hand_on()
             return False
-        self._held = None
-        self.cycle = exchange  # type: ignore[assignment]
-        return True
+        return self._keep(exchange)
 
     def _serve(self) -> bool:
         """Start to read a pixel or a stream; pass other requests on to Uvicorn."""
@@ -333,9 +331,7 @@ class PixelProtocol(HttpToolsProtocol):
         ):
             read = (Read if get else Head)((x, y), self)
             store.read(read, x, y)
-            self._held = None
-            self.cycle = read  # type: ignore[assignment]
-            return True
+            return self._keep(read)
         if get and (events := _EVENTS.fullmatch(self.url)):
             *place, after = events.groups()
             region = Region(*map(int, place)) if events[1] else None
@@ -343,11 +339,15 @@ class PixelProtocol(HttpToolsProtocol):
                 known = known_event(dict(self.headers).get(b"last-event-id") or after or b"")
                 stream = Stream((known, region), self)
                 hub.prepare().add_done_callback(partial(self._open, stream))
-                self._held = None
-                self.cycle = stream  # type: ignore[assignment]
-                return True
+                return self._keep(stream)
         self._hand_on()
         return False
+
+    def _keep(self, exchange: Exchange) -> bool:
+        """Keep an exchange in place of a cycle; returns True."""
+        self._held = None
+        self.cycle = exchange  # type: ignore[assignment]
+        return True
 
     def _open(self, stream: Stream, prepared: asyncio.Future[None]) -> None:
         problem = prepared.exception()

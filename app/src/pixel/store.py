@@ -4,7 +4,7 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from pixel.budgets import Writer
 from pixel.canvas import Canvas
@@ -30,18 +30,8 @@ VIEWERS_PERIOD = 10
 _NEWEST = ("XREVRANGE", EVENTS, "+", "-", "COUNT", 1)
 
 
-class Submit(Protocol):
-    """``GroupCommit.submit``, or checks before it."""
-
-    def __call__(
-        self,
-        answer: Answer[EventId],
-        changes: Sequence[Change],
-        begin_by: float | None = None,
-        writer: Writer | None = None,
-        /,
-    ) -> None: ...
-
+Submit = Callable[[Answer[EventId], Sequence[Change], float | None, Writer | None], None]
+"""``GroupCommit.submit``, or checks before it."""
 
 Check = Callable[[Sequence[Change], Writer | None], None]
 """Raises a ``Problem`` if a writer may not make changes; a readiness probe has none."""
@@ -112,8 +102,8 @@ class Store:
         self,
         answer: Answer[EventId],
         changes: Sequence[Change],
-        begin_by: float | None = None,
-        writer: Writer | None = None,
+        begin_by: float | None,
+        writer: Writer | None,
     ) -> None:
         for check in self._checks.values():
             check(changes, writer)
