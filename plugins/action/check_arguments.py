@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import ipaddress
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ansible.errors import AnsibleActionFail, AnsibleError  # type: ignore[import-untyped]
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator  # type: ignore[import-untyped]
 from ansible.module_utils.errors import ArgumentValueError  # type: ignore[import-untyped]
 from ansible.plugins.action import ActionBase  # type: ignore[import-untyped]
+from ansible.template import trust_as_template  # type: ignore[import-untyped]
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 
@@ -32,6 +35,13 @@ _EXPECTED = {
     "list": "a list",
     "dict": "a mapping",
 }
+
+
+@functools.cache
+def meta(role: str, name: str) -> dict[str, Any]:
+    """Read a file of a role's directory meta; it has no variables. A missing file is empty."""
+    path = ROLES / role / "meta" / name
+    return (yaml.load(path.read_text(), yaml.CSafeLoader) or {}) if path.exists() else {}
 
 
 def in_range(value: float, phrase: str) -> bool:
@@ -156,6 +166,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if self._errors and not faults:
             raise self._errors[0]
         result["changed"] = False
+        result["roles"] = roles
         result["faults"] = list(dict.fromkeys(faults))
         if faults:
             result["failed"] = True
@@ -174,7 +185,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         return loaded or {}
 
     def _options(self, role: str) -> dict[str, dict[str, Any]]:
-        specs = self._load(role, "meta/argument_specs.yml")
+        specs = meta(role, "argument_specs.yml")
         if not specs:
             raise AnsibleActionFail(f"role {role!r} has no argument specification")
         options: dict[str, dict[str, Any]] = specs["argument_specs"]["main"]["options"]
@@ -184,7 +195,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         self, role: str, options: dict[str, dict[str, Any]], variables: dict[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
         """Template and convert variables. Returns the values, and the faults of type, range and format."""
-        checks = self._load(role, "meta/checks.yml")
+        checks = meta(role, "checks.yml")
         templar = self._templar.copy_with_new_env(available_variables=variables)
         values: dict[str, Any] = {}
         faults = []
@@ -212,8 +223,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         variables = self._load(role, "defaults/main.yml") | task_vars | self._load(role, "vars/main.yml")
         variables["role_path"] = str(ROLES / role)
         values, faults = self._values(role, self._options(role), variables)
-        rules = self._load(role, "meta/checks.yml").get("rules", [])
-        for rule in rules:
+        for rule in meta(role, "checks.yml").get("rules", []):
             try:
                 faults += self._broken(rule, variables, values)
             except AnsibleError as error:
@@ -228,8 +238,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         items: list[dict[str, Any]] = [{}]
         if "each" in rule:
             templar = self._templar.copy_with_new_env(available_variables=scope)
-            items = [{"item": item} for item in templar.evaluate_expression(rule["each"])]
+            each = trust_as_template(rule["each"])
+            items = [{"item": item} for item in templar.evaluate_expression(each)]
         for item in items:
             templar = self._templar.copy_with_new_env(available_variables=scope | item)
-            if not templar.evaluate_conditional(rule["that"]):
-                yield str(templar.template(rule["message"]))
+            if not templar.evaluate_conditional(trust_as_template(rule["that"])):
+                yield str(templar.template(trust_as_template(rule["message"])))

@@ -8,6 +8,16 @@ from ansible.errors import AnsibleActionFail  # type: ignore[import-untyped]
 from ansible.plugins.action import ActionBase  # type: ignore[import-untyped]
 
 
+def installed(listing: str) -> dict[str, list[dict[str, str]]]:
+    """Parse the listing of dpkg-query. Returns entries with a version by name, as package_facts does."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for line in listing.splitlines():
+        state, name, version = line.split(" ", 2)
+        if state == "installed":
+            found.setdefault(name, []).append({"version": version})
+    return found
+
+
 class ActionModule(ActionBase):  # type: ignore[misc]
     """Compares the wanted packages with the package facts, and runs apt for the others."""
 
@@ -50,7 +60,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         return result
 
     def _package_facts(self, task_vars: dict[str, Any]) -> dict[str, Any]:
-        return self._run("package_facts", {"manager": ["apt"]}, task_vars, check_mode=self._task.check_mode)
+        """Read the installed packages; package_facts reads more, and takes three times as long."""
+        query = ["dpkg-query", "--show", "--showformat=${db:Status-Status} ${Package} ${Version}\\n"]
+        done = self._run("command", {"argv": query}, task_vars, check_mode=False)
+        if done.get("failed"):
+            return done
+        return {"ansible_facts": {"packages": installed(done["stdout"])}}
 
     def _run(
         self, module: str, arguments: dict[str, Any], task_vars: dict[str, Any], check_mode: bool

@@ -975,7 +975,7 @@ def carry_out(manager: Manager, option: dict[str, Any], dry: bool) -> dict[str, 
         Failure: the action failed.
     """
     release, fingerprint = option["release"], option["deployment"]
-    result: dict[str, Any] = {"changed": False, "release": release}
+    result: dict[str, Any] = {"changed": False, "release": release, "deployment": fingerprint}
     match option["action"]:
         case "status":
             result |= manager.status(option["urls"])

@@ -22,11 +22,7 @@ def test_an_installed_collection_converges_to_the_same_state(inventory: str, tmp
     (tmp_path / "play.yml").write_text(PLAY)
     where = {"ANSIBLE_COLLECTIONS_PATH": str(collections), "ANSIBLE_ROLES_PATH": str(tmp_path)}
     done = subprocess.run(
-        # The test inventory finds the hosts' keys through `fleet_repository`.
-        [
-            *("ansible-playbook", "--inventory", ROOT / inventory),
-            *("--extra-vars", f"fleet_repository={ROOT}", tmp_path / "play.yml"),
-        ],
+        ["ansible-playbook", "--inventory", ROOT / inventory, tmp_path / "play.yml"],
         cwd=tmp_path,
         env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")} | where,
         text=True,

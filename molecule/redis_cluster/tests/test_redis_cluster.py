@@ -107,11 +107,11 @@ def test_back_to_one_redis_and_to_three_again(
     A run after a complete one continues it. A canvas of a release before 1.1 is refused.
     """
     canvas = random.randbytes(100_000).hex()
-    variables = {"fleet_repository": str(ROOT), "nginx_lb_clusters": {}}
     inventory = yaml.safe_load((INVENTORY / "hosts.yml").read_text())
     inventory["redis"]["hosts"] = {"n1": None}
     (tmp_path / "hosts.yml").write_text(yaml.safe_dump(inventory))
-    (tmp_path / "group_vars").symlink_to(INVENTORY / "group_vars")
+    for name in ("group_vars", "local_fleet.yml"):
+        (tmp_path / name).symlink_to(INVENTORY / name)
     with contextlib.closing(connect(addresses[0])) as process:
         process.call("SET", "pixel:{0}:canvas", canvas)
         assert process.call("WAIT", 2, 1000) == 2
@@ -120,10 +120,10 @@ def test_back_to_one_redis_and_to_three_again(
         if playbook == three:
             with contextlib.closing(connect(addresses[0])) as process:
                 process.call("SET", "pixel:{1:2}", "former")
-                refused = play(three, hosts=str(where), **variables)
+                refused = play(three, hosts=str(where), nginx_lb_clusters={})
                 assert "The canvas on n1 is that of a release before 1.1" in refused.words
                 process.call("SET", "pixel:{1:2}", "", "PX", 1)
-        play(playbook, "--tags", "redis", hosts=str(where), **variables).changes()
+        play(playbook, "--tags", "redis", hosts=str(where), nginx_lb_clusters={}).changes()
         with contextlib.closing(connect(addresses[0])) as process:
             assert process.call("GET", "pixel:{0}:canvas") == canvas
         with contextlib.closing(Process(addresses[0], "admin", password("admin"))) as process:
