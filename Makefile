@@ -8,7 +8,7 @@ CHECKS = check-repository check-app check-bench
 BESIDE = -n 2 --dist worksteal -m "not timing"
 SCENARIOS = $(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
 # Faults and commands under load have limits that need the processors; `operations` also changes hooks/.
-ALONE = ha faults operations
+ALONE = ha operations
 TWO = --no-print-directory --jobs 2 --output-sync=target
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Ansible ignores ansible.cfg in a world-writable directory unless this variable names it.

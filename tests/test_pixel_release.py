@@ -147,17 +147,17 @@ def option(action: str, release: str, **changes: Any) -> dict[str, Any]:
     settings = changes.pop("settings", "1")
     ports = changes.pop("ports", [8000])
     units = [f"pixel@{port}" for port in ports[1:]] + ["pixel"]
+    kinds = ["", "@"] if len(ports) > 1 else [""]
     files = {
         "pixel.env": f"PIXEL_WORKERS='{settings}'\n",
         "candidate.env": f"PIXEL_WORKERS='{settings}'\n",
         "candidate.service": f"candidate {release}\n",
-        **{f"units/pixel{at}.service": f"service{at}\n" for at in ("", "@")},
-        **{f"units/pixel{at}.socket": f"socket{at} {ports[0]}\n" for at in ("", "@")},
+        **{f"units/pixel{at}.service": f"service{at}\n" for at in kinds},
+        **{f"units/pixel{at}.socket": f"socket{at} {ports[0]}\n" for at in kinds},
     }
-    return {
+    chosen: dict[str, Any] = {
         "action": action,
         "release": release,
-        "deployment": f"{release}-{settings}-{ports}",
         "rollback": False,
         "wheelhouse": None,
         "files": files,
@@ -167,6 +167,7 @@ def option(action: str, release: str, **changes: Any) -> dict[str, Any]:
         "candidate_port": 7999,
         "keep": 3,
     } | changes
+    return chosen | {"deployment": pixel_release.fingerprint_of(chosen)}
 
 
 def deploy(manager: Manager, release: str, **changes: Any) -> list[dict[str, Any]]:
@@ -638,3 +639,10 @@ def test_the_documentation_agrees_with_the_parameters() -> None:
     assert documented == ARGUMENTS
     assert isinstance(yaml.safe_load(EXAMPLES), list)
     assert {"current", "previous", "rolled_back_from", "history"} <= set(yaml.safe_load(RETURN))
+
+
+def test_the_account_of_the_user_is_reported(manager: Manager) -> None:
+    manager.user = "root"
+    assert carry_out(manager, option("status", "a"), True)["account"]["home"] == "/root"
+    manager.user = "nobody-has-this-name"
+    assert carry_out(manager, option("status", "a"), True)["account"] == {}

@@ -32,7 +32,7 @@ options:
     type: str
     default: ""
   deployment:
-    description: Fingerprint of release, settings, password and units.
+    description: The fingerprint of the staged deployment, which V(stage) has returned.
     type: str
     default: ""
   rollback:
@@ -50,8 +50,7 @@ options:
   files:
     description:
       - Staged files by their relative path, C(pixel.env), C(candidate.env), C(candidate.service), and
-        C(units/NAME) for the unit files of the service. C(units/pixel@.*) are only used if O(units) has
-        further instances.
+        C(units/NAME) for the unit files of the service.
     type: dict
     default: {}
   password:
@@ -134,6 +133,10 @@ release:
   description: O(release), as it was given.
   type: str
   returned: success
+deployment:
+  description: The fingerprint of release, files, password and units after V(stage); otherwise O(deployment).
+  type: str
+  returned: success
 previous:
   description: The newest other release in the history that is still on the host; the target of a rollback.
   type: str
@@ -155,6 +158,10 @@ history:
 built:
   description: Whether O(release) is complete and its interpreter starts.
   type: bool
+  returned: when O(release) is set
+account:
+  description: The C(home) and the C(shell) of O(user); empty if there is no such user.
+  type: dict
   returned: when O(release) is set
 service:
   description: C(state), C(restarts), C(age_s) and C(workers) of all instances together.
@@ -191,9 +198,11 @@ maintenance:
 
 import contextlib
 import fcntl
+import hashlib
 import http.client
 import json
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -961,6 +970,25 @@ def difference(manager: Manager, wanted: Deployment) -> list[dict[str, str]]:
     ]
 
 
+def account(user: str) -> dict[str, str]:
+    """Return the home and the shell of a user; nothing if there is no such user."""
+    try:
+        found = pwd.getpwnam(user)
+    except KeyError:
+        return {}
+    return {"home": found.pw_dir, "shell": found.pw_shell}
+
+
+def fingerprint_of(option: dict[str, Any]) -> str:
+    """Return the fingerprint of everything that a service is started with.
+
+    It is in the service's environment, so that a run can compare the running deployment with the wanted one,
+    also after an interrupted run.
+    """
+    facts = [option[name] for name in ("release", "files", "password", "units")]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
 def carry_out(manager: Manager, option: dict[str, Any], dry: bool) -> dict[str, Any]:
     """Carry out an action.
 
@@ -981,14 +1009,14 @@ def carry_out(manager: Manager, option: dict[str, Any], dry: bool) -> dict[str, 
             result |= manager.status(option["urls"])
             if release:
                 result["built"] = manager.is_built(release)
+                result["account"] = account(manager.user)
         case "build":
             result["changed"] = not manager.is_built(release)
             if result["changed"] and not dry:
                 manager.build(release, Path(option["wheelhouse"]))
         case "stage":
             files = option["files"] | {"credentials/redis_password": option["password"]}
-            if option["units"] == ["pixel"]:
-                files = {name: text for name, text in files.items() if not name.startswith("units/pixel@")}
+            fingerprint = result["deployment"] = fingerprint_of(option)
             wanted = Deployment(release, fingerprint, option["units"], option["urls"], files)
             result["changed"] = not manager.is_in_force(wanted)
             result["renames"] = manager.renames(release)
@@ -1029,7 +1057,7 @@ def main() -> None:
         argument_spec=ARGUMENTS,
         required_if=[
             ("action", "build", ["release", "wheelhouse"]),
-            ("action", "stage", ["release", "deployment", "files"]),
+            ("action", "stage", ["release", "files"]),
             ("action", "try", ["release", "deployment"]),
             ("action", "switch", ["release", "deployment"]),
             ("action", "back", ["reason"]),

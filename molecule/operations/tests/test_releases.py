@@ -21,29 +21,56 @@ ROOT = Path(__file__).resolve().parents[3]
 testinfra_hosts = ["c5"]
 
 
-def test_a_release_that_fails_its_trial_is_not_switched_to_and_its_name_can_be_used_again(
+def test_a_failed_trial_then_a_good_release_of_its_name_its_rollback_and_its_return(
     host: Any, play: Any, releases: Any, requests: Any, watched: Any, tmp_path: Path
 ) -> None:
+    """The release that fails its trial is not switched to, and its name can be used again.
+
+    The good one is watched on the first host only, with few requests. To deploy it again after a rollback
+    prints a warning first.
+    """
     before = releases()
-    release = ("-e", "pixel_app_release=tried")
-    source = never_ready(tmp_path)
+    own = before["c5"]
+    bad_options = {"pixel_app_source": str(never_ready(tmp_path)), "pixel_app_ready_timeout": 5}
+    good_options = {"pixel_app_release": "tried", "pixel_app_bake": 6, "pixel_app_canary_weight": 20}
+    since = host.check_output("date '+%F %T'")
     with watched(), requests():
-        bad = play(
-            "playbooks/pixel_app.yml",
-            *release,
-            *("-e", f"pixel_app_source={source}", "-e", "pixel_app_ready_timeout=5"),
-        )
+        bad = play("playbooks/pixel_app.yml", pixel_app_release="tried", **bad_options)
         after = releases()
         assert bad.returncode != 0
         assert "Release tried failed its trial on" in bad.words
         assert "The release was removed" in bad.words
         assert after == before
         assert not host.file("/opt/pixel/releases/tried").exists
-        good = play("playbooks/pixel_app.yml", *release)
-        assert good.returncode == 0, good.stdout
+        good = play("playbooks/pixel_app.yml", **good_options)
+        assert good.returncode == 0, good.words
         assert set(releases().values()) == {"tried"}
         back = play("playbooks/rollback.yml")
     assert back.returncode == 0, back.stdout
+    assert releases() == before
+
+    journal = host.check_output(f"journalctl --unit=pixel-lb --since='{since}' --output=cat")
+    assert "set c5 to 20% (canary: at most 20% of its weight), t2 to 100%" in journal
+    limited, restored = (good.words.index("Limit the weight of"), good.words.index("Restore the weight"))
+    assert limited < good.words.index("c5 in 6 s: ") < restored
+    assert not host.file("/var/lib/pixel-lb/canary.json").exists
+    assert re.search(
+        r"c5 in 6 s: \d+ answers, 0.0% errors, p99 0.\d+ s; the other hosts: \d+ answers", good.words
+    )
+    assert "t2 in 6 s" not in good.words
+
+    status = play("playbooks/status.yml").stdout
+    for name in ("c5", "t2"):
+        assert re.search(rf"^ *{name} +{own} +active .* tried$", status, re.M), status
+    again = play("site.yml", "--tags", "pixel_app", pixel_app_release="tried")
+    assert again.returncode == 0, again.stdout
+    preparation, _, _ = again.stdout.partition("PLAY [Switch the app, host by host (3 of 10)]")
+    for name in ("c5", "t2"):
+        warning = f"This run deploys release tried to {name} again, which was rolled back to {own} at"
+        assert warning in " ".join(preparation.split())
+    assert set(releases().values()) == {"tried"}
+    assert re.search(r"^ *c5 +tried +active .*(?<!tried)$", play("playbooks/status.yml").stdout, re.M)
+    assert play("playbooks/pixel_app.yml").returncode == 0
     assert releases() == before
 
 
@@ -70,50 +97,6 @@ def test_a_release_that_becomes_worse_later_is_switched_back_by_itself(
     # The next run removes what was staged on the hosts that were not touched.
     assert play("playbooks/pixel_app.yml").returncode == 0
     assert releases() == before
-
-
-def test_a_good_release_is_watched_on_the_first_host_only_with_few_requests(
-    host: Any, play: Any, releases: Any, requests: Any
-) -> None:
-    options = {"pixel_app_release": "good", "pixel_app_bake": 6, "pixel_app_canary_weight": 20}
-    since = host.check_output("date '+%F %T'")
-    with requests():
-        deployed = play("playbooks/pixel_app.yml", **options)
-    journal = host.check_output(f"journalctl --unit=pixel-lb --since='{since}' --output=cat")
-    assert "set c5 to 20% (canary: at most 20% of its weight), t2 to 100%" in journal
-    limited, restored = (
-        deployed.words.index("Limit the weight of"),
-        deployed.words.index("Restore the weight"),
-    )
-    assert limited < deployed.words.index("c5 in 6 s: ") < restored
-    assert not host.file("/var/lib/pixel-lb/canary.json").exists
-    assert deployed.returncode == 0, deployed.words
-    assert re.search(
-        r"c5 in 6 s: \d+ answers, 0.0% errors, p99 0.\d+ s; the other hosts: \d+ answers", deployed.words
-    )
-    assert "t2 in 6 s" not in deployed.words
-    assert set(releases().values()) == {"good"}
-    assert play("playbooks/pixel_app.yml").returncode == 0
-
-
-def test_deploying_a_rolled_back_release_again_prints_a_warning_first(play: Any, releases: Any) -> None:
-    own = releases()["c5"]
-    assert play("playbooks/pixel_app.yml", "-e", "pixel_app_release=stable").returncode == 0
-    assert play("playbooks/pixel_app.yml").returncode == 0
-    assert play("playbooks/rollback.yml").returncode == 0
-    assert set(releases().values()) == {"stable"}
-    status = play("playbooks/status.yml").stdout
-    for host in ("c5", "t2"):
-        assert re.search(rf"^ *{host} +stable +active .* {own}$", status, re.M), status
-
-    again = play("site.yml", "--tags", "pixel_app")
-    assert again.returncode == 0, again.stdout
-    before, _, _ = again.stdout.partition("PLAY [Switch the app, host by host (3 of 10)]")
-    for host in ("c5", "t2"):
-        warning = f"This run deploys release {own} to {host} again, which was rolled back to stable at"
-        assert warning in " ".join(before.split())
-    assert set(releases().values()) == {own}
-    assert re.search(rf"^ *c5 +{own} +active .*(?<!{own})$", play("playbooks/status.yml").stdout, re.M)
 
 
 def interrupt(task: str, signum: int, name: str, *arguments: str) -> None:
@@ -207,3 +190,20 @@ def test_a_host_can_be_drained_and_undrained_by_name(play: Any, client: Any, vie
     assert answered["c5"] > 20
     unknown = play("playbooks/drain.yml", "-e", "host=t3")
     assert "Name one of c5, t2" in unknown.stdout
+
+
+def test_a_deploy_to_a_single_host_refuses_no_request(
+    play: Any, client: Any, releases: Any, requests: Any
+) -> None:
+    """As in a fleet of one: requests during the restart wait in the listening sockets."""
+    assert play("playbooks/nginx_lb.yml", nginx_lb_pixel_timeout=10).returncode == 0
+    assert play("playbooks/drain.yml", host="t2").returncode == 0
+    try:
+        with requests():
+            deployed = play("playbooks/pixel_app.yml", "--limit", "c5", pixel_app_release="alone")
+        assert deployed.returncode == 0, deployed.stdout
+        assert client.read_from("c5", "/ping")["release"] == "alone"
+    finally:
+        assert play("playbooks/undrain.yml", host="t2").returncode == 0
+    assert play("site.yml", "--tags", "pixel_app,nginx_lb").returncode == 0
+    assert len(set(releases().values())) == 1
