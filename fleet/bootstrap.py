@@ -123,7 +123,8 @@ def ensure_venv(profile: str) -> None:
         return
     say(f"installing the locked libraries ({profile})")
     files = [part for lock in locks for part in ("--requirement", str(lock))]
-    run(str(python), "-m", "pip", "install", "--quiet", "--require-hashes", *files)
+    # Python compiles a module at its first import; pip would compile all of them, for half of its time.
+    run(str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--require-hashes", *files)
     stamp.write_text(wanted)
 
 
