@@ -129,40 +129,32 @@ def test_a_backup_leaves_no_password_and_no_file_behind(
     assert shell("ls -d /var/tmp/pixel-backup.*") == ""
 
 
-def test_a_second_backup_is_made_without_changes_and_the_oldest_is_removed(
+def test_a_dry_run_makes_no_backup_and_another_one_removes_the_oldest_but_never_itself(
     backup: Path, tmp_path: Path, play: Any
 ) -> None:
-    for name in ("pixel-20200101T000000Z.rdb", "pixel-20210101T000000Z.rdb", backup.name):
-        with_checksum(tmp_path / name, backup.read_bytes())
-    where = {"redis_backup_dir": str(tmp_path), "redis_backup_keep": 3}
-    assert "changed=0 " in play("playbooks/backup.yml", "--check", **where).words
-    done = play("playbooks/backup.yml", **where)
-    assert done.returncode == 0, done.words
-    *earlier, latest = [path.name for path in backups(tmp_path)]
-    assert earlier == ["pixel-20210101T000000Z.rdb", backup.name]
-    assert latest > backup.name
-    assert len(list(tmp_path.glob("*.sha256"))) == 3
-
-
-def test_a_backup_never_removes_itself_or_files_with_other_names(
-    backup: Path, tmp_path: Path, play: Any
-) -> None:
-    """Files named while the clock was ahead sort after the new backup."""
+    """Files named while the clock was ahead sort after the new backup. Files with other names stay."""
     ahead = [f"pixel-20990101T00000{second}Z.rdb" for second in range(7)]
     for name in (*ahead, "pixel-20200101T000000Z.rdb", "pixel-before-launch.rdb"):
         with_checksum(tmp_path / name, backup.read_bytes())
-    done = play("playbooks/backup.yml", redis_backup_dir=f"{tmp_path}/")
+    where = {"redis_backup_dir": f"{tmp_path}/", "redis_backup_keep": 3}
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert "changed=0 " in play("playbooks/backup.yml", "--check", **where).words
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    done = play("playbooks/backup.yml", **where)
     assert done.returncode == 0, done.words
     left = [path.name for path in backups(tmp_path)]
     (made,) = set(left) - {*ahead, "pixel-before-launch.rdb"}
-    assert left == [made, *ahead[1:], "pixel-before-launch.rdb"]
+    assert left == [made, *ahead[5:], "pixel-before-launch.rdb"]
+    assert made > backup.name
+    assert len(list(tmp_path.glob("pixel-*.sha256"))) == 4
     assert f"{made}: " in done.words
-    assert f"Removed: pixel-20200101T000000Z.rdb, {ahead[0]}" in done.words
+    assert f"Removed: pixel-20200101T000000Z.rdb, {', '.join(ahead[:5])}" in done.words
+    assert f"These names are ahead of this clock: {', '.join(ahead[5:])}." in done.words
     checksum = hashlib.sha256((tmp_path / made).read_bytes()).hexdigest()
     assert Path(f"{tmp_path / made}.sha256").read_text().split()[0] == checksum
     done = play("playbooks/restore.yml", "--check", redis_backup_dir=str(tmp_path))
     assert done.returncode != 0
-    assert f"the newest backup is unknown: {ahead[1]}" in done.words
+    assert f"the newest backup is unknown: {ahead[5]}" in done.words
 
 
 def test_a_missing_backup_is_reported_in_one_line(play: Any, tmp_path: Path) -> None:
