@@ -123,8 +123,9 @@ def ensure_venv(profile: str) -> None:
         return
     say(f"installing the locked libraries ({profile})")
     files = [part for lock in locks for part in ("--requirement", str(lock))]
-    # Python compiles a module at its first import; pip would compile all of them, for half of its time.
     run(str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--require-hashes", *files)
+    # pip would compile on one processor. Some libraries have templates that aren't valid Python.
+    run(str(python), "-m", "compileall", "-q", "-j", "0", str(VENV / "lib"), check=False)
     stamp.write_text(wanted)
 
 
