@@ -23,6 +23,7 @@ from pixel.problems import Problem
 from pixel.settings import Settings
 
 LIMIT, TIMEOUT = 0.8, 0.8  # pixel_app_start_limit, pixel_app_redis_timeout
+SETTINGS = Settings(start_limit=LIMIT, redis_timeout=TIMEOUT)
 LEASE, RENEWAL = 0.75 * TIMEOUT, 0.5 * TIMEOUT
 ATTEMPT = 2.0  # nginx_lb_pixel_timeout
 DELAYS = (0.0, 0.0005, 0.001, 0.05, 0.3, 0.7, 1.0, 2.0, 3.0, 12.0)
@@ -136,7 +137,7 @@ class Worker(Process):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self.clock = RedisClock()
-        self.limit = StartLimit(self.clock, Settings(start_limit=LIMIT, redis_timeout=TIMEOUT))
+        self.limit = StartLimit(self.clock, SETTINGS)
         self.queue: list[Attempt] = []
         self.flying: Transaction | None = None
         self.connect()
@@ -165,7 +166,7 @@ class Worker(Process):
         self.resumes = 0.0
         for attempt in gone:
             attempt.fail("wait")
-        self.limit = StartLimit(self.clock, Settings(start_limit=LIMIT, redis_timeout=TIMEOUT))
+        self.limit = StartLimit(self.clock, SETTINGS)
         self.connect()
 
     def measure(self, then: Callable[[], None]) -> None:
