@@ -276,7 +276,7 @@ def test_arguments_on_the_command_line_are_text(tmp_path: Path) -> None:
 T2_ALONE = {"nginx_lb_backup": "{{ inventory_hostname == 't2' }}"}
 
 
-CONTRADICTIONS = [
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"nginx_lb_method": "fastest"}, "nginx_lb_method 'fastest' is invalid"),
     ({"nginx_lb_method": "hash", "nginx_lb_hash_key": "a b;"}, "nginx_lb_hash_key 'a b;' is invalid"),
     ({"nginx_lb_clusters": {"x/y": "c5"}}, "can't be part of a path: x/y"),
