@@ -17,3 +17,8 @@ def _usual_umask() -> Iterator[None]:
     former = os.umask(0o022)
     yield
     os.umask(former)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest test first: other workers take the tests that would wait for its end."""
+    items.sort(key=lambda item: item.name != "test_provision_change_and_teardown")

@@ -44,6 +44,9 @@ def write_rules(directory: Path, **chosen: Any) -> Path:
 def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rules of a fleet in which every group has a host, and the cases in the same directory."""
     path = write_rules(tmp_path_factory.mktemp("rules"))
+    groups = yaml.safe_load(path.read_text())["groups"]
+    budgets = {"groups": [group for group in groups if group["name"].startswith("slo")]}
+    path.with_name("slo.rules.yml").write_text(yaml.safe_dump(budgets))
     for cases in CASES:
         shutil.copy(cases, path.parent)
     return path
@@ -159,7 +162,8 @@ def test_few_requests_use_up_no_budget(rules: Path) -> None:
         "alert_rule_test": [{"alertname": "ErrorBudgetFast", "eval_time": "2h"}],
     }
     path = rules.parent / "few.yml"
-    cases = {"rule_files": [rules.name], "group_eval_order": ["slo", "slo-alerts"], "tests": [case]}
+    cases = {"rule_files": [rules.name], "evaluation_interval": "10m", "tests": [case]}
+    cases["group_eval_order"] = ["slo", "slo-alerts"]
     path.write_text(yaml.safe_dump(cases))
     promtool("test", "rules", path)
     case["input_series"] = [{"series": series, "values": "0+100x200"}]
@@ -174,7 +178,8 @@ def test_the_heartbeat_fires_always_if_somebody_receives_it(tmp_path: Path) -> N
     fired = {"exp_labels": {"severity": "none"}, "exp_annotations": alerts(rules)[-1]["annotations"]}
     checks = [{"alertname": "Heartbeat", "eval_time": time, "exp_alerts": [fired]} for time in ("0m", "3h")]
     path = tmp_path / "heartbeat.yml"
-    path.write_text(yaml.safe_dump({"rule_files": [rules.name], "tests": [{"alert_rule_test": checks}]}))
+    cases = {"rule_files": [rules.name], "evaluation_interval": "10m", "tests": [{"alert_rule_test": checks}]}
+    path.write_text(yaml.safe_dump(cases))
     promtool("test", "rules", path)
 
 

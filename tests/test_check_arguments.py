@@ -193,6 +193,27 @@ def check(tmp_path: Path, task: dict[str, Any], *arguments: str, **variables: An
     return play(tmp_path, [{"pixel.endpoint.check_arguments": task}], *arguments, **variables)
 
 
+def messages(
+    folder: Path, roles: list[str], cases: dict[str, dict[str, Any]], **variables: Any
+) -> dict[str, str]:
+    """Check the arguments of c5 with the variables of each case. Returns the error of each case, or ""."""
+    checks = [
+        {
+            "pixel.endpoint.check_arguments": {"roles": roles},
+            "vars": own,
+            "register": f"refused_{name}",
+            "ignore_errors": True,
+        }
+        for name, own in cases.items()
+    ]
+    found = ", ".join(f"'{name}': refused_{name}.msg if refused_{name} is failed else ''" for name in cases)
+    report = {"content": f"{{{{ {{ {found} }} | to_json }}}}", "dest": str(folder / "report.json")}
+    write = {"ansible.builtin.copy": report | {"mode": "0600"}, "delegate_to": "localhost", "become": False}
+    play(folder, [*checks, write], **variables)
+    errors: dict[str, str] = json.loads((folder / "report.json").read_text())
+    return errors
+
+
 def test_all_faults_of_all_roles_are_reported_at_once(tmp_path: Path) -> None:
     invalid = {
         "redis_port": 80,
@@ -255,40 +276,52 @@ def test_arguments_on_the_command_line_are_text(tmp_path: Path) -> None:
 T2_ALONE = {"nginx_lb_backup": "{{ inventory_hostname == 't2' }}"}
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"nginx_lb_method": "fastest"}, "nginx_lb_method 'fastest' is invalid"),
-        ({"nginx_lb_method": "hash", "nginx_lb_hash_key": "a b;"}, "nginx_lb_hash_key 'a b;' is invalid"),
-        ({"nginx_lb_clusters": {"x/y": "c5"}}, "can't be part of a path: x/y"),
-        ({"nginx_lb_clusters": {"big": "m5"}}, "names m5, of which there is no backend"),
-        ({"nginx_lb_weights": "explicit"}, "t2 has no nginx_lb_weight: set one"),
-        ({"nginx_lb_weights": "measured"}, "t2 has no nginx_lb_measured: run playbooks/calibrate.yml"),
-        (
-            T2_ALONE | {"nginx_lb_method": "hash"},
-            "nginx_lb_method hash supports no backups, and t2 has nginx_lb_backup",
-        ),
-        (T2_ALONE | {"nginx_lb_sticky": True}, "nginx_lb_sticky supports no backups"),
-        ({"nginx_lb_backup": True}, "at least one host must not be a backup"),
-        ({"nginx_lb_address": "10.0.0.100"}, "is not an IPv4 address with its prefix such as 10.0.0.100/24"),
-        (
-            {"nginx_lb_address": "10.0.0.100/24"},
-            "needs another balancer that can take it over: group nginx_lb has c5.",
-        ),
-        ({"nginx_lb_address": "10.0.0.11/24"}, "is the private_address of c5, t2"),
-        ({"nginx_lb_address": "10.0.0.100/24", "nginx_lb_health_checks": False}, "needs the controller"),
-        (
-            {"nginx_lb_address": "10.0.0.100/32", "nginx_lb_address_allocation": "eipalloc-1"},
-            "nginx_lb_address_allocation needs the instance_id of c5",
-        ),
-    ],
-)
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"nginx_lb_method": "fastest"}, "nginx_lb_method 'fastest' is invalid"),
+    ({"nginx_lb_method": "hash", "nginx_lb_hash_key": "a b;"}, "nginx_lb_hash_key 'a b;' is invalid"),
+    ({"nginx_lb_clusters": {"x/y": "c5"}}, "can't be part of a path: x/y"),
+    ({"nginx_lb_clusters": {"big": "m5"}}, "names m5, of which there is no backend"),
+    ({"nginx_lb_weights": "explicit"}, "t2 has no nginx_lb_weight: set one"),
+    ({"nginx_lb_weights": "measured"}, "t2 has no nginx_lb_measured: run playbooks/calibrate.yml"),
+    (
+        T2_ALONE | {"nginx_lb_method": "hash"},
+        "nginx_lb_method hash supports no backups, and t2 has nginx_lb_backup",
+    ),
+    (T2_ALONE | {"nginx_lb_sticky": True}, "nginx_lb_sticky supports no backups"),
+    ({"nginx_lb_backup": True}, "at least one host must not be a backup"),
+    ({"nginx_lb_address": "10.0.0.100"}, "is not an IPv4 address with its prefix such as 10.0.0.100/24"),
+    (
+        {"nginx_lb_address": "10.0.0.100/24"},
+        "needs another balancer that can take it over: group nginx_lb has c5.",
+    ),
+    ({"nginx_lb_address": "10.0.0.11/24"}, "is the private_address of c5, t2"),
+    ({"nginx_lb_address": "10.0.0.100/24", "nginx_lb_health_checks": False}, "needs the controller"),
+    (
+        {"nginx_lb_address": "10.0.0.100/32", "nginx_lb_address_allocation": "eipalloc-1"},
+        "nginx_lb_address_allocation needs the instance_id of c5",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def contradictions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The error of each of CONTRADICTIONS; a play for each value of nginx_lb_backup, which others read."""
+    plays: dict[Any, dict[str, dict[str, Any]]] = {}
+    for number, (variables, _) in enumerate(CONTRADICTIONS):
+        own = {name: value for name, value in variables.items() if name != "nginx_lb_backup"}
+        plays.setdefault(variables.get("nginx_lb_backup"), {})[str(number)] = own
+    errors: dict[str, str] = {}
+    for backup, cases in plays.items():
+        everywhere = {} if backup is None else {"nginx_lb_backup": backup}
+        errors |= messages(tmp_path_factory.mktemp("balancer"), ["nginx_lb"], cases, **everywhere)
+    return [errors[str(number)] for number in range(len(CONTRADICTIONS))]
+
+
+@pytest.mark.parametrize("number", range(len(CONTRADICTIONS)), ids=lambda number: CONTRADICTIONS[number][1])
 def test_a_balancer_whose_variables_contradict_each_other_is_refused(
-    tmp_path: Path, variables: dict[str, Any], message: str
+    contradictions: list[str], number: int
 ) -> None:
-    output = check(tmp_path, {"roles": ["nginx_lb"]}, **variables)
-    assert "failed=1" in output
-    assert message in " ".join(output.split())
+    assert CONTRADICTIONS[number][1] in " ".join(contradictions[number].split())
 
 
 WRONG = [
@@ -388,21 +421,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("wrong")
     wrong = {name: {name: value} for name, value in WRONG if name in ALONE}
     wrong[""] = {name: value for name, value in WRONG if name not in ALONE}
-    checks = [
-        {
-            "pixel.endpoint.check_arguments": {"roles": ROLES},
-            "vars": variables,
-            "register": f"refused_{name}",
-            "ignore_errors": True,
-        }
-        for name, variables in wrong.items()
-    ]
-    messages = ", ".join(f"'{name}': refused_{name}.msg | default('')" for name in wrong)
-    report = {"content": f"{{{{ {{ {messages} }} | to_json }}}}", "dest": str(folder / "report.json")}
-    write = {"ansible.builtin.copy": report | {"mode": "0600"}, "delegate_to": "localhost", "become": False}
-    play(folder, [*checks, write])
-    refused: dict[str, str] = json.loads((folder / "report.json").read_text())
-    return refused
+    return messages(folder, ROLES, wrong)
 
 
 @pytest.mark.parametrize("variable", [variable for variable, _ in WRONG])

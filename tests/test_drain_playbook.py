@@ -27,7 +27,9 @@ def drain(tmp_path: Path) -> Callable[..., Played]:
     stub.chmod(0o755)
     shutil.copytree(ROOT / "playbooks", tmp_path / "playbooks", symlinks=True)
     tasks = tmp_path / "playbooks" / "tasks" / "balancers.yml"
-    tasks.write_text(tasks.read_text().replace("/usr/local/sbin/pixel-lb", str(stub)))
+    text = tasks.read_text().replace("/usr/local/sbin/pixel-lb", str(stub))
+    # The pause between two attempts.
+    tasks.write_text(text.replace("delay: 1\n", "delay: 0.1\n"))
 
     def run(*arguments: str, port: int = 9) -> Played:
         away = {"ansible_host": "127.0.0.1", "ansible_port": 9, "ansible_ssh_retries": 0}

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -60,8 +61,13 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
 
-def render(folder: Path, **chosen: Any) -> None:
-    """Write the configuration as the role does, with its defaults and the given variables."""
+# Ports in a rendered configuration, which each balancer replaces with its own.
+LISTEN_PORT, STATUS_PORT = 64001, 64002
+
+
+@cache
+def render(chosen: str) -> dict[str, str]:
+    """The files of the configuration as the role writes it, with its defaults and the variables in JSON."""
     loader = DataLoader()
     parts = [
         loader.load_from_file(str(ROLE / name / "main.yml"), trusted_as_template=True)
@@ -69,12 +75,12 @@ def render(folder: Path, **chosen: Any) -> None:
     ]
     facts = {"all_ipv6_addresses": [], "default_ipv4": {"address": "127.0.0.1"}}
     host = {"inventory_hostname": "a", "ansible_managed": "test", "ansible_facts": facts}
-    templar = Templar(loader, parts[0] | parts[1] | host | {"groups": {}, "hostvars": {}} | chosen)
-    for path in (ROLE / "templates").glob("*.conf.j2"):
-        name = path.name.removesuffix(".j2")
-        target = folder / (name if name == "nginx.conf" else f"pixel/{name}")
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(templar.template(trust_as_template(path.read_text())))
+    variables = parts[0] | parts[1] | host | {"groups": {}, "hostvars": {}} | json.loads(chosen)
+    templar = Templar(loader, variables)
+    return {
+        path.name.removesuffix(".j2"): templar.template(trust_as_template(path.read_text()))
+        for path in (ROLE / "templates").glob("*.conf.j2")
+    }
 
 
 def free_port() -> int:
@@ -89,14 +95,19 @@ def free_port() -> int:
 def balancer(folder: Path, *, drained: bool = False, **chosen: Any) -> Iterator[int]:
     """The port of an Nginx with the role's configuration and the given variables."""
     port, log = free_port(), folder / "error.log"
-    render(
-        folder,
-        nginx_lb_listen_port=port,
-        nginx_lb_status_port=free_port(),
-        nginx_lb_access_log=False,
-        _nginx_lb_write_lifetime=1.6,
-        **chosen,
-    )
+    variables = chosen | {
+        "nginx_lb_listen_port": LISTEN_PORT,
+        "nginx_lb_status_port": STATUS_PORT,
+        "nginx_lb_access_log": False,
+        "_nginx_lb_write_lifetime": 1.6,
+    }
+    ports = {str(LISTEN_PORT): str(port), str(STATUS_PORT): str(free_port())}
+    for name, text in render(json.dumps(variables, sort_keys=True)).items():
+        for shown, own in ports.items():
+            text = text.replace(shown, own)
+        target = folder / (name if name == "nginx.conf" else f"pixel/{name}")
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(text)
     main = folder / "nginx.conf"
     text = main.read_text().replace("user www-data;", "").replace("/run/nginx.pid", f"{folder}/pid")
     text = text.replace("/var/log/nginx/error.log", str(log))
@@ -227,32 +238,42 @@ def test_expensive_requests_in_flight_are_limited(tmp_path: Path) -> None:
     assert statuses[6:] == 6 * [200]
 
 
+class History(App):
+    """A host of the history."""
+
+    def do_GET(self) -> None:
+        self.send_response(204)
+        self.end_headers()
+
+
+@pytest.fixture(scope="module")
+def balancers_of_history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
+    """The ports of a balancer with two hosts of the history, of which one answers, and of one without."""
+    with Server(("127.0.0.1", 0), History) as history:
+        Thread(target=history.serve_forever, daemon=True).start()
+        hosts = [f"127.0.0.1:{port}" for port in (free_port(), history.server_port)]
+        folders = [tmp_path_factory.mktemp(name) for name in ("with", "without")]
+        with balancer(folders[0], _nginx_lb_history=hosts) as with_hosts, balancer(folders[1]) as without:
+            yield with_hosts, without
+        history.shutdown()
+
+
 @pytest.mark.parametrize(
     "path", ["/history?limit=1", "/history/state", "/history.csv.gz", "/pixel/1/2/history"]
 )
-def test_questions_about_the_history_reach_its_hosts(tmp_path: Path, path: str) -> None:
+def test_questions_about_the_history_reach_its_hosts(
+    balancers_of_history: tuple[int, int], path: str
+) -> None:
     """The first host that answers has the complete history. Without such hosts, the app answers."""
-
-    class History(App):
-        def do_GET(self) -> None:
-            self.send_response(204)
-            self.end_headers()
 
     def status(port: int) -> int:
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
             connection.request("GET", path)
             return connection.getresponse().status
 
-    with Server(("127.0.0.1", 0), History) as history:
-        Thread(target=history.serve_forever, daemon=True).start()
-        hosts = [f"127.0.0.1:{port}" for port in (free_port(), history.server_port)]
-        (tmp_path / "with").mkdir()
-        with balancer(tmp_path / "with", _nginx_lb_history=hosts) as port:
-            assert [status(port) for _ in range(5)] == [204] * 5
-        history.shutdown()
-    (tmp_path / "without").mkdir()
-    with balancer(tmp_path / "without") as port:
-        assert status(port) == 200
+    with_hosts, without = balancers_of_history
+    assert [status(with_hosts) for _ in range(5)] == [204] * 5
+    assert status(without) == 200
 
 
 def test_a_write_carries_only_the_headers_that_the_app_reads(tmp_path: Path) -> None:

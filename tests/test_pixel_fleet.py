@@ -145,8 +145,15 @@ def test_security_groups_admit_the_fleets_ports() -> None:
     assert sorted(aws["aws_fleet_ports"]) == sorted(ports)
 
 
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of Ansible in which only the first run gathers facts."""
+    folder = tmp_path_factory.mktemp("facts")
+    return {"ANSIBLE_CACHE_PLUGIN": "jsonfile", "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(folder)}
+
+
 @pytest.fixture
-def fleet(tmp_path: Path) -> Any:
+def fleet(tmp_path: Path, facts: dict[str, str]) -> Any:
     """Render backends.json for balancer `a` from hosts and variables, and load it as the agent does."""
 
     def render(hosts: dict[str, dict[str, Any]], **variables: Any) -> Fleet:
@@ -159,11 +166,7 @@ def fleet(tmp_path: Path) -> Any:
         (tmp_path / "hosts.yml").write_text(json.dumps(inventory))
         role = ROOT / "roles" / "nginx_lb"
         play = [
-            {
-                "hosts": "all",
-                "gather_facts": False,
-                "tasks": [{"ansible.builtin.setup": {"gather_subset": ["!all", "hardware"]}}],
-            },
+            {"hosts": "all", "gather_subset": ["!all", "hardware"]},
             {
                 "hosts": "nginx_lb",
                 "gather_facts": False,
@@ -185,7 +188,7 @@ def fleet(tmp_path: Path) -> Any:
         done = subprocess.run(
             [*command, "--extra-vars", json.dumps(variables)],
             cwd=ROOT,
-            env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
+            env=os.environ | {"ANSIBLE_NOCOLOR": "1"} | facts,
             text=True,
             capture_output=True,
             check=False,

@@ -33,6 +33,7 @@ CONVERTING = {"bool", "int", "float", "string"}
 OWN_FILTERS = {f"pixel.endpoint.{name}" for name in FilterModule().filters()}
 
 
+@functools.cache
 def role_variables() -> dict[str, str]:
     """The type of every role variable, by name."""
     return {
@@ -214,13 +215,20 @@ def test_documented_variables_are_roles() -> None:
     assert {(page, name) for page, name in named if name not in known} == set()
 
 
+@functools.cache
+def playbook_lines() -> str:
+    """All lines of the playbooks but comments."""
+    playbooks = "".join(playbook.read_text() for playbook in PLAYBOOKS)
+    return "\n".join(re.findall(r"^(?!\s*#)(.*)$", playbooks, re.M))
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documented_arguments_are_variables(path: Path) -> None:
     """Each documented argument is a role variable or is read by a playbook."""
-    playbooks = "".join(playbook.read_text() for playbook in PLAYBOOKS)
-    expressions = "\n".join(re.findall(r"^(?!\s*#)(.*)$", playbooks, re.M))
     names = {name for name, _ in arguments(path.read_text())}
     unknown = {
-        name for name in names - set(role_variables()) if not re.search(rf"\b{name} ([|]|is )", expressions)
+        name
+        for name in names - set(role_variables())
+        if not re.search(rf"\b{name} ([|]|is )", playbook_lines())
     }
     assert unknown == set()

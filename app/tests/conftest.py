@@ -2,6 +2,7 @@
 Gunicorn as systemd starts it."""
 
 import contextlib
+import functools
 import os
 import shlex
 import shutil
@@ -14,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import httpcore2
 import httpx2 as httpx
 import pytest
 import redis
@@ -28,6 +30,9 @@ from pixel.store import Store
 # The same examples in every run, however busy the machine is.
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("suite")
+
+# Each client of httpx would load the certificates of all authorities, 40 ms. No test uses TLS.
+httpcore2.default_ssl_context = functools.cache(httpcore2.default_ssl_context)
 
 REDIS_ROLE = Path(__file__).parents[2] / "roles" / "redis" / "vars" / "main.yml"
 APP_COMMANDS: list[str] = yaml.safe_load(REDIS_ROLE.read_text())["_redis_app_commands"]
@@ -51,6 +56,12 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in bound]
 
 
+def memory() -> str | None:
+    """A directory in memory, if there is enough: Redis flushes each write, and restarts find the files."""
+    shm = Path("/dev/shm")
+    return str(shm) if shm.is_dir() and shutil.disk_usage(shm).free > 1 << 30 else None
+
+
 class RedisProcess:
     """A Redis server, which a test can pause and kill."""
 
@@ -72,7 +83,7 @@ class RedisServer(RedisProcess):
 
     def __init__(self) -> None:
         # Not pytest's directory: a socket's path has to be short.
-        self.directory = Path(tempfile.mkdtemp(prefix="px-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="px-", dir=memory()))
         self.socket = self.directory / "redis.sock"
         self.url = f"unix://{self.socket}"
         self.start()

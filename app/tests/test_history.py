@@ -386,12 +386,16 @@ def test_a_page_examines_a_bounded_number_of_changes(path: Path, monkeypatch: py
     assert records(path, Selection(Region(5, 5, 1, 1), ["key:a"])) == []
 
 
+# A canvas of four tiles, of which only one is whole: an undo examines it strip by strip.
+SMALL = Canvas(320, 272)
+
+
 def undone(path: Path, server: RedisServer, selection: Selection, *, apply: bool = True) -> Outcome:
     """Undo changes, on a connection with the rights of the application."""
 
     async def run() -> Outcome:
         connection = await Connection.open(Server.of(server.settings()))
-        undo = Undo(path, connection, Canvas(1024, 1024), selection, "operator:olga", 20_000)
+        undo = Undo(path, connection, SMALL, selection, "operator:olga", 20_000)
         outcome = await undo.run(apply=apply)
         connection.close()
         return outcome
@@ -411,7 +415,7 @@ def follow(path: Path, server: RedisServer) -> None:
 
 
 AUTHORS = ("key:vandal", "key:a", None)
-CELLS = [(0, 0, 0), (0, 0, 2), (255, 255, 1), (256, 255, 1), (700, 1023, 0)]
+CELLS = [(0, 0, 0), (0, 0, 2), (255, 255, 1), (256, 255, 1), (319, 271, 0)]
 STROKES = st.lists(
     st.lists(
         st.tuples(st.sampled_from(CELLS), st.integers(0, 3), st.sampled_from(AUTHORS)), min_size=1, max_size=5
