@@ -36,6 +36,9 @@ if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
 # Workers compute the service's uptime from this time of the monotonic clock.
 os.environ.setdefault("SERVICE_STARTED", str(time.monotonic()))
 
+# Workers inherit the libraries that are slow to import, and share their memory.
+import fastapi  # noqa: E402, F401
+import PIL.Image  # noqa: E402, F401
 from prometheus_client import multiprocess  # noqa: E402
 from uvicorn.server import Server  # noqa: E402
 from uvicorn_worker import UvicornWorker  # noqa: E402
