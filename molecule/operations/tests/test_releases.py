@@ -26,14 +26,12 @@ def test_a_failed_trial_then_a_good_release_of_its_name_its_rollback_and_its_ret
 ) -> None:
     """The release that fails its trial is not switched to, and its name can be used again.
 
-    The good one is watched on the first host only, with few requests. To deploy it again after a rollback
-    prints a warning first.
+    To deploy the good one again after its rollback prints a warning first. This time it is watched, on the first
+    host only and with few requests.
     """
     before = releases()
     own = before["c5"]
     bad_options = {"pixel_app_source": str(never_ready(tmp_path)), "pixel_app_ready_timeout": 5}
-    good_options = {"pixel_app_release": "tried", "pixel_app_bake": 6, "pixel_app_canary_weight": 20}
-    since = host.check_output("date '+%F %T'")
     with watched(), requests():
         bad = play("playbooks/pixel_app.yml", pixel_app_release="tried", **bad_options)
         after = releases()
@@ -42,34 +40,36 @@ def test_a_failed_trial_then_a_good_release_of_its_name_its_rollback_and_its_ret
         assert "The release was removed" in bad.words
         assert after == before
         assert not host.file("/opt/pixel/releases/tried").exists
-        good = play("playbooks/pixel_app.yml", **good_options)
+        good = play("playbooks/pixel_app.yml", pixel_app_release="tried")
         assert good.returncode == 0, good.words
         assert set(releases().values()) == {"tried"}
         back = play("playbooks/rollback.yml")
     assert back.returncode == 0, back.stdout
     assert releases() == before
-
-    journal = host.check_output(f"journalctl --unit=pixel-lb --since='{since}' --output=cat")
-    assert "set c5 to 20% (canary: at most 20% of its weight), t2 to 100%" in journal
-    limited, restored = (good.words.index("Limit the weight of"), good.words.index("Restore the weight"))
-    assert limited < good.words.index("c5 in 6 s: ") < restored
-    assert not host.file("/var/lib/pixel-lb/canary.json").exists
-    assert re.search(
-        r"c5 in 6 s: \d+ answers, 0.0% errors, p99 0.\d+ s; the other hosts: \d+ answers", good.words
-    )
-    assert "t2 in 6 s" not in good.words
-
     status = play("playbooks/status.yml").stdout
     for name in ("c5", "t2"):
         assert re.search(rf"^ *{name} +{own} +active .* tried$", status, re.M), status
-    again = play("site.yml", "--tags", "pixel_app", pixel_app_release="tried")
-    assert again.returncode == 0, again.stdout
+
+    options = {"pixel_app_release": "tried", "pixel_app_bake": 6, "pixel_app_canary_weight": 20}
+    since = host.check_output("date '+%F %T'")
+    with requests():
+        again = play("site.yml", "--tags", "pixel_app", **options)
+    assert again.returncode == 0, again.words
     preparation, _, _ = again.stdout.partition("PLAY [Switch the app, host by host (3 of 10)]")
     for name in ("c5", "t2"):
         warning = f"This run deploys release tried to {name} again, which was rolled back to {own} at"
         assert warning in " ".join(preparation.split())
     assert set(releases().values()) == {"tried"}
     assert re.search(r"^ *c5 +tried +active .*(?<!tried)$", play("playbooks/status.yml").stdout, re.M)
+    journal = host.check_output(f"journalctl --unit=pixel-lb --since='{since}' --output=cat")
+    assert "set c5 to 20% (canary: at most 20% of its weight), t2 to 100%" in journal
+    limited, restored = again.words.index("Limit the weight of"), again.words.index("Restore the weight")
+    assert limited < again.words.index("c5 in 6 s: ") < restored
+    assert not host.file("/var/lib/pixel-lb/canary.json").exists
+    assert re.search(
+        r"c5 in 6 s: \d+ answers, 0.0% errors, p99 0.\d+ s; the other hosts: \d+ answers", again.words
+    )
+    assert "t2 in 6 s" not in again.words
     assert play("playbooks/pixel_app.yml").returncode == 0
     assert releases() == before
 
