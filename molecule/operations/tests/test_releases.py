@@ -26,8 +26,8 @@ def test_a_failed_trial_then_a_good_release_of_its_name_its_rollback_and_its_ret
 ) -> None:
     """The release that fails its trial is not switched to, and its name can be used again.
 
-    To deploy the good one again after its rollback prints a warning first. This time it is watched, on the first
-    host only and with few requests.
+    To deploy the good one again after its rollback prints a warning first. This time it is watched, on the
+    first host only and with few requests.
     """
     before = releases()
     own = before["c5"]
