@@ -56,12 +56,6 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in bound]
 
 
-def memory() -> str | None:
-    """A directory in memory, if there is enough: Redis flushes each write, and restarts find the files."""
-    shm = Path("/dev/shm")
-    return str(shm) if shm.is_dir() and shutil.disk_usage(shm).free > 1 << 30 else None
-
-
 class RedisProcess:
     """A Redis server, which a test can pause and kill."""
 
@@ -83,7 +77,7 @@ class RedisServer(RedisProcess):
 
     def __init__(self) -> None:
         # Not pytest's directory: a socket's path has to be short.
-        self.directory = Path(tempfile.mkdtemp(prefix="px-", dir=memory()))
+        self.directory = Path(tempfile.mkdtemp(prefix="px-"))
         self.socket = self.directory / "redis.sock"
         self.url = f"unix://{self.socket}"
         self.start()
