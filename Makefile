@@ -4,8 +4,10 @@ URL ?= http://127.0.0.1:8080
 RATE ?= 1000
 BIN = .venv/bin
 CHECKS = check-repository check-app check-bench
-# Two tests at a time. Those with the mark `timing` have limits that need the processors, and follow alone.
-BESIDE = -n 2 --dist worksteal -m "not timing"
+# Two tests at a time. Those with the mark `timing` wait for timeouts of real servers: they need the processors
+# at once but rarely, so they follow, four at a time.
+BUSY = -n 2 --dist worksteal -m "not timing"
+WAITING = -n 4 --dist worksteal -m timing
 SCENARIOS = $(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
 # Faults and commands under load have limits that need the processors; `operations` also changes hooks/.
 ALONE = ha operations
@@ -41,16 +43,16 @@ lint: tools  ## style, types, and Ansible's production profile
 check: $(CHECKS)  ## the tests that need no host
 
 check-repository: tools
-	pytest -q $(BESIDE) tests balancer
-	pytest -q -m timing tests balancer
+	pytest -q $(BUSY) tests balancer
+	pytest -q $(WAITING) tests balancer
 
 check-app: tools
-	cd app && env -u PIXEL_FLEET pytest -q $(BESIDE)
-	cd app && env -u PIXEL_FLEET pytest -q -m timing
+	cd app && env -u PIXEL_FLEET pytest -q $(BUSY)
+	cd app && env -u PIXEL_FLEET pytest -q $(WAITING)
 
 check-bench: tools
-	cd bench && pytest -q $(BESIDE)
-	cd bench && pytest -q -m timing
+	cd bench && pytest -q $(BUSY)
+	cd bench && pytest -q $(WAITING)
 
 scenarios: tools  ## tests of the roles and the fleet, on hosts with systemd
 	$(MAKE) $(ALONE)

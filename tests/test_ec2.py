@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import stat
 import subprocess
 import sys
@@ -31,6 +30,8 @@ from pixel_lb.credits import CreditMonitor
 from pixel_lb.files import Paths
 from pixel_lb.fleet import CreditQuery
 from pixel_lb.watch import Watch
+
+from bench.compare.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.prefix, "bin")
@@ -168,9 +169,7 @@ class Aws(ThreadingHTTPServer):
 @contextmanager
 def new_account(folder: Path) -> Iterator[Aws]:
     (folder / "amis.json").write_text(json.dumps([DEBIAN]))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with (folder / "log").open("w") as log:
         moto = subprocess.Popen(
             [BIN / "moto_server", "--host", "127.0.0.1", "--port", str(port)],

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
-import random
 import shutil
-import socket
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +22,8 @@ from ansible.parsing.dataloader import DataLoader  # type: ignore[import-untyped
 from ansible.template import Templar, trust_as_template  # type: ignore[import-untyped]
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
+
+from bench.compare.processes import free_port
 
 ROLE = Path(__file__).resolve().parents[1] / "roles" / "nginx_lb"
 RECEIVED: list[int] = []
@@ -81,14 +81,6 @@ def render(chosen: str) -> dict[str, str]:
         path.name.removesuffix(".j2"): templar.template(trust_as_template(path.read_text()))
         for path in (ROLE / "templates").glob("*.conf.j2")
     }
-
-
-def free_port() -> int:
-    """A port that no connection gets by itself, before Nginx binds it: these begin at 32768."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with suppress(OSError), socket.create_server(("", port)):
-            return port
 
 
 @contextmanager

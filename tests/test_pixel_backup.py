@@ -26,6 +26,8 @@ import pytest
 import yaml
 from pixel_backup import Backup, Problem, Repository, Server, Settings, Status
 
+from bench.compare.processes import free_port
+
 ROOT = Path(__file__).resolve().parents[1]
 PASSWORD, KEY_ID, KEY = "a-long-password-of-tests", "AKIABACKUP", "a-long-secret-key-of-tests"
 SCRIPTS = yaml.safe_load((ROOT / "roles/redis/vars/main.yml").read_text())
@@ -56,8 +58,7 @@ class Place:
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an S3 server."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     output = tmp_path_factory.mktemp("moto") / "output"
     with output.open("w") as log:

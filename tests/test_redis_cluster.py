@@ -117,9 +117,12 @@ class Machines:
 
 
 def _free_port() -> int:
-    """Return a port that is free with the next one and their bus ports, on all hosts."""
+    """Return a port that is free with the next one and their bus ports, on all hosts.
+
+    They are below the ports that connections get by themselves, which begin at 32768.
+    """
     while True:
-        port = random.randrange(20000, 30000)
+        port = random.randrange(10_000, 22_000)
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for number in (port, port + 1, port + 10000, port + 10001):
                 for host in (1, 2, 3):

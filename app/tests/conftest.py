@@ -4,6 +4,7 @@ Gunicorn as systemd starts it."""
 import contextlib
 import functools
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -50,10 +51,15 @@ def wait_until(true: Callable[[], object], seconds: float = 10) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of loopback that nobody uses."""
+    """TCP ports that nobody uses, and that no connection gets by itself: these begin at 32768."""
+    found: list[int] = []
     with contextlib.ExitStack() as sockets:
-        bound = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in bound]
+        while len(found) < count:
+            port = random.randrange(10_000, 32_000)
+            with contextlib.suppress(OSError):
+                sockets.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+    return found
 
 
 class RedisProcess:
@@ -215,8 +221,7 @@ class Service:
 @contextlib.contextmanager
 def history_service(server: RedisServer, directory: Path) -> Iterator[str]:
     """Runs the history service of a Redis, with its file in a directory; its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     environment = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(Path(__file__).parent.parent / "src"),

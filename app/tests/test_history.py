@@ -7,7 +7,6 @@ import io
 import json
 import os
 import random
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PASSWORD, RedisServer, wait_until
+from conftest import PASSWORD, RedisServer, free_ports, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -943,8 +942,7 @@ def test_a_follower_that_is_killed_archives_every_acknowledged_change_once(
     redis_server: RedisServer, path: Path
 ) -> None:
     """It is killed 20 times during more than 500 writes a second; then the rows are the changes."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     environment = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(Path(__file__).parent.parent / "src"),
