@@ -352,6 +352,7 @@ WRONG = [
     ("pixel_app_canvas_height", 65536),  # by 1024
     ("pixel_app_release", "../up"),
     ("pixel_app_redis_url", "http://10.0.0.1"),
+    ("pixel_app_redis_ca", "/etc/ssl/ca.pem"),
     ("pixel_app_memory_max", "plenty"),
     ("pixel_app_settings", {"CANVAS": "1"}),
     ("pixel_app_log_level", "loud"),

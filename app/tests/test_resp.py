@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-import socket
 import subprocess
+from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PASSWORD, RedisServer
+from conftest import PASSWORD, RedisServer, free_ports
 
 from pixel import resp
 from pixel.resp import Connection, ReplyError, Server
@@ -99,8 +99,7 @@ def tls_redis(tmp_path: Path) -> Iterator[str]:
         check=True,
         capture_output=True,
     )  # fmt: skip
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     process = subprocess.Popen(
         ["redis-server", "--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no",
          "--tls-cert-file", tmp_path / "cert.pem", "--tls-key-file", tmp_path / "key.pem",
@@ -116,6 +115,7 @@ def tls_redis(tmp_path: Path) -> Iterator[str]:
 async def test_tls_is_spoken_and_certificates_are_checked(
     tls_redis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    certificate = tmp_path / "cert.pem"
     async with asyncio.timeout(10):
         while True:
             with contextlib.suppress(ConnectionRefusedError):
@@ -123,7 +123,10 @@ async def test_tls_is_spoken_and_certificates_are_checked(
                     await Connection.open(server(tls_redis))
                 break
             await asyncio.sleep(0.05)
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    connection = await Connection.open(server(tls_redis, redis_ca=b64encode(certificate.read_bytes())))
+    assert await connection.execute([("PING",)]) == [b"PONG"]
+    connection.close()
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     resp._tls_context.cache_clear()
     connection = await Connection.open(server(tls_redis))
     assert await connection.execute([("PING",)]) == [b"PONG"]

@@ -45,6 +45,8 @@ def test_defaults_are_valid() -> None:
         ("PIXEL_REDIS_URL", "redis://a,rediss://b", "nodes of a cluster"),
         ("PIXEL_REDIS_URL", "redis://a,unix:///run/redis.sock", "nodes of a cluster"),
         ("PIXEL_REDIS_URL", "redis://a,redis://b/1", "nodes of a cluster"),
+        ("PIXEL_REDIS_CA", "/etc/ssl/ca.pem", "base64 of certificates in PEM format"),
+        ("PIXEL_REDIS_CA", "Y2E=", "base64 of certificates in PEM format"),
         ("PIXEL_REDIS_TIMEOUT", "5", "less than or equal to 0.9"),
         ("PIXEL_CANVAS_WIDTH", "65537", "less than or equal to 65536"),
         ("PIXEL_FRAME_PAUSE_MAX", "2", "less than or equal to 1"),

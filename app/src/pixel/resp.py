@@ -46,19 +46,20 @@ def _error(text: str) -> ReplyError:
 
 
 @cache
-def _tls_context() -> ssl.SSLContext:
+def _tls_context(ca: str) -> ssl.SSLContext:
     """Reading the system's certificates takes 26 ms, so it is done once."""
-    return ssl.create_default_context()
+    return ssl.create_default_context(cadata=ca or None)
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Address, database and user of Redis."""
+    """Address, database and user of Redis, and the certificates of its authorities (PEM)."""
 
     host: str
     port: int
     path: str
     tls: bool
+    ca: str = field(repr=False)
     database: int
     username: str | None
     password: str | None = field(repr=False)
@@ -75,6 +76,7 @@ class Server:
             port=url.port or 6379,
             path=unquote(url.path) if local else "",
             tls=url.scheme == "rediss",
+            ca=settings.redis_ca,
             database=int(database or 0),
             username=settings.redis_username or (url.username and unquote(url.username)),
             password=password.get_secret_value() if password else None,
@@ -103,7 +105,7 @@ class Connection(asyncio.Protocol):
         if server.path:
             _, connection = await loop.create_unix_connection(cls, server.path)
         else:
-            tls = _tls_context() if server.tls else None
+            tls = _tls_context(server.ca) if server.tls else None
             _, connection = await loop.create_connection(cls, server.host, server.port, ssl=tls)
         greeting: list[Command] = [("SELECT", server.database), ("PING",)]
         if server.password is not None:

@@ -7,7 +7,9 @@ each fault and exits with 78 (``EX_CONFIG``).
 import difflib
 import os
 import socket
+import ssl
 import sys
+from base64 import b64decode
 from dataclasses import dataclass
 from functools import cache, partial
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -50,6 +52,21 @@ def _base_url(value: str) -> str:
 
 
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
+
+
+def _certificates(value: str) -> str:
+    """Decode certificates from the base64 of their PEM text, as a kubeconfig has them."""
+    if not value:
+        return value
+    try:
+        text = b64decode(value, validate=True).decode("ascii")
+        ssl.create_default_context(cadata=text)
+    except (ValueError, ssl.SSLError):
+        raise ValueError("must be the base64 of certificates in PEM format") from None
+    return text
+
+
+Certificates = Annotated[str, AfterValidator(_certificates)]
 
 # Bits of the host may be set, as in Ansible and Nginx.
 Network = Annotated[IPv4Network | IPv6Network, PlainValidator(partial(ip_network, strict=False))]
@@ -95,6 +112,8 @@ class Settings(BaseSettings):
     redis_url: str = "redis://127.0.0.1:6379/0"
     redis_username: str | None = None
     redis_password: SecretStr | None = None
+    # The authorities whose certificates Redis may show; by default those of the system.
+    redis_ca: Certificates = ""
     redis_timeout: Annotated[float, Field(gt=0, le=0.9)] = 0.8
     # The age, by the balancer's stamp, at which a write may still begin.
     start_limit: Annotated[float, Field(ge=0.1, le=10)] = 0.8

@@ -28,11 +28,17 @@ def addresses(fleet: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def connect(password: Any) -> Callable[[str], Any]:
+def ca(state: Path) -> str:
+    """The authority of Redis's certificates."""
+    return (state / "credentials/redis_tls/ca.pem").read_text()
+
+
+@pytest.fixture(scope="session")
+def connect(password: Any, ca: str) -> Callable[[str], Any]:
     """Connect to a process as the app, and with its timeout."""
     from redis_cluster import Process
 
-    return lambda address: Process(address, "pixel", password("app"), timeout=1.0)
+    return lambda address: Process(address, "pixel", password("app"), ca, timeout=1.0)
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,37 @@ def test_the_services_are_sandboxed_and_name_no_password(hosts: dict[str, Any], 
     for place in ("journalctl --no-pager", "ps -eo args", "systemctl show redis-cluster redis-server"):
         assert secret not in hosts["n2"].run(place).stdout
     assert "secret" not in secret
-    for path in ("/etc/redis-cluster.json", "/etc/redis/redis.conf", "/etc/redis/redis-voter.conf"):
-        assert not hosts["n2"].file(path).mode & 0o007
+    for path in ("redis-cluster.json", "redis/redis.conf", "redis/redis-voter.conf", "redis-tls/key.pem"):
+        assert not hosts["n2"].file(f"/etc/{path}").mode & 0o007
+
+
+def test_no_process_speaks_without_tls(addresses: list[str], hosts: dict[str, Any]) -> None:
+    with pytest.raises(ConnectionResetError), contextlib.closing(Process(addresses[0], "", "")) as process:
+        process.call("PING")
+    # The bus has no login: it asks for a certificate of the cluster.
+    command = f"python3 - {addresses[1].partition(':')[0]} %s <<'END'\n{BUS}\nEND"
+    assert hosts["n1"].run(command % "with").stdout == "waits for a message\n"
+    assert "certificate required" in hosts["n1"].run(command % "").stderr
+
+
+def test_tls_of_a_running_cluster_is_not_changed(play: Any) -> None:
+    refused = play("molecule/redis_cluster/converge.yml", "--tags", "redis", redis_tls="false").failures()
+    assert set(refused) == set(HOSTS)
+    assert "redis_tls can't be changed while the cluster runs" in refused["n1"]
+
+
+BUS = """
+import socket, ssl, sys
+context = ssl.create_default_context(cafile="/etc/redis-tls/ca.pem")
+if "with" in sys.argv:
+    context.load_cert_chain("/etc/redis-tls/certificate.pem", "/etc/redis-tls/key.pem")
+connection = socket.create_connection((sys.argv[1], 16379), 2)
+with context.wrap_socket(connection, server_hostname=sys.argv[1]) as bus:
+    try:
+        bus.recv(1)
+    except TimeoutError:
+        print("waits for a message")
+"""
 
 
 def wait_until_ready(status: Any, host: str, replicas: list[str]) -> None:
@@ -100,7 +129,7 @@ def test_the_masters_host_dies_and_gets_the_role_back(
 
 
 def test_back_to_one_redis_and_to_three_again(
-    play: Any, status: Any, addresses: list[str], connect: Any, password: Any, tmp_path: Path
+    play: Any, status: Any, addresses: list[str], connect: Any, password: Any, ca: str, tmp_path: Path
 ) -> None:
     """The other two hosts are empty when they join again; the canvas stays as it is.
 
@@ -126,7 +155,7 @@ def test_back_to_one_redis_and_to_three_again(
         play(playbook, "--tags", "redis", hosts=str(where), nginx_lb_clusters={}).changes()
         with contextlib.closing(connect(addresses[0])) as process:
             assert process.call("GET", "pixel:{0}:canvas") == canvas
-        with contextlib.closing(Process(addresses[0], "admin", password("admin"))) as process:
+        with contextlib.closing(Process(addresses[0], "admin", password("admin"), ca)) as process:
             assert f"cluster_enabled:{int(where == INVENTORY)}" in process.call("INFO", "cluster")
     wait_until_ready(status, "n1", addresses[1:])
 
@@ -183,14 +212,14 @@ def test_a_change_is_rolled_out_without_a_failed_write(
 
 
 @pytest.fixture
-def canvas(addresses: list[str], password: Any) -> Callable[[], list[str]]:
+def canvas(addresses: list[str], password: Any, ca: str) -> Callable[[], list[str]]:
     """The digests of all keys; fails unless they are the same on all hosts."""
     script = yaml.safe_load((ROOT / "roles/redis/vars/main.yml").read_text())["_redis_script_digests"]
 
     def digests() -> list[str]:
         found = []
         for address in addresses:
-            with contextlib.closing(Process(address, "admin", password("admin"))) as process:
+            with contextlib.closing(Process(address, "admin", password("admin"), ca)) as process:
                 process.call("READONLY")
                 found.append(process.call("EVAL", script, 0))
         assert found[0] == found[1] == found[2]

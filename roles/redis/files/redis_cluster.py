@@ -28,6 +28,7 @@ import contextlib
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -111,12 +112,15 @@ def parse_members(text: str) -> dict[str, Member]:
 
 
 class Process:
-    """A connection to one Redis process."""
+    """A connection to one Redis process, with TLS if `ca` has the certificates of its authorities (PEM)."""
 
-    def __init__(self, address: str, user: str, password: str, timeout: float = CALL_TIMEOUT) -> None:
+    def __init__(
+        self, address: str, user: str, password: str, ca: str = "", timeout: float = CALL_TIMEOUT
+    ) -> None:
         self.address = address
         self._timeout = timeout
         self._login = (user, password)
+        self._tls = ssl.create_default_context(cadata=ca) if ca else None
         self._socket: socket.socket | None = None
         self._buffer = b""
 
@@ -136,6 +140,8 @@ class Process:
     def _connect(self) -> None:
         host, _, port = self.address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), self._timeout)
+        if self._tls:
+            self._socket = self._tls.wrap_socket(self._socket, server_hostname=host)
         self._buffer = b""
         if self._login[1]:
             try:
@@ -232,13 +238,15 @@ class Cluster:
     local: str = ""
     user: str = ""
     password: str = ""
+    ca: str = ""
     events: str = "pixel:{0}:events"
     done: list[str] = field(default_factory=list)
 
     @cached_property
     def processes(self) -> dict[str, Process]:
         """All configured processes by address."""
-        return {address: Process(address, self.user, self.password) for address in [*self.data, *self.voters]}
+        addresses = [*self.data, *self.voters]
+        return {address: Process(address, self.user, self.password, self.ca) for address in addresses}
 
     @property
     def mine(self) -> Process:
