@@ -9,7 +9,7 @@ CHECKS = check-repository check-app check-bench
 BUSY = -n 2 --dist worksteal -m "not timing"
 WAITING = -n 4 --dist worksteal -m timing
 SCENARIOS = $(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
-# Faults and commands under load have limits that need the processors; `operations` also changes hooks/.
+# Faults and commands under load have limits that need the processors.
 ALONE = ha operations
 TWO = --no-print-directory --jobs 2 --output-sync=target
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -40,7 +40,8 @@ lint: tools  ## style, types, and Ansible's production profile
 	ansible-lint --profile production --offline
 	.config/eslint/node_modules/.bin/eslint --config .config/eslint/eslint.config.js --max-warnings 0 app/src/pixel/live
 
-check: $(CHECKS)  ## the tests that need no host
+check: check-repository  ## the tests that need no host
+	$(MAKE) $(TWO) $(filter-out $<,$(CHECKS))
 
 check-repository: tools
 	pytest -q $(BUSY) tests balancer
