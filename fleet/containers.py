@@ -243,7 +243,10 @@ def _wait_for_boot(docker: Docker, fleet: Fleet, host: Host) -> None:
 
 
 def _wait_for_ssh(fleet: Fleet, host: Host) -> None:
-    command = ("ssh", "-F", str(fleet.state / "ssh_config"), "-o", "BatchMode=yes", host.name, "true")
+    ssh = ("ssh", "-F", str(fleet.state / "ssh_config"))
+    # A host that lost its power has not closed its former connection.
+    run(*ssh, "-O", "exit", host.name, check=False)
+    command = (*ssh, "-o", "BatchMode=yes", host.name, "true")
     if not wait_until(lambda: run(*command, check=False, timeout=30).returncode == 0, seconds=20):
         done = run(*command, check=False, timeout=30)
         raise Problem(f"no SSH to {host.name}: {done.stderr.strip()}\nTry: {' '.join(command)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -316,6 +317,19 @@ def test_a_path_with_spaces_is_quoted_in_the_ssh_configuration(
     )
     assert f"identityfile {one.state}/id_ed25519\n" in shown.stdout
     assert f"userknownhostsfile {one.state}/known_hosts\n" in shown.stdout
+
+
+def test_an_ssh_connection_stays_open_for_later_commands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(layout, "ROOT", tmp_path / "a clone")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    one = plan()
+    one.state.mkdir(parents=True)
+    state.write(Engine(), one)
+    sockets = tmp_path / ".ansible/cp"
+    assert stat.S_IMODE(sockets.stat().st_mode) == 0o700
+    assert "  ControlPath ~/.ansible/cp/fleet-%C\n" in (one.state / "ssh_config").read_text()
 
 
 def test_the_deploy_sets_ansible_config(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_no_process_speaks_without_tls(addresses: list[str], hosts: dict[str, An
 def test_tls_of_a_running_cluster_is_not_changed(play: Any) -> None:
     refused = play("molecule/redis_cluster/converge.yml", "--tags", "redis", redis_tls="false").failures()
     assert set(refused) == set(HOSTS)
-    assert "redis_tls can't be changed while the cluster runs" in refused["n1"]
+    assert "Make the cluster one Redis, change redis_tls, and make it a cluster again" in refused["n1"]
 
 
 BUS = """
