@@ -11,7 +11,7 @@ WAITING = -n 4 --dist worksteal -m timing
 SCENARIOS = $(sort $(patsubst molecule/%/molecule.yml,%,$(wildcard molecule/*/molecule.yml)))
 # Faults and commands under load have limits that need the processors.
 ALONE = ha operations
-TWO = --no-print-directory --jobs 2 --output-sync=target
+BESIDE = --no-print-directory --output-sync=target --jobs
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Ansible ignores ansible.cfg in a world-writable directory unless this variable names it.
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
@@ -26,7 +26,7 @@ down:  ## remove the local fleet
 	$(PYTHON) fleet/fleet.py down
 
 test: tools  ## all tests
-	$(MAKE) $(TWO) lint images
+	$(MAKE) $(BESIDE) 2 lint images
 	$(MAKE) check
 	$(MAKE) scenarios
 
@@ -41,7 +41,7 @@ lint: tools  ## style, types, and Ansible's production profile
 	.config/eslint/node_modules/.bin/eslint --config .config/eslint/eslint.config.js --max-warnings 0 app/src/pixel/live
 
 check: check-repository  ## the tests that need no host
-	$(MAKE) $(TWO) $(filter-out $<,$(CHECKS))
+	$(MAKE) $(BESIDE) 2 $(filter-out $<,$(CHECKS))
 
 check-repository: tools
 	pytest -q $(BUSY) tests balancer
@@ -57,7 +57,7 @@ check-bench: tools
 
 scenarios: tools  ## tests of the roles and the fleet, on hosts with systemd
 	$(MAKE) $(ALONE)
-	$(MAKE) $(TWO) $(filter-out $(ALONE),$(SCENARIOS))
+	$(MAKE) $(BESIDE) 3 $(filter-out $(ALONE),$(SCENARIOS))
 
 $(SCENARIOS): tools
 	molecule test --scenario-name $@
