@@ -172,6 +172,19 @@ class Attack:
     prepare: Callable[[Attacker], Awaitable[None]] | None = None
 
 
+async def ordinary(attacker: Attacker) -> None:
+    """No attack: as many requests of a usual kind, pixels that are read and painted."""
+
+    def ask(number: int) -> Awaitable[str]:
+        x, y = attacker.place()
+        if number % 10:
+            return attacker.ask(f"/pixel/{x}/{y}")
+        body = b'{"x":%d,"y":%d,"channel":"G","value":%d}' % (x, y, number % 256)
+        return attacker.ask("/pixel", method="POST", body=body)
+
+    await attacker.at_rate(ask)
+
+
 async def faults(attacker: Attacker) -> None:
     """Bodies of 1 MB with as many faults as possible."""
     members = ",".join(f'"{number:05}":{number % 10}' for number in range(MEMBERS))
@@ -341,7 +354,9 @@ async def resets(attacker: Attacker) -> None:
     await attacker.at_rate(burst, rate=RESETS / 100)
 
 
+ORDINARY = "ordinary"
 ATTACKS = (
+    Attack(ORDINARY, ordinary, frozenset({"200"})),
     Attack("faults", faults, frozenset({"400", "413", "422"})),
     Attack("batches", batches, frozenset({"200"})),
     Attack("replay", replay, frozenset({"200"}), prepare=many_changes),

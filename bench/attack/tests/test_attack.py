@@ -71,10 +71,14 @@ def test_a_latency_beyond_twice_the_usual_is_a_fault() -> None:
         return Deed.STORE
 
     service.deed = slower
-    [fault] = made(service, Patient()).faults(least=0.3)
+    result = made(service, Patient())
+    [fault] = result.faults(least=0.3)
     measured, _, limit = fault.removeprefix("p99 ").partition(" ms; ")
     assert int(measured) >= 600
     assert limit == "the limit is 300 ms"
+    # It is none if ordinary requests cause half as much.
+    result.beside = int(measured) / 1.9
+    assert result.faults(least=0.3) == []
 
 
 def test_a_worker_that_is_gone_is_a_fault() -> None:
