@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+testinfra_hosts = ["debian12"]
+
 LISTEN = """
 import socket, time
 listener = socket.socket(socket.AF_INET, socket.SOCK_RAW, 112)
