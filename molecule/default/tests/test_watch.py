@@ -171,6 +171,7 @@ def test_exporters_are_sandboxed_and_do_not_run_as_root(host: Any) -> None:
 
 def test_what_clients_see_is_counted_at_the_balancer(client: Any, shell: Any, query: Any) -> None:
     def counts() -> list[float]:
+        time.sleep(1.2)  # The log is flushed once a second; a former test's requests may be among them.
         shell("systemctl start pixel-watch.service")
         time.sleep(6)  # A scrape.
         labels = ('route="/pixel/{x}/{y}",status="200",by="app"', 'route="other",status="404",by="app"')
@@ -181,7 +182,6 @@ def test_what_clients_see_is_counted_at_the_balancer(client: Any, shell: Any, qu
     for number in range(5):
         assert client.ask(f"/pixel/{number}/3")[0] == 200
         assert client.ask(f"/nothing/{number}")[0] == 404
-    time.sleep(1.2)  # The log is flushed once a second.
     assert counts() == [count + 5 for count in before]
     assert query('sum by (instance) (pixel_edge_seconds_count{route="/pixel/{x}/{y}"})')["c5"] >= 5
 
