@@ -102,7 +102,7 @@ def test_a_managed_redis_has_no_alerts_about_backups(tmp_path: Path) -> None:
 def test_a_single_redis_has_no_replicas_and_writes_need_it(rules: Path, tmp_path: Path) -> None:
     single = write_rules(tmp_path, groups={"redis": ["c5"], "history": ["c5"]})
     different = [rule["alert"] for rule in alerts(rules) if rule not in alerts(single)]
-    assert different == ["RedisDown", "RedisOneReplica"]
+    assert different == ["RedisDown", "RedisOneReplica", "RedisVoteMissing"]
     [down] = [rule for rule in alerts(single) if rule["alert"] == "RedisDown"]
     assert "doesn't answer, so nothing can be written: journalctl" in down["annotations"]["summary"]
     promtool("check", "rules", single)

@@ -83,6 +83,21 @@ def test_a_write_that_one_host_does_not_serve_is_retried_on_the_other_with_a_new
         assert marks == [[]] * 8
 
 
+def test_the_host_that_refused_is_asked_again_if_the_other_one_cannot_be_reached(
+    host: Any, ask: Ask, behave: Callable[[str, str], None], shell: Any, fleet: dict[str, Any], address: str
+) -> None:
+    """As when a host has just died: only a later attempt shows that it doesn't answer."""
+    here = host.check_output("hostname")
+    [other] = set(fleet["hosts"]) - {here}
+    shell(f"ip route add blackhole {address}", on=other)
+    try:
+        behave(here, "no")
+        answers = [ask() for _ in range(6)]
+    finally:
+        shell(f"ip route del blackhole {address}", on=other)
+    assert {(status, headers.get("x-pixel-instance")) for status, headers, _ in answers} == {(503, here)}
+
+
 def test_a_refusal_by_all_hosts_is_passed_to_the_client(
     ask: Ask, behave: Callable[[str, str], None], fleet: dict[str, Any]
 ) -> None:

@@ -15,20 +15,23 @@ import pytest
 ODD = r"""'"quo\ted"\\#%$&{-ü-€-'""" + "x" * 8
 
 
+TLS = "--tls --cacert /etc/redis-tls/ca.pem"
+
+
 @pytest.fixture
-def answers(state: Path, fleet: dict[str, Any]) -> Callable[[str], list[str]]:
+def answers(state: Path, fleet: dict[str, Any]) -> Callable[..., list[str]]:
     """Send PING as the app's user to every host, with the password on standard input; returns the answers."""
 
-    def ping(name: str, password: str) -> str:
-        address = fleet["hosts"][name]["address"]
-        script = f"redis-cli -h {address} --user pixel --askpass PING 2>&1 <<'END'\n{password}\nEND\n"
+    def ping(name: str, password: str, options: str) -> str:
+        command = f"timeout 2 redis-cli {options} -h {fleet['hosts'][name]['address']} --user pixel --askpass"
+        script = f"{command} PING 2>&1 <<'END'\n{password}\nEND\n"
         command = ["ssh", "-F", str(state / "ssh_config"), name, "sudo sh -s"]
         done = subprocess.run(command, input=script, text=True, capture_output=True, check=False)
         lines = done.stdout.strip().splitlines()
         # redis-cli reports a refused login before the refused command.
-        return "PONG" if lines[-1] == "PONG" else " ".join(lines)
+        return "PONG" if lines[-1:] == ["PONG"] else " ".join(lines)
 
-    return lambda password: [ping(name, password) for name in fleet["hosts"]]
+    return lambda password, options="": [ping(name, password, options) for name in fleet["hosts"]]
 
 
 def test_a_new_password_needs_no_restart_and_the_former_one_is_valid_until_retired(
@@ -71,3 +74,21 @@ def test_a_new_password_needs_no_restart_and_the_former_one_is_valid_until_retir
         run(str(state / "retire.yml"))
     assert set(answers(former)) == {"PONG"}
     assert all("WRONGPASS" in answer for answer in answers(ODD))
+
+
+def test_tls_is_turned_on_and_off_with_a_restart_each(
+    hosts: dict[str, Any], play: Any, password: Any, answers: Any
+) -> None:
+    def run(**variables: Any) -> None:
+        play("molecule/redis/converge.yml", **variables)
+
+    word = password("app")
+    try:
+        run(redis_tls=True)
+        assert set(answers(word, TLS)) == {"PONG"}
+        assert "PONG" not in answers(word)
+    finally:
+        run()
+    assert set(answers(word)) == {"PONG"}
+    assert "PONG" not in answers(word, TLS)
+    assert not any(host.file("/etc/redis-tls").exists for host in hosts.values())
