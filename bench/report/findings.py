@@ -175,7 +175,7 @@ def sentences(run: Run) -> list[str]:
         found.append(
             f"{name} sustained {row['knee']:.0f} writes/s with a p99 of {row['p99_knee']:.1f} ms{end}."
         )
-    found += [sentence for part in (_saturation, _steal, _weights, _errors) for sentence in part(run)]
+    found += [sentence for part in (_saturation, _costs, _steal, _weights, _errors) for sentence in part(run)]
     return found
 
 
@@ -224,6 +224,24 @@ def _most_used(run: Run, host: str, step: dict[str, Any]) -> str:
         return "its services used none"
     name, most = used.most_common(1)[0]
     return f"{name} used {most / used.total():.0%} of its services' CPU time"
+
+
+def _costs(run: Run) -> list[str]:
+    """Returns the CPU time of a write by host and service, at the highest sustained rate."""
+    kept = [step for step in run.steps(WHOLE) if not step["verdict"]]
+    if not kept or not run.hosts:
+        return []
+    costs: dict[str, float] = {}
+    for host in run.hosts:
+        seen = run.during(host, kept[-1])
+        for service in sorted({name for each in seen for name in each.services}):
+            used = mean(each.services.get(service, 0.0) for each in seen)
+            costs[f"{host} {service}"] = 1e6 * used / kept[-1]["rate"]
+    parts = ", ".join(f"{name} {cost:,.0f}" for name, cost in costs.items())
+    return [
+        f"A write takes {sum(costs.values()):,.0f} µs of the services' CPU time at"
+        f" {kept[-1]['rate']:.0f} writes/s: {parts}."
+    ]
 
 
 def _steal(run: Run) -> list[str]:

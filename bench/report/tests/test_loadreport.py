@@ -184,6 +184,8 @@ def test_findings_follow_from_the_data(tmp_path: Path) -> None:
         " step tried.",
         "c5 is the first host to saturate: 90% of its CPU at 1000 writes/s; app used 75%"
         " of its services' CPU time.",
+        "A write takes 2,800 µs of the services' CPU time at 1000 writes/s: c5 app 1,350, c5 nginx 450,"
+        " t2 app 750, t2 nginx 250.",
         "Up to 20% of the CPU of t2 was steal: a burstable host out of credits, or a busy host machine.",
         "The weights fit: shares were c5 60%, t2 40%; by each knee alone c5 60%, t2 40%.",
         "No request failed at rates up to the knees.",
