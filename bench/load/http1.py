@@ -6,11 +6,15 @@ Answers are read by Content-Length, in chunks, or until the connection closes.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 from urllib.parse import urlsplit
+
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: discard what was not sent yet
 
 
 class BadAnswerError(Exception):
@@ -216,8 +220,13 @@ class Connection(asyncio.Protocol):
             self._lost(self, error)
 
     def close(self) -> None:
-        """Closes the connection without calling `lost`."""
+        """Resets the connection without calling `lost`.
+
+        Closed otherwise, it would still deliver a request that was given up, even minutes later when the
+        network works again.
+        """
         if self._transport is not None:
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             self._transport.abort()
             self._transport = None
 

@@ -122,3 +122,13 @@ def test_a_request_without_a_connection_was_not_sent() -> None:
     client = Client(Target.parse(f"http://127.0.0.1:{port}"))
     with pytest.raises(ConnectError):
         asyncio.run(client.get("/"))
+
+
+def test_a_request_that_is_given_up_is_discarded_by_a_reset() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = Client(Target.parse(f"http://127.0.0.1:{server.getsockname()[1]}"), timeout=0.2)
+        with pytest.raises(TimeoutError):
+            asyncio.run(client.get("/"))
+        connection, _ = server.accept()
+        with connection, connection.makefile("rb") as sent, pytest.raises(ConnectionResetError):
+            sent.read()
