@@ -18,7 +18,7 @@ from pixel import lifetime
 from pixel.canvas import locate
 from pixel.cluster import Redis
 from pixel.commit import GroupCommit
-from pixel.lifetime import MustWaitError, RedisClock, StartLimit, UnknownClockError
+from pixel.lifetime import MustWaitError, RedisClock, StartLimit, UnknownClockError, UnknownPausesError
 from pixel.pixel import Change
 from pixel.problems import Problem
 from pixel.resp import Connection, Server
@@ -293,6 +293,10 @@ class Clocks:
         self.redis = 0.0  # seconds by which Redis's clock is ahead
         self.balancer = 0.0
         self.reachable = True
+        self.is_replaced = False  # whether there are several balancers
+        self.beat: float | None = 0.0  # seconds since the balancer's record was updated, if it has one
+        self.since = 0.0
+        self.reads = 0  # of the record
         monkeypatch.setattr(lifetime, "monotonic", lambda: self.now)
         monkeypatch.setattr(lifetime, "time", lambda: self.now)
         monkeypatch.setattr(lifetime, "get", self._say_time)
@@ -301,9 +305,14 @@ class Clocks:
         self.ask()
 
     async def _say_time(self, url: str) -> tuple[int, bytes]:
-        assert url == "http://10.0.0.1:80/lb/clock"
         if not self.reachable:
             raise ConnectionRefusedError
+        if url == "http://10.0.0.1:80/lb/pauses":
+            self.reads += 1
+            if self.beat is None:
+                return 404, b"{}"
+            return 200, b"%.3f %.3f\n" % (self.since, self.now + self.balancer - self.beat)
+        assert url == "http://10.0.0.1:80/lb/clock"
         self.now += 0.0005
         body = b"%.3f" % (self.now + self.balancer)
         self.now += 0.0005
@@ -318,16 +327,21 @@ class Clocks:
 
     def stamp(self, age: float = 0.0) -> bytes:
         """The stamp of a request that the balancer sent ``age`` seconds ago."""
-        return b"%.3f %b" % (self.now - age + self.balancer, LB)
+        return b"%b%.3f %b" % (b"+" * self.is_replaced, self.now - age + self.balancer, LB)
 
     async def judge(self, stamp: bytes) -> bool:
         """Whether a request with this stamp is accepted."""
         try:
-            try:
-                self.limit.begin_by(stamp)
-            except UnknownClockError as error:
-                await self.limit.measure(error.balancer)
-                self.limit.begin_by(stamp)
+            for _ in range(3):
+                try:
+                    self.limit.begin_by(stamp)
+                    break
+                except UnknownClockError as error:
+                    await self.limit.measure(error.balancer)
+                except UnknownPausesError as error:
+                    await self.limit.read_pauses(error.balancer)
+            else:
+                raise AssertionError("the request is never judged")
         except Problem as problem:
             await asyncio.sleep(0)  # lets a measurement run
             return problem.written != "no"
@@ -503,3 +517,66 @@ async def test_a_marked_retry_waits_and_then_has_its_own_start_limit(clocks: Clo
     clocks.now += 1
     with pytest.raises(Problem):
         clocks.limit.begin_by(stamp, waited)
+
+
+# Several balancers, each of which another one replaces when it stops.
+
+
+@pytest.mark.parametrize("ahead", [0.0, -3600.0, 3600.0])
+async def test_what_waited_in_a_stopped_balancer_is_refused(clocks: Clocks, ahead: float) -> None:
+    clocks.balancer, clocks.is_replaced = ahead, True
+    assert all(await clocks.go_on(5))
+    clocks.now += 1.2
+    # It runs again, and its controller has not noticed the pause yet.
+    clocks.beat = 1.2
+    assert not await clocks.request()
+    clocks.beat, clocks.since = 0.0, clocks.now + clocks.balancer + 1
+    assert not any(await clocks.go_on(0.9))
+    clocks.now += 0.1
+    assert all(await clocks.go_on(5))
+    # A retry of a request that was received before the pause.
+    sent = clocks.stamp().partition(b" ")
+    assert await clocks.judge(b"%b/4.000 %b" % sent[::2])
+    assert not await clocks.judge(b"%b/12.000 %b" % sent[::2])
+
+
+async def test_pauses_are_read_only_after_a_while_without_a_request(clocks: Clocks) -> None:
+    clocks.is_replaced = True
+    assert all(await clocks.go_on(20))
+    assert clocks.reads == 1
+    clocks.now += 1
+    assert all(await asyncio.gather(*(clocks.request() for _ in range(20))))
+    assert clocks.reads == 2
+
+
+async def test_a_single_balancer_is_not_asked_for_pauses(clocks: Clocks) -> None:
+    await clocks.go_on(1)
+    clocks.now += 10
+    clocks.ask()
+    assert await clocks.request()
+    assert clocks.reads == 0
+
+
+async def test_a_balancer_without_a_record_is_trusted(clocks: Clocks) -> None:
+    clocks.is_replaced, clocks.beat = True, None
+    for _ in range(5):
+        clocks.now += 5
+        clocks.ask()
+        assert await clocks.request()
+
+
+async def test_a_record_that_is_not_updated_is_trusted_after_a_while(clocks: Clocks) -> None:
+    clocks.is_replaced = True
+    await clocks.go_on(1)
+    clocks.now += 5
+    clocks.beat = 5
+    assert not any(await clocks.go_on(9))
+    assert (await clocks.go_on(3))[-1]
+
+
+async def test_a_balancer_whose_clock_is_set_back_is_trusted_again(clocks: Clocks) -> None:
+    clocks.is_replaced = True
+    await clocks.go_on(5)
+    clocks.balancer -= 100
+    taken = await clocks.go_on(5)
+    assert all(taken[20:])

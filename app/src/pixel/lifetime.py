@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf
 from time import monotonic, time
 
@@ -28,6 +29,9 @@ ASSUME_AFTER = 10.0
 
 MOST_BALANCERS = 100
 """Largest number of balancers whose clocks are stored; beyond it, all are measured again."""
+
+PAUSE = 0.9
+"""Seconds for which a balancer may stop: another one takes its address after 1.1 s at the earliest."""
 
 SETBACK = 0.02
 """Seconds by which Redis's clock must be behind what was known to count as set back: it also drifts."""
@@ -75,6 +79,14 @@ class RedisClock:
         return monotonic() + self._low
 
 
+@dataclass
+class Running:
+    """A period in which a balancer was not stopped, by its own clock."""
+
+    since: float
+    until: float
+
+
 class StartLimit:
     """Refuses writes that arrive late, by the balancer's stamp.
 
@@ -83,6 +95,11 @@ class StartLimit:
     Redis's by any amount. The difference is measured when a balancer is new, and again when its
     requests seem to be late. It is never overestimated, so no request is assumed to be younger than
     it is.
+
+    ``+`` before the time means that clients reach another balancer when this one stops. Requests that
+    it had received before are stamped only when it runs again; so after ``PAUSE`` seconds without a
+    stamp, its pauses are read first. A retry has the request's age after its time (``+TIME/AGE``). See
+    docs/adr/0048-stopped-balancers.md.
     """
 
     def __init__(self, clock: RedisClock, settings: Settings) -> None:
@@ -94,6 +111,9 @@ class StartLimit:
         # Monotonic times: of the last measurement, and of the first of a series of failures.
         self._measured: dict[bytes, float] = {}
         self._silent: dict[bytes, float] = {}
+        self._running: dict[bytes, Running] = {}
+        self._unread: dict[bytes, float] = {}
+        self._reading: dict[bytes, asyncio.Task[str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # By the former differences, requests that were sent before would count as just sent.
         clock.on_setback.append(self._differences.clear)
@@ -108,6 +128,7 @@ class StartLimit:
         Raises:
             Problem: 503, if the request is too late; nothing was written.
             UnknownClockError: the balancer's clock has to be measured first.
+            UnknownPausesError: the balancer's pauses have to be read first.
             MustWaitError: the request has to be delayed first.
         """
         now = self._clock.now()
@@ -118,14 +139,21 @@ class StartLimit:
         if least is None:
             return self._judge_unusual(text, balancer, now, waited)
         try:
-            difference = now - float(text)
+            sent, age = float(text), 0.0
         except ValueError:
-            return now + self._limit  # No balancer stamps like this.
+            try:
+                first, _, last = text.partition(b"/")
+                sent, age = float(first), float(last)
+            except ValueError:
+                return now + self._limit  # No balancer stamps like this.
+        difference = now - sent
         if difference < least:
             # Less than any before: the balancer's clock was set forward, or Redis's back.
             if difference == -inf:
                 return now + self._limit
             self._differences[balancer] = least = difference
+        if text.startswith(b"+"):
+            self._check_pauses(balancer, sent, sent - age)
         left = self._limit + waited + least - difference
         if left < 0:
             self._measure_soon(balancer)
@@ -145,6 +173,52 @@ class StartLimit:
         if mark == WAIT and not waited:
             raise MustWaitError
         return self.begin_by(b"%b %b" % (text, balancer), waited)
+
+    def _check_pauses(self, balancer: bytes, sent: float, received: float) -> None:
+        known = self._running.get(balancer)
+        if known is None or sent > known.until:
+            raise UnknownPausesError(balancer)
+        if received < known.since:
+            # Another host would refuse it too.
+            raise Problem.unavailable("The balancer was stopped, so the request may be too old", "no")
+        known.until = sent + PAUSE
+
+    async def read_pauses(self, balancer: bytes) -> None:
+        """Read whether a balancer was stopped.
+
+        Raises:
+            Problem: 503, if this can't be read. After ten seconds without an answer, the balancer counts
+                as running.
+        """
+        task = self._reading.get(balancer)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._read_pauses(balancer))
+            self._reading[balancer] = task
+            task.add_done_callback(lambda _: self._reading.pop(balancer, None))
+        if reason := await asyncio.shield(task):
+            name = balancer.decode()
+            raise Problem.not_written(f"Whether balancer {name} was stopped is unknown ({reason})")
+
+    async def _read_pauses(self, balancer: bytes) -> str:
+        try:
+            async with asyncio.timeout(MEASURE_TIMEOUT):
+                status, body = await get(f"http://{balancer.decode()}/lb/pauses")
+            if status not in (200, 404):
+                raise AnswerError(f"answered with status {status}")
+            # By the balancer's clock, and not too early.
+            now = self._clock.now() - self._differences.get(balancer, 0.0)
+            # While its controller doesn't run, there is no record.
+            since, beat = map(float, body.split()) if status == 200 else (-inf, now)
+            if now - beat > PAUSE:
+                raise AnswerError(f"its controller last ran {now - beat:.1f} s ago")
+        except (OSError, h11.RemoteProtocolError, AnswerError, ValueError) as error:
+            if monotonic() - self._unread.setdefault(balancer, monotonic()) < ASSUME_AFTER:
+                return str(error) or "no answer in time"
+            since, beat = -inf, self._clock.now() - self._differences.get(balancer, 0.0)
+        else:
+            self._unread.pop(balancer, None)
+        self._running[balancer] = Running(since, beat + PAUSE)
+        return ""
 
     async def measure(self, balancer: bytes) -> None:
         """Measure the difference between Redis's clock and a balancer's.
@@ -186,6 +260,14 @@ class StartLimit:
 
 class UnknownClockError(Exception):
     """The clock of this balancer has to be measured before its requests can be judged."""
+
+    def __init__(self, balancer: bytes) -> None:
+        super().__init__(balancer)
+        self.balancer = balancer
+
+
+class UnknownPausesError(Exception):
+    """Whether this balancer was stopped has to be read before its requests can be judged."""
 
     def __init__(self, balancer: bytes) -> None:
         super().__init__(balancer)

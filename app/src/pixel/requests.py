@@ -15,7 +15,7 @@ from pixel.access import Access
 from pixel.budgets import Writer
 from pixel.events import Hub
 from pixel.keys import KeyScope
-from pixel.lifetime import MustWaitError, UnknownClockError
+from pixel.lifetime import MustWaitError, UnknownClockError, UnknownPausesError
 from pixel.maintenance import Gate
 from pixel.pictures import PictureCache
 from pixel.pixel import Reader
@@ -172,6 +172,8 @@ async def begin_by(request: Request) -> float:
             return start_limit.begin_by(stamp, waited)
         except UnknownClockError as error:
             await start_limit.measure(error.balancer)
+        except UnknownPausesError as error:
+            await start_limit.read_pauses(error.balancer)
         except MustWaitError:
             waited = start_limit.wait
             await asyncio.sleep(waited)

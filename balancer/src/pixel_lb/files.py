@@ -59,6 +59,11 @@ class Paths:
         return self.run / "status.json"
 
     @property
+    def pauses(self) -> Path:
+        """The host's pauses, which Nginx serves as `/lb/pauses`; see `PauseRecord`."""
+        return self.run / "pauses"
+
+    @property
     def loaded(self) -> Path:
         """The fingerprint of the files that Nginx runs with."""
         return self.run / "loaded"

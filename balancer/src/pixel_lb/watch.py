@@ -23,6 +23,7 @@ from pixel_lb.errors import Refused
 from pixel_lb.files import Paths, exclusive
 from pixel_lb.fleet import Fleet
 from pixel_lb.nginx import Nginx
+from pixel_lb.pauses import PauseRecord
 from pixel_lb.peers import fetch_drains
 from pixel_lb.probe import probe
 from pixel_lb.state import Drain, State
@@ -59,6 +60,8 @@ class Watch:
 
     def run(self) -> None:
         """Run until the process is stopped."""
+        if not self.dry_run:
+            PauseRecord(self.paths.pauses).start()
         with ThreadPoolExecutor(PROBES) as pool:
             while True:
                 began = time.monotonic()

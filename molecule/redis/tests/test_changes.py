@@ -23,8 +23,8 @@ def answers(state: Path, fleet: dict[str, Any]) -> Callable[..., list[str]]:
     """Send PING as the app's user to every host, with the password on standard input; returns the answers."""
 
     def ping(name: str, password: str, options: str) -> str:
-        command = f"timeout 2 redis-cli {options} -h {fleet['hosts'][name]['address']} --user pixel --askpass"
-        script = f"{command} PING 2>&1 <<'END'\n{password}\nEND\n"
+        client = f"timeout 2 redis-cli {options} -h {fleet['hosts'][name]['address']} --user pixel --askpass"
+        script = f"{client} PING 2>&1 <<'END'\n{password}\nEND\n"
         command = ["ssh", "-F", str(state / "ssh_config"), name, "sudo sh -s"]
         done = subprocess.run(command, input=script, text=True, capture_output=True, check=False)
         lines = done.stdout.strip().splitlines()
