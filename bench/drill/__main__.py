@@ -138,7 +138,10 @@ class Drill:
         if event.prepare is not None:
             await event.prepare(self._scene)
         connections = min(CONNECTIONS, math.ceil(self._rate))
-        plan = Plan(self._rate, event.patience + BEFORE + TIMEOUT, connections, TIMEOUT)
+        seconds = event.patience + BEFORE + TIMEOUT
+        # Other users are not affected by requests that wait in a frozen host.
+        spare = math.ceil(self._rate * TIMEOUT) if self._scene.fleet.is_cluster else 0
+        plan = Plan(self._rate, seconds, connections, TIMEOUT, spare=spare)
         await self._read(self._known, plan.total)
         seen = Seen()
         ledger = self._ledger()
@@ -410,7 +413,8 @@ def main(arguments: list[str] | None = None) -> int:
     status = 0
     try:
         options = parse_arguments(arguments)
-        allow_files(CONNECTIONS + WRITERS + APART_WRITERS + FOLLOWERS)
+        spare = math.ceil(options.rate * TIMEOUT)
+        allow_files(CONNECTIONS + spare + WRITERS + APART_WRITERS + FOLLOWERS)
         with alone(options.fleet):
             if not asyncio.run(until_interrupted(options, outcomes)):
                 status = 130

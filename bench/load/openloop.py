@@ -30,11 +30,23 @@ SWEEP_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Plan:
+    """What to send.
+
+    Attributes:
+        rate: requests per second.
+        seconds: duration.
+        connections: number of connections that are opened first.
+        timeout: seconds until a request is given up.
+        reads: whether to read cells instead of writing them.
+        spare: number of further connections, each opened when all others wait for an answer.
+    """
+
     rate: float
     seconds: float
     connections: int = 64
     timeout: float = 10.0
-    reads: bool = False  # read the same cells instead of writing
+    reads: bool = False
+    spare: int = 0
 
     @property
     def total(self) -> int:
@@ -312,6 +324,9 @@ class _Run:
         self._unfinished += 1
         if self._free:
             self._give(self._free.popleft(), request)
+        elif len(self._lanes) < self._plan.connections + self._plan.spare:
+            self._lanes.append(_Lane())
+            self._give(self._lanes[-1], request)
         else:
             self._backlog.append(request)
 

@@ -124,6 +124,14 @@ def test_what_never_left_is_unsent_and_counts_with_its_waiting_time() -> None:
     assert report.latency.p50 >= 300
 
 
+def test_spare_connections_are_opened_when_all_others_wait() -> None:
+    with StandIn(lambda number: Deed.STALL if number < 20 else Deed.STORE).serving() as service:
+        report, verdict = drive(service, connections=2, timeout=1, spare=30)
+    assert report.errors == {"no answer in time": 20}
+    assert verdict.fates == {Fate.ACKNOWLEDGED: WRITES - 20, Fate.UNKNOWN: 20}
+    assert report.connections_opened > 20
+
+
 def test_a_service_that_closes_each_connection_gets_new_ones(service: StandIn) -> None:
     service.close_each = True
     report, verdict = drive(service)
