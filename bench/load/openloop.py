@@ -38,7 +38,8 @@ class Plan:
         connections: number of connections that are opened first.
         timeout: seconds until a request is given up.
         reads: whether to read cells instead of writing them.
-        spare: number of further connections, each opened when all others wait for an answer.
+        spare: number of further connections, each opened for one request while all others wait for an
+            answer.
     """
 
     rate: float
@@ -219,6 +220,7 @@ class _Run:
         self._get = target.head("GET", "/pixel/\0").split(b"\0")
         self._loop = asyncio.get_running_loop()
         self._lanes = [_Lane() for _ in range(plan.connections)]
+        self._spare: set[_Lane] = set()
         self._free: deque[_Lane] = deque()
         self._backlog: deque[_Request] = deque()
         self._open: deque[_Request] = deque()  # in order of due time
@@ -264,7 +266,7 @@ class _Run:
         return connection
 
     def close_connections(self) -> None:
-        for lane in self._lanes:
+        for lane in (*self._lanes, *self._spare):
             self._drop(lane)
 
     def _drop(self, lane: _Lane) -> None:
@@ -324,9 +326,10 @@ class _Run:
         self._unfinished += 1
         if self._free:
             self._give(self._free.popleft(), request)
-        elif len(self._lanes) < self._plan.connections + self._plan.spare:
-            self._lanes.append(_Lane())
-            self._give(self._lanes[-1], request)
+        elif len(self._spare) < self._plan.spare:
+            lane = _Lane()
+            self._spare.add(lane)
+            self._give(lane, request)
         else:
             self._backlog.append(request)
 
@@ -405,6 +408,10 @@ class _Run:
 
     def _release(self, lane: _Lane) -> None:
         lane.request = None
+        if lane in self._spare:
+            self._spare.remove(lane)
+            self._drop(lane)
+            return
         while self._backlog:
             request = self._backlog.popleft()
             if not request.done:
