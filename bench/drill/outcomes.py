@@ -12,8 +12,6 @@ from typing import Any
 from bench.load.figures import Spread
 from bench.load.openloop import Sample
 
-IN_FLIGHT = 0.1  # seconds; a request that an event affects may have been sent this much earlier
-
 
 @dataclass(frozen=True)
 class Run:
@@ -125,7 +123,7 @@ def unexcused(
     Args:
         failures: requests that failed.
         excused: kinds of failures that the event excuses.
-        spans: begin and end of the times in which it does.
+        spans: begin and end of the times in which it does: for requests that were in flight then.
     """
     return Counter(
         kind(sample.error)
@@ -133,7 +131,7 @@ def unexcused(
         if sample.error is not None
         and not (
             kind(sample.error) in excused
-            and any(since - IN_FLIGHT <= sample.due <= until for since, until in spans)
+            and any(sample.due <= until and sample.due + sample.seconds >= since for since, until in spans)
         )
     )
 

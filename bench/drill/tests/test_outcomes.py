@@ -68,7 +68,7 @@ def test_latencies_of_nothing_are_null() -> None:
 
 
 def failure(due: float, error: str) -> Sample:
-    return Sample(due, 0.01, error, "")
+    return Sample(due, 0.2, error, "")
 
 
 @pytest.mark.parametrize(
