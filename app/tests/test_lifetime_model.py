@@ -389,9 +389,12 @@ class Attempt:
         world.after(patience, lambda: self.balancer.handle(lambda: self.end("late")))
 
     def succeed(self) -> None:
-        self.fail("ok")
+        self.answer("ok")
 
-    def fail(self, outcome: str) -> None:
+    def fail(self, written: str) -> None:
+        self.answer(written)
+
+    def answer(self, outcome: str) -> None:
         self.world.after(self.world.delay(), lambda: self.balancer.handle(lambda: self.end(outcome)))
 
     def end(self, outcome: str) -> None:

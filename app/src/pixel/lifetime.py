@@ -138,14 +138,12 @@ class StartLimit:
         least = self._differences.get(balancer)
         if least is None:
             return self._judge_unusual(text, balancer, now, waited)
+        stamped, retried, age = text.partition(b"/")
         try:
-            sent, age = float(text), 0.0
+            sent = float(stamped)
+            received = sent - float(age) if retried else sent
         except ValueError:
-            try:
-                first, _, last = text.partition(b"/")
-                sent, age = float(first), float(last)
-            except ValueError:
-                return now + self._limit  # No balancer stamps like this.
+            return now + self._limit  # No balancer stamps like this.
         difference = now - sent
         if difference < least:
             # Less than any before: the balancer's clock was set forward, or Redis's back.
@@ -153,7 +151,7 @@ class StartLimit:
                 return now + self._limit
             self._differences[balancer] = least = difference
         if text.startswith(b"+"):
-            self._check_pauses(balancer, sent, sent - age)
+            self._check_pauses(balancer, sent, received)
         left = self._limit + waited + least - difference
         if left < 0:
             self._measure_soon(balancer)
@@ -205,8 +203,7 @@ class StartLimit:
                 status, body = await get(f"http://{balancer.decode()}/lb/pauses")
             if status not in (200, 404):
                 raise AnswerError(f"answered with status {status}")
-            # By the balancer's clock, and not too early.
-            now = self._clock.now() - self._differences.get(balancer, 0.0)
+            now = self._time_at(balancer)
             # While its controller doesn't run, there is no record.
             since, beat = map(float, body.split()) if status == 200 else (-inf, now)
             if now - beat > PAUSE:
@@ -214,11 +211,15 @@ class StartLimit:
         except (OSError, h11.RemoteProtocolError, AnswerError, ValueError) as error:
             if monotonic() - self._unread.setdefault(balancer, monotonic()) < ASSUME_AFTER:
                 return str(error) or "no answer in time"
-            since, beat = -inf, self._clock.now() - self._differences.get(balancer, 0.0)
+            since, beat = -inf, self._time_at(balancer)
         else:
             self._unread.pop(balancer, None)
         self._running[balancer] = Running(since, beat + PAUSE)
         return ""
+
+    def _time_at(self, balancer: bytes) -> float:
+        """The time by a balancer's clock, which is not too early."""
+        return self._clock.now() - self._differences.get(balancer, 0.0)
 
     async def measure(self, balancer: bytes) -> None:
         """Measure the difference between Redis's clock and a balancer's.
@@ -258,20 +259,20 @@ class StartLimit:
             task.add_done_callback(self._tasks.discard)
 
 
-class UnknownClockError(Exception):
-    """The clock of this balancer has to be measured before its requests can be judged."""
+class UnknownBalancerError(Exception):
+    """Something has to be learned of this balancer before its requests can be judged."""
 
     def __init__(self, balancer: bytes) -> None:
         super().__init__(balancer)
         self.balancer = balancer
 
 
-class UnknownPausesError(Exception):
-    """Whether this balancer was stopped has to be read before its requests can be judged."""
+class UnknownClockError(UnknownBalancerError):
+    """The balancer's clock has to be measured."""
 
-    def __init__(self, balancer: bytes) -> None:
-        super().__init__(balancer)
-        self.balancer = balancer
+
+class UnknownPausesError(UnknownBalancerError):
+    """Whether the balancer was stopped has to be read."""
 
 
 class MustWaitError(Exception):
