@@ -90,6 +90,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def spare_connections(fleet: Fleet, rate: float) -> int:
+    """Further connections of other users, whom requests that wait in a frozen balancer don't affect."""
+    return math.ceil(rate * TIMEOUT) if fleet.is_cluster else 0
+
+
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
@@ -139,8 +144,7 @@ class Drill:
             await event.prepare(self._scene)
         connections = min(CONNECTIONS, math.ceil(self._rate))
         seconds = event.patience + BEFORE + TIMEOUT
-        # Other users are not affected by requests that wait in a frozen host.
-        spare = math.ceil(self._rate * TIMEOUT) if self._scene.fleet.is_cluster else 0
+        spare = spare_connections(self._scene.fleet, self._rate)
         plan = Plan(self._rate, seconds, connections, TIMEOUT, spare=spare)
         await self._read(self._known, plan.total)
         seen = Seen()
@@ -413,7 +417,7 @@ def main(arguments: list[str] | None = None) -> int:
     status = 0
     try:
         options = parse_arguments(arguments)
-        spare = math.ceil(options.rate * TIMEOUT)
+        spare = spare_connections(options.fleet, options.rate)
         allow_files(CONNECTIONS + spare + WRITERS + APART_WRITERS + FOLLOWERS)
         with alone(options.fleet):
             if not asyncio.run(until_interrupted(options, outcomes)):
