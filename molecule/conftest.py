@@ -166,6 +166,12 @@ def client(fleet: dict[str, Any]) -> Client:
     return Client(fleet["url"])
 
 
+@pytest.fixture(scope="session")
+def client_of() -> Callable[[str], Client]:
+    """A client of the Nginx at an address."""
+    return lambda ip: Client(f"http://{ip}")
+
+
 @pytest.fixture
 def requests(fleet: dict[str, Any], tmp_path: Path) -> Any:
     """A context under load: no write may be lost or undone, or fail (except for a slow disk).

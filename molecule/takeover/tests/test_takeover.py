@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
 from collections.abc import Callable
@@ -96,19 +95,8 @@ def test_the_address_moves_when_its_holder_dies_which_learns_of_a_drain_when_it_
         assert status(name)["backends"][holder]["state"] == "up"
 
 
-def get(ip: str, path: str) -> bytes:
-    connection = http.client.HTTPConnection(ip, timeout=5)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        assert answer.status == 200
-        return answer.read()
-    finally:
-        connection.close()
-
-
 def test_a_holder_that_was_frozen_records_it_and_one_balancer_has_the_address(
-    fleet: dict[str, Any], holder: str, other: str, holders: Any, clients: Any, power: Any
+    fleet: dict[str, Any], holder: str, other: str, holders: Any, clients: Any, client_of: Any, power: Any
 ) -> None:
     with clients() as running:
         time.sleep(0.5)
@@ -122,11 +110,14 @@ def test_a_holder_that_was_frozen_records_it_and_one_balancer_has_the_address(
     assert len(holders()) == 1
     running.check(froze, resumed)
     # When requests that have waited in it can no longer arrive at app hosts, and when the record was updated.
-    ended, updated = map(float, get(fleet["hosts"][holder]["address"], "/lb/pauses").split())
+    status, _, record = client_of(fleet["hosts"][holder]["address"]).ask("/lb/pauses")
+    assert status == 200
+    ended, updated = map(float, record.split())
     assert resumed < ended < resumed + 2
     assert time.time() - updated < 0.9
-    stamp = json.loads(get(fleet["address"].partition("/")[0], "/pixel/1/2"))["headers"]["X-Request-Start"]
-    assert stamp.startswith("+")
+    status, _, seen = client_of(fleet["address"].partition("/")[0]).ask("/pixel/1/2")
+    assert status == 200
+    assert json.loads(seen)["headers"]["X-Request-Start"].startswith("+")
 
 
 def test_a_drain_on_one_balancer_is_adopted_by_the_other_and_moves_the_address(
